@@ -1,0 +1,84 @@
+"""Results kept across activation recomputation.
+
+A recomputed layer must not communicate, and need not scan or attend, a second time. Whatever passes through
+:func:`once` is put on a tape in the first forward of a checkpointed region and read back from it, in the same
+order, when the region is recomputed. Everything else is recomputed as usual.
+
+    y = kept.checkpoint(layer, x)          # instead of torch.utils.checkpoint.checkpoint
+    incoming = kept.once(lambda: scan(...))  # inside an autograd function's forward
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+T = TypeVar("T")
+
+
+class _Current(threading.local):
+    """The tape of the checkpointed region that this thread is inside of (autograd recomputes in its own threads)."""
+
+    tape: list[Any] | None = None
+    position: int | None = None  # None: recording
+
+
+_current = _Current()
+
+
+@contextmanager
+def _region(tape: list[Any], position: int | None) -> Iterator[None]:
+    outer = _current.tape, _current.position
+    _current.tape, _current.position = tape, position
+    try:
+        yield
+    finally:
+        _current.tape, _current.position = outer
+
+
+def recording(tape: list[Any]) -> Any:
+    """A context in which :func:`once` appends its results to ``tape``."""
+    return _region(tape, None)
+
+
+def replaying(tape: list[Any]) -> Any:
+    """A context in which :func:`once` returns what ``tape`` holds, from its start, and runs nothing."""
+    return _region(tape, 0)
+
+
+def once(fn: Callable[[], T]) -> T:
+    """``fn()``, or in a recomputation what it returned the first time.
+
+    Call it inside an autograd function's forward: the values are kept as they are, without a graph.
+
+    Raises:
+        RuntimeError: gradients are enabled (the kept value would lose its graph), or the recomputation asks for
+            more results than the first pass kept.
+    """
+    if _current.tape is None:
+        return fn()
+    if torch.is_grad_enabled():
+        raise RuntimeError("kept.once inside a checkpointed region needs torch.no_grad: what it keeps has no graph")
+    if _current.position is None:
+        value = fn()
+        _current.tape.append(value)
+        return value
+    if _current.position >= len(_current.tape):
+        raise RuntimeError(f"the recomputation asks for result {_current.position}, the first pass kept that many")
+    value = _current.tape[_current.position]
+    _current.position += 1
+    return value
+
+
+def checkpoint(fn: Callable[..., T], *args: Any) -> T:
+    """``fn(*args)`` with its activations recomputed in the backward pass, all but what passed through :func:`once`.
+
+    Non-reentrant :func:`torch.utils.checkpoint.checkpoint` with a tape of its own; random states are preserved.
+    """
+    tape: list[Any] = []
+    return torch_checkpoint(fn, *args, use_reentrant=False, context_fn=lambda: (recording(tape), replaying(tape)))

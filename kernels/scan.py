@@ -1,0 +1,105 @@
+"""The scan of boundary states over segments.
+
+A segment is affine in the state that enters it, ``S_out = M S_in + U``, and its gradient is affine in the gradient
+that enters it from the right, ``dS_in = M^T dS_out + D``. A state crosses a segment only by :func:`fold`, segment by
+segment in global order, so that the bits do not depend on who holds which segment.
+
+Summaries and states are stacked segment first: ``M [N, B, HV, K, K]``, ``U``, ``D`` and states ``[N, B, HV, K, V]``.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Scan(Protocol):
+    """What the delta rule asks of a scan: exclusive prefixes over the whole sequence, for the segments held here.
+
+    ``has_initial`` and ``want_final`` are the same on every rank of a group. ``continues_NB[n, b]`` says whether the
+    state passes through local segment n in row b (False where a document starts inside it); None: always.
+    Entries of M, U and D that :class:`~dnsp.kernels.delta_rule.Segments` calls unneeded are never read.
+    """
+
+    def forward(
+        self,
+        M_NBHKK: Tensor,
+        U_NBHKV: Tensor,
+        continues_NB: Tensor | None,
+        initial_BHKV: Tensor | None,
+        want_final: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(incoming_NBHKV, final_BHKV)``: the state that enters each local segment, and the one that leaves the
+        last segment of the sequence (None unless wanted, and on ranks that do not hold it)."""
+        ...
+
+    def reverse(
+        self,
+        M_NBHKK: Tensor,
+        D_NBHKV: Tensor,
+        continues_NB: Tensor | None,
+        final_grad_BHKV: Tensor | None,
+        has_initial: bool,
+        want_final: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(outgoing_NBHKV, initial_grad_BHKV)``: the gradient of the state that leaves each local segment, and that
+        of the initial state (None without one, and on ranks that do not hold the first segment)."""
+        ...
+
+
+def fold(M_BHKK: Tensor, U_BHKV: Tensor, S_BHKV: Tensor | None, continues_B: Tensor | None) -> Tensor:
+    """``fl(M S + U)``, the state behind one segment; U alone where S is structurally zero (None) or does not pass."""
+    if S_BHKV is None:
+        return U_BHKV
+    through = torch.matmul(M_BHKK, S_BHKV) + U_BHKV
+    if continues_B is None:
+        return through
+    return torch.where(continues_B[:, None, None, None], through, U_BHKV)  # select: 0 * inf must not leak
+
+
+def reverse_fold(M_BHKK: Tensor, D_BHKV: Tensor, dS_BHKV: Tensor | None, continues_B: Tensor | None) -> Tensor:
+    """``fl(M^T dS + D)``, the gradient of the state before one segment."""
+    return fold(M_BHKK.mT, D_BHKV, dS_BHKV, continues_B)
+
+
+def stack_states(states: list[Tensor | None], like_NBHKV: Tensor) -> Tensor:
+    """States in a list, None for zero, as one tensor ``[N, B, HV, K, V]``."""
+    return torch.stack([torch.zeros_like(like_NBHKV[0]) if s is None else s for s in states])
+
+
+class LocalScan:
+    """The scan where every segment is here: one rank."""
+
+    def forward(
+        self,
+        M_NBHKK: Tensor,
+        U_NBHKV: Tensor,
+        continues_NB: Tensor | None,
+        initial_BHKV: Tensor | None,
+        want_final: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        state, incoming, last = initial_BHKV, [], len(U_NBHKV) - 1
+        for n in range(len(U_NBHKV)):
+            incoming.append(state)
+            if n < last or want_final:
+                state = fold(M_NBHKK[n], U_NBHKV[n], state, None if continues_NB is None else continues_NB[n])
+        return stack_states(incoming, U_NBHKV), state if want_final else None
+
+    def reverse(
+        self,
+        M_NBHKK: Tensor,
+        D_NBHKV: Tensor,
+        continues_NB: Tensor | None,
+        final_grad_BHKV: Tensor | None,
+        has_initial: bool,
+        want_final: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        del want_final  # all is here: a missing final gradient is a zero one
+        grad, outgoing = final_grad_BHKV, []
+        for n in reversed(range(len(D_NBHKV))):
+            outgoing.append(grad)
+            if n > 0 or has_initial:
+                grad = reverse_fold(M_NBHKK[n], D_NBHKV[n], grad, None if continues_NB is None else continues_NB[n])
+        return stack_states(outgoing[::-1], D_NBHKV), grad if has_initial else None
