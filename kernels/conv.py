@@ -1,0 +1,157 @@
+"""The causal depthwise convolution before a delta-rule layer: tap by tap, inside documents, cut anywhere.
+
+    z_t = bias + sum_{j < W, t-j >= doc_start_t} weight[:, W-1-j] * x_{t-j}        y_t = activation(z_t)
+
+Each tap is one elementwise pass, oldest first, so an output's bits depend on its own W inputs alone: not on how the
+sequence is cut into intervals, nor on what stands in another document. Library convolutions promise neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Activation = Literal["silu"] | None
+
+
+def causal_conv1d(
+    x_BTD: Tensor,
+    weight_DW: Tensor,
+    bias_D: Tensor | None = None,
+    *,
+    activation: Activation = "silu",
+    doc_start_BT: Tensor | None = None,
+    start: int = 0,
+    halo_BWD: Tensor | None = None,
+) -> Tensor:
+    """Causal depthwise convolution of one interval: ``y_BTD`` in x's dtype, summed in fp32 (fp64 for fp64).
+
+    Args:
+        x_BTD: the interval's tokens; the first of them is token ``start`` of the sequence.
+        weight_DW: one filter of width W a channel, the current token's tap last (nn.Conv1d's without its middle axis).
+        bias_D: one number a channel, or None.
+        activation: ``"silu"``, or None for none.
+        doc_start_BT: global index of the first token of each token's document. Below 0, the document began before
+            token 0 and the whole halo belongs to it. None: one document.
+        start: global index of ``x_BTD[:, 0]``.
+        halo_BWD: the W-1 tokens before the interval, ``[B, W-1, D]``. None: nothing is there, which needs start 0.
+
+    Differentiable in x, weight, bias and halo. Raises ValueError where shapes or options do not fit.
+    """
+    _check(x_BTD, weight_DW, bias_D, activation, doc_start_BT, start, halo_BWD)
+    return _CausalConv.apply(x_BTD, weight_DW, bias_D, halo_BWD, doc_start_BT, start, activation)
+
+
+def silu(z: Tensor) -> Tensor:
+    """``z * sigmoid(z)``, written out: on CPU, F.silu gives the last elements of an array other bits than the rest."""
+    return z / torch.exp(-z).add_(1)
+
+
+class _CausalConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, halo, doc_start, start, activation):  # type: ignore[override]
+        ctx.save_for_backward(x, weight, bias, halo, doc_start)
+        ctx.start, ctx.activation = start, activation
+        z = convolve(_with_halo(x, halo, weight.shape[1]), weight, bias, _taps(doc_start, start, weight.shape[1]))
+        return (silu(z) if activation == "silu" else z).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]
+        x, weight, bias, halo, doc_start = ctx.saved_tensors
+        tokens, width = x.shape[1], weight.shape[1]
+        extended, taps = _with_halo(x, halo, width), _taps(doc_start, ctx.start, width)
+        dz = dy.to(extended.dtype)
+        if ctx.activation == "silu":  # z is cheaper to make again than to keep
+            z = convolve(extended, weight, bias, taps)
+            sigmoid = torch.exp(-z).add_(1).reciprocal_()
+            dz = dz * sigmoid * (1 + z * (1 - sigmoid))
+
+        need_x, need_weight, need_bias, need_halo = ctx.needs_input_grad[:4]
+        dextended = torch.zeros_like(extended) if need_x or need_halo else None
+        dweight = torch.zeros_like(weight, dtype=extended.dtype) if need_weight else None
+        for i in range(width):
+            if dextended is not None:
+                dextended[:, i : i + tokens] += _select(taps[i], dz) * weight[:, i].to(dz.dtype)
+            if dweight is not None:
+                dweight[:, i] = (_select(taps[i], extended[:, i : i + tokens]) * dz).sum((0, 1))
+        return (
+            dextended[:, width - 1 :].to(x.dtype) if dextended is not None and need_x else None,
+            dweight.to(weight.dtype) if dweight is not None else None,
+            dz.sum((0, 1)).to(bias.dtype) if bias is not None and need_bias else None,
+            dextended[:, : width - 1].to(halo.dtype) if dextended is not None and need_halo else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _with_halo(x: Tensor, halo: Tensor | None, width: int) -> Tensor:
+    """The tokens with the W-1 before them, in the dtype that sums are taken in: ``[B, W-1+T, D]``."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if halo is None:
+        halo = x.new_zeros(x.shape[0], width - 1, x.shape[2])
+    return torch.cat([halo.to(dtype), x.to(dtype)], dim=1)
+
+
+def _taps(doc_start: Tensor | None, start: int, width: int) -> list[Tensor | None]:
+    """For filter position i, which tokens may see the token W-1-i before them: ``[B, T, 1]``, or None where all may."""
+    if doc_start is None:
+        return [None] * width
+    position = torch.arange(start, start + doc_start.shape[1], device=doc_start.device)
+    unbounded = doc_start < 0
+    seen = [((position - (width - 1 - i) >= doc_start) | unbounded).unsqueeze(-1) for i in range(width - 1)]
+    return [*seen, None]  # every token sees itself
+
+
+def _select(seen: Tensor | None, value: Tensor) -> Tensor:
+    return value if seen is None else torch.where(seen, value, 0)
+
+
+def convolve(
+    extended: Tensor, weight: Tensor, bias: Tensor | None, taps: Sequence[Tensor | None] | None = None
+) -> Tensor:
+    """The sum over the taps, before the activation: ``[B, W-1+T, D]`` to ``[B, T, D]``, in extended's dtype."""
+    width = weight.shape[1]
+    tokens = extended.shape[1] - width + 1
+    weight = weight.to(extended.dtype)
+    z = extended.new_zeros(())
+    for i, seen in enumerate(taps or [None] * width):
+        # Two roundings a tap: a fused multiply-add would not be used for every element alike.
+        z = z + _select(seen, extended[:, i : i + tokens]) * weight[:, i]
+    return z if bias is None else z + bias.to(z.dtype)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    doc_start: Tensor | None,
+    start: int,
+    halo: Tensor | None,
+) -> None:
+    if x.dim() != 3 or weight.dim() != 2 or weight.shape[1] < 1:
+        raise ValueError(f"x {list(x.shape)} and weight {list(weight.shape)}: give x as [B, T, D], weight as [D, W]")
+    batch, tokens, channels = x.shape
+    if weight.shape[0] != channels:
+        raise ValueError(
+            f"weight {list(weight.shape)} has {weight.shape[0]} filters for {channels} channels; give [D, W]"
+        )
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"bias {list(bias.shape)} must be [D] = [{channels}], or None")
+    if activation not in ("silu", None):
+        raise ValueError(f"activation {activation!r} is not known; give 'silu' or None")
+    if doc_start is not None and doc_start.shape != (batch, tokens):
+        raise ValueError(f"doc_start {list(doc_start.shape)} must be [B, T] = [{batch}, {tokens}], one entry a token")
+    wanted = (batch, weight.shape[1] - 1, channels)
+    if halo is not None and halo.shape != wanted:
+        raise ValueError(f"halo {list(halo.shape)} must be the W-1 tokens before the interval, {list(wanted)}")
+    if halo is None and start != 0:
+        raise ValueError(
+            f"start {start} without a halo: inside a sequence the W-1 tokens before an interval are needed"
+        )
