@@ -1,0 +1,126 @@
+"""Causal attention inside documents as whole blocks: what each rank computes, and whose keys it needs for it.
+
+For each row, each local interval and each piece of a document in it: one square causal block on the piece itself, and
+full rectangles over the document's earlier tokens, one for each interval that holds some of them. Blocks are grouped by
+the rank that holds the keys, in *rounds*: in round s a rank works on the keys of the rank s places before it, whose
+needed ranges alone travel. All of it is Python integers, made once a micro-batch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .layout import Layout
+
+Range = tuple[int, int]  # (start, stop)
+
+
+class Block(NamedTuple):
+    """One call of a backend on row ``row``: queries in local tokens, keys in tokens of the round's key piece."""
+
+    row: int
+    query: Range
+    piece: int
+    key: Range
+    causal: bool  # a square on the diagonal; otherwise a full rectangle
+
+
+@dataclass(frozen=True)
+class Round:
+    """The blocks whose keys ``owner`` holds; ranks of the group, ranges in local tokens of the rank that holds them."""
+
+    owner: int
+    pieces: tuple[Range, ...]  # ranges of the owner's tokens that this rank needs, all rows together
+    blocks: tuple[Block, ...]
+    reader: int  # the rank that reads this rank's keys in the same round
+    sends: tuple[Range, ...]  # ranges of this rank's tokens that the reader needs
+
+
+def make_rounds(starts: Sequence[Sequence[int]], layout: Layout, rank: int) -> tuple[Round, ...]:
+    """The rounds of one rank; ``starts``: for each row, the sorted global document starts, the first of them 0."""
+    rounds = []
+    for shift in range(layout.ranks):
+        owner, reader = (rank - shift) % layout.ranks, (rank + shift) % layout.ranks
+        if shift == 0:
+            size = layout.interval_tokens
+            pieces = {i: (n * size, (n + 1) * size) for n, i in enumerate(layout.indices(rank))}
+            sends: tuple[Range, ...] = ()
+        else:
+            pieces = _needed(starts, layout, owner, rank)
+            sends = tuple(_needed(starts, layout, rank, reader).values())
+        blocks = _squares(starts, layout, rank) if shift == 0 else []
+        blocks += _rectangles(starts, layout, rank, owner, pieces)
+        rounds.append(Round(owner, tuple(pieces.values()), tuple(blocks), reader, sends))
+    return tuple(rounds)
+
+
+def _squares(starts: Sequence[Sequence[int]], layout: Layout, rank: int) -> list[Block]:
+    blocks = []
+    for row, row_starts in enumerate(starts):
+        for n, (start, stop) in enumerate(layout.intervals(rank)):
+            shift = n * layout.interval_tokens - start
+            inner = row_starts[bisect_right(row_starts, start) : bisect_left(row_starts, stop)]
+            edges = [start, *inner, stop]
+            for a, b in zip(edges, edges[1:], strict=False):
+                piece = (a - start, b - start)
+                blocks.append(Block(row, (a + shift, b + shift), n, piece, True))
+    return blocks
+
+
+def _rectangles(
+    starts: Sequence[Sequence[int]], layout: Layout, rank: int, owner: int, pieces: dict[int, Range]
+) -> list[Block]:
+    blocks = []
+    position = {interval: n for n, interval in enumerate(pieces)}
+    for row, row_starts in enumerate(starts):
+        for n, reading in enumerate(layout.indices(rank)):
+            for interval in layout.indices(owner):
+                crossing = _crossing(row_starts, layout, interval, reading)
+                if crossing is None:
+                    continue
+                key_start, query_stop = crossing
+                first = pieces[interval][0] + layout.bounds(interval)[0] - _local(layout, owner, interval)
+                query_shift = n * layout.interval_tokens
+                query = (query_shift, query_shift + query_stop - layout.bounds(reading)[0])
+                key = (key_start - first, layout.bounds(interval)[1] - first)
+                blocks.append(Block(row, query, position[interval], key, False))
+    return blocks
+
+
+def _needed(starts: Sequence[Sequence[int]], layout: Layout, owner: int, reader: int) -> dict[int, Range]:
+    """For each interval of the owner that the reader needs, the range of the owner's local tokens."""
+    needed = {}
+    for interval in layout.indices(owner):
+        start, stop = layout.bounds(interval)
+        firsts = [
+            crossing[0]
+            for reading in layout.indices(reader)
+            for row_starts in starts
+            if (crossing := _crossing(row_starts, layout, interval, reading)) is not None
+        ]
+        if firsts:
+            shift = _local(layout, owner, interval) - start
+            needed[interval] = (min(firsts) + shift, stop + shift)
+    return needed
+
+
+def _crossing(row_starts: Sequence[int], layout: Layout, interval: int, reading: int) -> Range | None:
+    """The document that reaches from ``interval`` into the later interval ``reading``: (its first key there, the end of
+    its queries in ``reading``), global; None where there is none."""
+    if interval >= reading:
+        return None
+    start, stop = layout.bounds(reading)
+    document = bisect_right(row_starts, start) - 1
+    first = max(row_starts[document], layout.bounds(interval)[0])
+    if first >= layout.bounds(interval)[1]:
+        return None
+    end = row_starts[document + 1] if document + 1 < len(row_starts) else stop
+    return first, min(end, stop)
+
+
+def _local(layout: Layout, rank: int, interval: int) -> int:
+    """The local token at which an interval begins on the rank that holds it."""
+    return layout.indices(rank).index(interval) * layout.interval_tokens

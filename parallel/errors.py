@@ -1,0 +1,27 @@
+"""What can go wrong between ranks, said as: the value, the rule, the way out."""
+
+from __future__ import annotations
+
+
+class LayoutError(ValueError):
+    """A sequence cannot be cut over the ranks as asked."""
+
+
+class PlanError(ValueError):
+    """Documents, segments or transports do not fit the layout."""
+
+
+class PeerLost(RuntimeError):
+    """A rank of the group did not deliver: it died, or it stayed away longer than the group's timeout.
+
+    ``rank`` is who noticed, ``peer`` who is missing (global ranks; None where a collective cannot tell),
+    ``operation`` what was under way.
+    """
+
+    def __init__(self, rank: int, peer: int | None, operation: str, reason: str) -> None:
+        self.rank, self.peer, self.operation = rank, peer, operation
+        who = "a rank of its group" if peer is None else f"rank {peer}"
+        super().__init__(f"rank {rank} lost {who} during {operation}: {reason}")
+
+    def __reduce__(self) -> tuple[type[PeerLost], tuple[int, int | None, str, str]]:
+        return PeerLost, (self.rank, self.peer, self.operation, str(self).split(": ", 1)[1])

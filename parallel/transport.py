@@ -1,0 +1,89 @@
+"""Messages of one sequence group: exchanges between pairs of ranks, and all-gathers. Peers are ranks of the group.
+
+Every message is posted in the same program order on all ranks, so a pair's messages match by their order alone (NCCL
+has no tags). A peer that died, or that stayed away longer than the group's timeout, surfaces as PeerLost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import PeerLost
+
+T = TypeVar("T")
+Message = tuple[int, Tensor]  # (peer, contiguous tensor)
+
+
+class Exchange:
+    """Messages under way. They hold their tensors until :meth:`wait`; a received tensor may be read after it."""
+
+    def __init__(
+        self, transport: Transport, works: list[tuple[int | None, dist.Work]], tensors: list[Tensor], what: str
+    ) -> None:
+        self._transport, self._works, self._tensors, self._what = transport, works, tensors, what
+
+    def wait(self) -> None:
+        for peer, work in self._works:
+            self._transport.guard(work.wait, peer, self._what)
+        self._works, self._tensors = [], []
+
+
+class Transport:
+    """The messages of a group. ``group`` None: the group of one, which never sends; ``ranks``: its global ranks."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None, ranks: Sequence[int] = (0,), rank: int = 0) -> None:
+        self.group, self.ranks, self.rank = group, tuple(ranks), rank
+        self.calls = 0  # exchanges and gathers started: recomputation must add none
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message], what: str) -> Exchange:
+        """Starts sends and receives together; the order between two ranks is the order of the lists. Empty tensors
+        are not sent, and must be empty on both sides."""
+        sends = [(peer, tensor) for peer, tensor in sends if tensor.numel()]
+        receives = [(peer, buffer) for peer, buffer in receives if buffer.numel()]
+        if not sends and not receives:
+            return Exchange(self, [], [], what)
+        self.calls += 1
+        ops = [dist.P2POp(dist.isend, tensor, self.ranks[peer], self.group) for peer, tensor in sends]
+        ops += [dist.P2POp(dist.irecv, buffer, self.ranks[peer], self.group) for peer, buffer in receives]
+        peers: list[int | None] = [peer for peer, _ in [*sends, *receives]]
+        works = self.guard(lambda: dist.batch_isend_irecv(ops), peers[0], what)
+        if len(works) != len(ops):  # NCCL makes one of them all
+            peers = [peers[0] if len(set(peers)) == 1 else None] * len(works)
+        return Exchange(self, list(zip(peers, works, strict=True)), [tensor for _, tensor in [*sends, *receives]], what)
+
+    def send(self, tensor: Tensor, peer: int, what: str) -> Exchange:
+        """Starts one message; wait for it before the end of the pass."""
+        return self.exchange([(peer, tensor.contiguous())], [], what)
+
+    def receive(self, like: Tensor, peer: int, what: str) -> Tensor:
+        """One message of ``like``'s shape and type."""
+        buffer = torch.empty_like(like, memory_format=torch.contiguous_format)
+        self.exchange([], [(peer, buffer)], what).wait()
+        return buffer
+
+    def all_gather(self, tensor: Tensor, what: str) -> list[Tensor]:
+        """Every rank's tensor, by rank of the group; equal shapes."""
+        if self.group is None:
+            return [tensor]
+        self.calls += 1
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in self.ranks]
+        self.guard(lambda: dist.all_gather(parts, tensor, group=self.group), None, what)
+        return parts
+
+    def guard(self, call: Callable[[], T], peer: int | None, what: str) -> T:
+        try:
+            return call()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            missing = None if peer is None else self.ranks[peer]
+            raise PeerLost(self.ranks[self.rank], missing, what, reason) from error

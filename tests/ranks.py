@@ -1,0 +1,130 @@
+"""Real ranks for tests: processes started by spawn, gloo between them, results handed back through files.
+
+    results = run_ranks(work, 4, "argument")      # work(*args) runs on every rank; results[r] is rank r's value
+
+``work`` is a function of a module's top level; it may use torch.distributed, which is initialised. What it returns is
+written by torch.save. A rank that raises makes ``run_ranks`` raise with its traceback; with ``check=False`` it comes
+back as a ``RankFailure`` in its place, as does a rank that died.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class RankFailure:
+    rank: int
+    exit_code: int | None  # None: had to be stopped at the timeout
+    text: str  # the traceback, where there is one
+
+
+def run_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120,
+    collective_timeout: float = 60,
+    check: bool = True,
+) -> list[Any]:
+    """``fn(*args)`` on ``world_size`` gloo ranks; seconds. Returns one result a rank; leaves no process behind."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        where = (str(Path(sys.modules[fn.__module__].__file__ or "").resolve()), fn.__module__, fn.__qualname__)
+        processes = [
+            context.Process(target=_rank_main, args=(where, args, rank, world_size, folder, collective_timeout))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout
+        stopped: set[int] = set()
+        try:
+            _wait(processes, deadline, stop_early=check)
+        finally:
+            for rank, process in enumerate(processes):
+                if process.is_alive():
+                    stopped.add(rank)
+                    process.kill()
+                process.join()
+        results = [_result(Path(folder), rank, p.exitcode, rank in stopped) for rank, p in enumerate(processes)]
+    failures = [r for r in results if isinstance(r, RankFailure)]
+    if check and failures:
+        first = min(failures, key=lambda f: f.exit_code is None)  # one that failed by itself, before those we stopped
+        raise RuntimeError(f"rank {first.rank} of {world_size} failed (exit code {first.exit_code})\n{first.text}")
+    return results
+
+
+def _wait(processes: list[Any], deadline: float, stop_early: bool) -> None:
+    while time.monotonic() < deadline:
+        codes = [process.exitcode for process in processes]
+        if None not in codes:
+            return
+        if stop_early and any(codes):
+            time.sleep(1.0)  # the others may be about to say something more useful
+            return
+        time.sleep(0.02)
+
+
+def _result(folder: Path, rank: int, exit_code: int | None, stopped: bool) -> Any:
+    import torch
+
+    done, failed = folder / f"{rank}.pt", folder / f"{rank}.txt"
+    if exit_code == 0 and done.exists() and not stopped:
+        return torch.load(done, weights_only=False)
+    return RankFailure(rank, None if stopped else exit_code, failed.read_text() if failed.exists() else "no traceback")
+
+
+def _rank_main(
+    where: tuple[str, str, str], args: tuple[Any, ...], rank: int, world: int, folder: str, collective_timeout: float
+) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    try:
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=collective_timeout),
+        )
+        result = _load(*where)(*args)
+        torch.save(result, Path(folder) / f"{rank}.pt")
+        dist.barrier()
+    except BaseException:
+        Path(folder, f"{rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)  # no destructors: a process group waits for peers in its own
+    os._exit(0)
+
+
+def _load(path: str, module_name: str, qualified_name: str) -> Callable[..., Any]:
+    """The function by its file: pytest's importlib mode gives modules names that a child cannot import."""
+    module = sys.modules.get(module_name)
+    if module is None or getattr(module, "__file__", None) != path:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        spec.loader.exec_module(module)
+    value: Any = module
+    for part in qualified_name.split("."):
+        value = getattr(value, part)
+    return value
