@@ -1,4 +1,4 @@
-"""The chunked delta rule in torch operations, on any device: one segment a call.
+"""The chunked delta rule in torch operations, on any device: one segment at a time.
 
 In a chunk of C = 64 tokens, with b the cumulative log decay, G_ij = exp(b_i - b_j) for i >= j, e = exp(b),
 and E_ij = G_ij, or exp(b_{i-1} - b_j) where the error is taken from the undecayed state (then e' = exp(b_{i-1})):
@@ -28,34 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import Rule, l2norm
+from .reference import l2norm
+from .segments import CHUNK, Gradients, Inputs
 
-CHUNK = 64
 L2NORM_EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """One segment's tokens as they came: ``q, k [B, T, H, K]``, ``v [B, T, HV, V]``, ``g, beta [B, T, HV]``.
-
-    ``doc_start [B, T]`` holds the global index of each token's document's first token; ``first_token`` is the global
-    index of the segment's first token.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor | None
-    beta: Tensor
-    doc_start: Tensor | None
-    first_token: int
-    scale: float
-    rule: Rule
-    normalise_qk: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float64 if self.v.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -103,7 +79,7 @@ def _matrix_exp_of_differences(later: Tensor, earlier: Tensor, keep: Tensor, dty
 def prepare(x: Inputs) -> Chunks:
     """All of a segment that does not depend on a state."""
     B, T, HV, _ = x.v.shape
-    groups, dtype, device = HV // x.k.shape[2], x.dtype, x.v.device
+    groups, dtype, device = HV // x.k.shape[2], x.state_dtype, x.v.device
     q, k = _to_chunks(x.q, 1, dtype), _to_chunks(x.k, 1, dtype)
     if x.normalise_qk:
         q, k = l2norm(q, L2NORM_EPS), l2norm(k, L2NORM_EPS)
@@ -134,7 +110,7 @@ def prepare(x: Inputs) -> Chunks:
         keep = same & lower
         # Within the document alone: another one's decays must not touch these sums, not even their rounding.
         b = torch.matmul(keep.double(), g)
-        chunk_start = x.first_token + CHUNK * torch.arange(n, device=device).view(n, 1, 1, 1, 1)
+        chunk_start = x.segments.starts[0] + CHUNK * torch.arange(n, device=device).view(n, 1, 1, 1, 1)
         sees = start < chunk_start
         ends = same[..., -1:]  # of the document that the outgoing state belongs to
         last = b[..., -1:, :]
@@ -182,31 +158,39 @@ def _state_pass(c: Chunks, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Te
     return torch.stack(new_values), torch.stack(states), state
 
 
-def summarise(x: Inputs, need_M: bool, need_U: bool) -> tuple[Tensor | None, Tensor | None]:
-    """What the segment does to a state: ``S_out = M S_in + U``.
+def summarise(x: Inputs, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+    """What each segment does to a state: ``S_out = M S_in + U``.
 
     Returns:
-        ``M [B, HV, K, K]`` and ``U [B, HV, K, V]`` in the compute dtype, None where not needed.
+        ``M [N, B, HV, K, K]`` and ``U [N, B, HV, K, V]`` in the state dtype, zero where not needed.
     """
-    c = prepare(x)
-    n, B, HV, C, K = c.k.shape
-    M = U = None
+    B, _, HV, V = x.v.shape
+    N, K = len(x.segments), x.k.shape[-1]
+    M = x.v.new_zeros(N, B, HV, K, K, dtype=x.state_dtype)
+    U = x.v.new_zeros(N, B, HV, K, V, dtype=x.state_dtype)
     # Columns of the state are independent: M is the pass from the identity with no values, U that from zero.
-    if need_U:
-        U = _state_pass(c, c.v, c.v.new_zeros(B, HV, K, c.v.shape[-1]))[2]
-    if need_M:
-        identity = torch.eye(K, dtype=c.k.dtype, device=c.k.device).expand(B, HV, K, K)
-        M = _state_pass(c, c.v.new_zeros(n, B, HV, C, K), identity)[2]
+    for n, _, part in x.by_segment():
+        if not need_M[n] and not need_U[n]:
+            continue
+        c = prepare(part)
+        if need_U[n]:
+            U[n] = _state_pass(c, c.v, torch.zeros_like(U[n]))[2]
+        if need_M[n]:
+            identity = torch.eye(K, dtype=x.state_dtype, device=x.v.device).expand(B, HV, K, K)
+            M[n] = _state_pass(c, torch.zeros_like(c.k), identity)[2]
     return M, U
 
 
-def apply(x: Inputs, incoming_BHKV: Tensor) -> Tensor:
-    """The segment's outputs ``[B, T, HV, V]``, in v's dtype, from the state that enters it."""
-    c = prepare(x)
-    new, states, _ = _state_pass(c, c.v, incoming_BHKV.to(x.dtype))
-    from_state = _select(c.sees, c.in_q * torch.matmul(c.q, states))
-    o = x.scale * (from_state + torch.matmul(c.P, new))
-    return _from_chunks(o, 1, x.v.shape[1], x.v.dtype)
+def apply(x: Inputs, incoming_NBHKV: Tensor) -> Tensor:
+    """Outputs ``[B, T, HV, V]`` in v's dtype, from the state that enters each segment."""
+    outputs = []
+    for n, _, part in x.by_segment():
+        c = prepare(part)
+        new, states, _ = _state_pass(c, c.v, incoming_NBHKV[n])
+        from_state = _select(c.sees, c.in_q * torch.matmul(c.q, states))
+        o = x.scale * (from_state + torch.matmul(c.P, new))
+        outputs.append(_from_chunks(o, 1, part.v.shape[1], x.v.dtype))
+    return torch.cat(outputs, dim=1)
 
 
 def _gradient_pass(x: Inputs, c: Chunks, do: Tensor, dstate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,24 +212,37 @@ def _gradient_pass(x: Inputs, c: Chunks, do: Tensor, dstate: Tensor) -> tuple[Te
     return torch.stack(d_errors[::-1]), torch.stack(d_states[::-1]), dstate
 
 
-def summarise_backward(x: Inputs, do_BTHV: Tensor) -> Tensor:
-    """``D [B, HV, K, V]``: the gradient of the incoming state were that of the outgoing one zero
-    (``dS_in = M^T dS_out + D``)."""
-    c = prepare(x)
-    do = _to_chunks(do_BTHV, 1, x.dtype)
-    _, B, HV, _, K = c.k.shape
-    return _gradient_pass(x, c, do, do.new_zeros(B, HV, K, do.shape[-1]))[2]
+def summarise_backward(x: Inputs, do_BTHV: Tensor, need_D: tuple[bool, ...]) -> Tensor:
+    """``D [N, B, HV, K, V]``: the gradient of the state that enters each segment, were that of the state which
+    leaves it zero (``dS_in = M^T dS_out + D``); zero where not needed."""
+    B, _, HV, V = x.v.shape
+    D = x.v.new_zeros(len(x.segments), B, HV, x.k.shape[-1], V, dtype=x.state_dtype)
+    for n, tokens, part in x.by_segment():
+        if need_D[n]:
+            do = _to_chunks(do_BTHV[:, tokens], 1, x.state_dtype)
+            D[n] = _gradient_pass(part, prepare(part), do, torch.zeros_like(D[n]))[2]
+    return D
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """Of one segment's inputs, in their shapes; ``g`` is None where there was no decay."""
+def apply_backward(x: Inputs, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoing_grad_NBHKV: Tensor) -> Gradients:
+    """Gradients of the inputs.
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor | None
-    beta: Tensor
+    Args:
+        incoming_NBHKV: the state that enters each segment.
+        do_BTHV: gradient of the outputs.
+        outgoing_grad_NBHKV: gradient of the state that leaves each segment, from everything to its right.
+    """
+    grads = [
+        _segment_backward(part, incoming_NBHKV[n], do_BTHV[:, tokens], outgoing_grad_NBHKV[n])
+        for n, tokens, part in x.by_segment()
+    ]
+    return Gradients(
+        q=torch.cat([d.q for d in grads], 1),
+        k=torch.cat([d.k for d in grads], 1),
+        v=torch.cat([d.v for d in grads], 1),
+        g=None if x.g is None else torch.cat([d.g for d in grads if d.g is not None], 1),
+        beta=torch.cat([d.beta for d in grads], 1),
+    )
 
 
 def _l2norm_backward(x: Tensor, dy: Tensor) -> Tensor:
@@ -254,21 +251,14 @@ def _l2norm_backward(x: Tensor, dy: Tensor) -> Tensor:
     return r * (dy - x * (r * r * (x * dy).sum(-1, keepdim=True)))
 
 
-def apply_backward(x: Inputs, incoming_BHKV: Tensor, do_BTHV: Tensor, outgoing_grad_BHKV: Tensor) -> Gradients:
-    """Gradients of the segment's inputs.
-
-    Args:
-        incoming_BHKV: the state that enters the segment.
-        do_BTHV: gradient of the outputs.
-        outgoing_grad_BHKV: gradient of the state that leaves it, from everything to the right.
-    """
+def _segment_backward(x: Inputs, incoming_BHKV: Tensor, do_BTHV: Tensor, outgoing_grad_BHKV: Tensor) -> Gradients:
     c = prepare(x)
     B, T, HV, _ = x.v.shape
     groups = HV // x.k.shape[2]
-    do = _to_chunks(do_BTHV, 1, x.dtype)
-    new, states, _ = _state_pass(c, c.v, incoming_BHKV.to(x.dtype))
-    dR, d_states, _ = _gradient_pass(x, c, do, outgoing_grad_BHKV.to(x.dtype))
-    ones = torch.ones(CHUNK, CHUNK, dtype=x.dtype, device=x.v.device)
+    do = _to_chunks(do_BTHV, 1, x.state_dtype)
+    new, states, _ = _state_pass(c, c.v, incoming_BHKV)
+    dR, d_states, _ = _gradient_pass(x, c, do, outgoing_grad_BHKV)
+    ones = torch.ones(CHUNK, CHUNK, dtype=x.state_dtype, device=x.v.device)
     upper, strict_lower, strict_upper = ones.triu(), ones.tril(-1), ones.triu(1)
 
     # Queries, and the keys they met inside the chunk.
@@ -328,9 +318,9 @@ def apply_backward(x: Inputs, incoming_BHKV: Tensor, do_BTHV: Tensor, outgoing_g
         dg = _from_chunks(dg, 1, T, x.g.dtype)[..., 0]
 
     def of_heads(grad: Tensor, raw: Tensor) -> Tensor:
-        grad_BTHK = _from_chunks(grad, groups, T, x.dtype)
+        grad_BTHK = _from_chunks(grad, groups, T, x.state_dtype)
         if x.normalise_qk:
-            grad_BTHK = _l2norm_backward(raw.to(x.dtype), grad_BTHK)
+            grad_BTHK = _l2norm_backward(raw.to(x.state_dtype), grad_BTHK)
         return grad_BTHK.to(raw.dtype)
 
     return Gradients(

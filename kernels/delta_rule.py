@@ -16,91 +16,42 @@ import torch
 from torch import Tensor
 
 from . import chunk_torch, kept
-from .chunk_torch import CHUNK
+from .checks import check_cu_seqlens, check_shapes, check_values
 from .reference import Rule, recurrence
 from .scan import LocalScan, Scan
+from .segments import CHUNK, Inputs, Segments
 
-
-@dataclass(frozen=True)
-class Segments:
-    """Which segments of the global sequence the local tokens are.
-
-    tokens: tokens of a segment, a multiple of 64; the sequence's last segment may be shorter.
-    starts: global index of the first token of each local segment, in the order in which they lie in memory.
-    total: tokens of the whole sequence.
-    continues_NB: bool ``[N, B]``, whether the state passes through local segment n in row b, that is, no document
-        starts inside it or at its first token; None where there are no documents.
-    open: for each local segment, whether ``continues_NB`` holds in any row, known on the host; None: in all.
-    """
-
-    tokens: int
-    starts: tuple[int, ...]
-    total: int
-    continues_NB: Tensor | None = None
-    open: tuple[bool, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.tokens <= 0 or self.tokens % CHUNK:
-            raise ValueError(
-                f"segment_tokens={self.tokens}: segments are whole chunks of {CHUNK} tokens; "
-                f"give a positive multiple of {CHUNK}"
-            )
-
-    def length(self, n: int) -> int:
-        """Tokens of local segment n."""
-        return min(self.tokens, self.total - self.starts[n])
-
-    def is_first(self, n: int) -> bool:
-        return self.starts[n] == 0
-
-    def is_last(self, n: int) -> bool:
-        return self.starts[n] + self.tokens >= self.total
-
-    def need_M(self, n: int, has_initial: bool, want_final: bool) -> bool:
-        """M is used where a state comes in and goes on; the same in the forward and the backward pass."""
-        comes_in, goes_on = has_initial or not self.is_first(n), want_final or not self.is_last(n)
-        return comes_in and goes_on and (self.open is None or self.open[n])
+__all__ = [
+    "Rule",
+    "Segments",
+    "chunk_gated_delta_rule",
+    "delta_rule",
+    "document_starts",
+    "fused_recurrent_gated_delta_rule",
+]
 
 
 @dataclass(frozen=True)
 class _Call:
     """What the autograd function needs beside tensors."""
 
+    segments: Segments
+    scan: Scan
     scale: float
     rule: Rule
     normalise_qk: bool
-    segments: Segments
-    scan: Scan
     has_initial: bool
     want_final: bool
 
-    def inputs(self, tensors: tuple[Any, ...], n: int, offset: int) -> chunk_torch.Inputs:
-        """Segment n, whose tokens begin at ``offset`` in memory."""
-        q, k, v, g, beta, doc_start = tensors
-        part = slice(offset, offset + self.segments.length(n))
-        return chunk_torch.Inputs(
-            q[:, part],
-            k[:, part],
-            v[:, part],
-            None if g is None else g[:, part],
-            beta[:, part],
-            None if doc_start is None else doc_start[:, part],
-            self.segments.starts[n],
-            self.scale,
-            self.rule,
-            self.normalise_qk,
-        )
-
-    def each_segment(self, tensors: tuple[Any, ...]) -> list[tuple[slice, chunk_torch.Inputs]]:
-        parts, offset = [], 0
-        for n in range(len(self.segments.starts)):
-            length = self.segments.length(n)
-            parts.append((slice(offset, offset + length), self.inputs(tensors, n, offset)))
-            offset += length
-        return parts
+    def inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, doc_start: Tensor | None
+    ) -> Inputs:
+        return Inputs(q, k, v, g, beta, doc_start, self.segments, self.scale, self.rule, self.normalise_qk)
 
 
 class _DeltaRule(torch.autograd.Function):
+    """summarise, scan, apply; and back."""
+
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
@@ -114,62 +65,44 @@ class _DeltaRule(torch.autograd.Function):
         call: _Call,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        parts = call.each_segment((q, k, v, g, beta, doc_start))
-        segments, dtype = call.segments, parts[0][1].dtype
-        B, _, HV, V = v.shape
-        K = k.shape[-1]
+        x = call.inputs(q, k, v, g, beta, doc_start)
+        segments = call.segments
 
-        def scan_forward() -> tuple[Tensor, Tensor, Tensor | None]:
-            M = v.new_zeros(len(parts), B, HV, K, K, dtype=dtype)
-            U = v.new_zeros(len(parts), B, HV, K, V, dtype=dtype)
-            for n, (_, x) in enumerate(parts):
-                need_M = segments.need_M(n, call.has_initial, call.want_final)
-                need_U = call.want_final or not segments.is_last(n)
-                M_n, U_n = chunk_torch.summarise(x, need_M, need_U)
-                if M_n is not None:
-                    M[n] = M_n
-                if U_n is not None:
-                    U[n] = U_n
-            start = None if initial is None else initial.to(dtype)
+        def summarise_and_scan() -> tuple[Tensor, Tensor, Tensor | None]:
+            each = range(len(segments))
+            need_M = tuple(segments.needs_M(n, call.has_initial, call.want_final) for n in each)
+            need_U = tuple(segments.goes_on(n, call.want_final) for n in each)
+            M, U = chunk_torch.summarise(x, need_M, need_U)
+            start = None if initial is None else initial.to(x.state_dtype)
             return M, *call.scan.forward(M, U, segments.continues_NB, start, call.want_final)
 
-        M, incoming, final = kept.once(scan_forward)
-        o = torch.cat([chunk_torch.apply(x, incoming[n]) for n, (_, x) in enumerate(parts)], dim=1)
+        M, incoming, final = kept.once(summarise_and_scan)
         ctx.save_for_backward(q, k, v, g, beta, doc_start, M, incoming)
         ctx.call = call
         ctx.initial_dtype = None if initial is None else initial.dtype
-        return o, final
+        return chunk_torch.apply(x, incoming), final
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        q, k, v, g, beta, doc_start, M, incoming = ctx.saved_tensors
+        *tensors, M, incoming = ctx.saved_tensors
         call: _Call = ctx.call
         segments = call.segments
-        do = torch.zeros_like(v) if do is None else do
-        parts = call.each_segment((q, k, v, g, beta, doc_start))
-        D = torch.zeros_like(incoming)
-        for n, (part, x) in enumerate(parts):
-            if call.has_initial or not segments.is_first(n):
-                D[n] = chunk_torch.summarise_backward(x, do[:, part])
+        x = call.inputs(*tensors)
+        do = torch.zeros_like(x.v) if do is None else do
+        need_D = tuple(segments.comes_in(n, call.has_initial) for n in range(len(segments)))
+        D = chunk_torch.summarise_backward(x, do, need_D)
         outgoing, dinitial = call.scan.reverse(
             M,
             D,
             segments.continues_NB,
-            None if dfinal is None else dfinal.to(M.dtype),
+            None if dfinal is None else dfinal.to(x.state_dtype),
             call.has_initial,
             call.want_final,
         )
-        grads = [
-            chunk_torch.apply_backward(x, incoming[n], do[:, part], outgoing[n]) for n, (part, x) in enumerate(parts)
-        ]
-
-        def joined(name: str) -> Tensor | None:
-            pieces = [getattr(grad, name) for grad in grads]
-            return None if pieces[0] is None else torch.cat(pieces, dim=1)
-
+        grads = chunk_torch.apply_backward(x, incoming, do, outgoing)
         if dinitial is not None and ctx.initial_dtype is not None:
             dinitial = dinitial.to(ctx.initial_dtype)
-        return joined("q"), joined("k"), joined("v"), joined("g"), joined("beta"), dinitial, None, None
+        return grads.q, grads.k, grads.v, grads.g, grads.beta, dinitial, None, None
 
 
 def delta_rule(
@@ -212,16 +145,13 @@ def delta_rule(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, naming the value and the rule.
     """
-    _check(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT)
-    T, held = v_BTHV.shape[1], sum(segments.length(n) for n in range(len(segments.starts)))
-    if T != held:
+    check_shapes(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT)
+    T, held = v_BTHV.shape[1], sum(segments.length(n) for n in range(len(segments)))
+    if held != T:
         raise ValueError(f"T={T}, but the local segments hold {held} tokens; pass the tokens of whole segments")
-    call = _Call(
-        scale, rule, normalise_qk, segments, scan, initial_state_BHKV is not None, output_final_state
-    )
-    return _DeltaRule.apply(
-        q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT, call
-    )  # type: ignore[no-any-return]
+    has_initial = initial_state_BHKV is not None
+    call = _Call(segments, scan, scale, rule, normalise_qk, has_initial, output_final_state)
+    return _DeltaRule.apply(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT, call)  # type: ignore[no-any-return]
 
 
 def chunk_gated_delta_rule(
@@ -264,13 +194,13 @@ def chunk_gated_delta_rule(
         ValueError, TypeError: naming the argument, its value, the rule and the way out.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    _check(q, k, v, g, beta, None, doc_start)
+    check_shapes(q, k, v, g, beta, None, doc_start)
     if cu_seqlens is not None:
         if doc_start is not None:
             raise ValueError("cu_seqlens and doc_start both describe documents; give one of them")
-        _check_cu_seqlens(cu_seqlens, q, initial_state, v)
+        check_cu_seqlens(cu_seqlens, q, initial_state, v)
     if check_inputs:
-        _check_values(g, beta, cu_seqlens, q.shape[1])
+        check_values(g, beta, cu_seqlens, q.shape[1])
     if cu_seqlens is not None and (initial_state is not None or output_final_state):
         return _by_document(
             q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens,
@@ -326,10 +256,10 @@ def fused_recurrent_gated_delta_rule(
     """Gated delta rule, token by token, for decoding; arguments, results and errors of
     :func:`chunk_gated_delta_rule`. States and sums in fp32 (fp64 for fp64 inputs)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    _check(q, k, v, g, beta, None if cu_seqlens is not None else initial_state, None)
+    check_shapes(q, k, v, g, beta, None if cu_seqlens is not None else initial_state, None)
     bounds = [0, q.shape[1]]
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, q, initial_state, v)
+        check_cu_seqlens(cu_seqlens, q, initial_state, v)
         bounds = cu_seqlens.tolist()
     outputs, finals = [], []
     for n, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
@@ -395,73 +325,3 @@ def _by_document(
         outputs.append(o)
         finals.append(final)
     return torch.cat(outputs, 1), torch.cat(finals) if output_final_state else None
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
-    initial: Tensor | None,
-    doc_start: Tensor | None,
-) -> None:
-    """Shapes, dtypes and devices; never values."""
-    if v.dim() != 4 or k.dim() != 4:
-        raise ValueError(f"k{list(k.shape)}, v{list(v.shape)}: expected k [B, T, H, K] and v [B, T, HV, V]")
-    B, T, H, K = k.shape
-    HV, V = v.shape[2:]
-    if g is not None and g.dim() == 4:
-        raise ValueError(
-            f"g{list(g.shape)}: a decay per key channel (Kimi Linear) is another algebra and is not supported; "
-            f"give one log decay a value head, [B, T, HV] = {[B, T, HV]}"
-        )
-    if H == 0 or HV % H:
-        raise ValueError(f"HV={HV} value heads, H={H} key heads: HV must be a multiple of H; change one of them")
-    expected = {"q": (q, [B, T, H, K]), "v": (v, [B, T, HV, V]), "g": (g, [B, T, HV]), "beta": (beta, [B, T, HV])}
-    expected["initial_state"] = (initial, [B, HV, K, V])
-    expected["doc_start"] = (doc_start, [B, T])
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if list(tensor.shape) != shape:
-            raise ValueError(f"{name}{list(tensor.shape)}: expected {shape}, from k{list(k.shape)} and v{list(v.shape)}")
-        if tensor.device != k.device:
-            raise ValueError(f"{name} is on {tensor.device}, k on {k.device}: move all inputs to one device")
-    for name, tensor in {"k": k, "v": v}.items():
-        if tensor.dtype != q.dtype or not tensor.is_floating_point():
-            raise TypeError(f"{name} is {tensor.dtype}, q is {q.dtype}: q, k and v share one floating dtype; cast them")
-    if doc_start is not None and doc_start.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"doc_start is {doc_start.dtype}: token indices are int32 or int64; cast it")
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, initial_state: Tensor | None, v: Tensor) -> None:
-    if q.shape[0] != 1:
-        raise ValueError(f"B={q.shape[0]} with cu_seqlens: packed documents lie in one row; flatten the batch to B=1")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
-        raise ValueError(f"cu_seqlens{list(cu_seqlens.shape)} {cu_seqlens.dtype}: expected N + 1 >= 2 integer bounds")
-    documents = len(cu_seqlens) - 1
-    shape = [documents, v.shape[2], q.shape[3], v.shape[3]]
-    if initial_state is not None and list(initial_state.shape) != shape:
-        raise ValueError(
-            f"initial_state{list(initial_state.shape)}: with cu_seqlens of {documents} documents expected {shape}, "
-            f"one state a document"
-        )
-    if cu_seqlens.device.type == "cpu":  # values cost nothing to look at here
-        _check_bounds(cu_seqlens, q.shape[1])
-
-
-def _check_bounds(cu_seqlens: Tensor, T: int) -> None:
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != T or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
-        raise ValueError(f"cu_seqlens={bounds[:4]}...{bounds[-1]}: must rise from 0 to T={T}")
-
-
-def _check_values(g: Tensor | None, beta: Tensor, cu_seqlens: Tensor | None, T: int) -> None:
-    for name, tensor in {"g": g, "beta": beta}.items():
-        if tensor is not None and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} holds values that are not finite; look at what made it")
-    if g is not None and g.numel() and float(g.max()) > 0:
-        raise ValueError(f"g={float(g.max()):.3g} > 0: the log decay is at most 0 (alpha = exp(g) <= 1); pass log alpha")
-    if cu_seqlens is not None:
-        _check_bounds(cu_seqlens, T)

@@ -1,0 +1,81 @@
+"""What the ops refuse: one line with the value, the rule and the way out. Shapes, dtypes and devices always; values
+only where looking at them does not wait for a device, or was asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    initial: Tensor | None,
+    doc_start: Tensor | None,
+) -> None:
+    """Shapes, dtypes and devices; never values."""
+    if v.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"k{list(k.shape)}, v{list(v.shape)}: expected k [B, T, H, K] and v [B, T, HV, V]")
+    B, T, H, K = k.shape
+    HV, V = v.shape[2:]
+    if g is not None and g.dim() == 4:
+        raise ValueError(
+            f"g{list(g.shape)}: a decay per key channel (Kimi Linear) is another algebra and is not supported; "
+            f"give one log decay a value head, [B, T, HV] = {[B, T, HV]}"
+        )
+    if H == 0 or HV % H:
+        raise ValueError(f"HV={HV} value heads, H={H} key heads: HV must be a multiple of H; change one of them")
+    expected = {"q": (q, [B, T, H, K]), "v": (v, [B, T, HV, V]), "g": (g, [B, T, HV]), "beta": (beta, [B, T, HV])}
+    expected["initial_state"] = (initial, [B, HV, K, V])
+    expected["doc_start"] = (doc_start, [B, T])
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if list(tensor.shape) != shape:
+            raise ValueError(
+                f"{name}{list(tensor.shape)}: expected {shape}, from k{list(k.shape)} and v{list(v.shape)}"
+            )
+        if tensor.device != k.device:
+            raise ValueError(f"{name} is on {tensor.device}, k on {k.device}: move all inputs to one device")
+    for name, tensor in {"k": k, "v": v}.items():
+        if tensor.dtype != q.dtype or not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}, q is {q.dtype}: q, k and v share one floating dtype; cast them")
+    if doc_start is not None and doc_start.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"doc_start is {doc_start.dtype}: token indices are int32 or int64; cast it")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, initial_state: Tensor | None, v: Tensor) -> None:
+    if q.shape[0] != 1:
+        raise ValueError(f"B={q.shape[0]} with cu_seqlens: packed documents lie in one row; flatten the batch to B=1")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(f"cu_seqlens{list(cu_seqlens.shape)} {cu_seqlens.dtype}: expected N + 1 >= 2 integer bounds")
+    documents = len(cu_seqlens) - 1
+    shape = [documents, v.shape[2], q.shape[3], v.shape[3]]
+    if initial_state is not None and list(initial_state.shape) != shape:
+        raise ValueError(
+            f"initial_state{list(initial_state.shape)}: with cu_seqlens of {documents} documents expected {shape}, "
+            f"one state a document"
+        )
+    if cu_seqlens.device.type == "cpu":  # values cost nothing to look at here
+        check_bounds(cu_seqlens, q.shape[1])
+
+
+def check_bounds(cu_seqlens: Tensor, T: int) -> None:
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != T or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
+        raise ValueError(f"cu_seqlens={bounds[:4]}...{bounds[-1]}: must rise from 0 to T={T}")
+
+
+def check_values(g: Tensor | None, beta: Tensor, cu_seqlens: Tensor | None, T: int) -> None:
+    for name, tensor in {"g": g, "beta": beta}.items():
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds values that are not finite; look at what made it")
+    if g is not None and g.numel() and float(g.max()) > 0:
+        raise ValueError(
+            f"g={float(g.max()):.3g} > 0: the log decay is at most 0 (alpha = exp(g) <= 1); pass log alpha"
+        )
+    if cu_seqlens is not None:
+        check_bounds(cu_seqlens, T)

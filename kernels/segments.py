@@ -1,0 +1,121 @@
+"""The global grid of segments, and one call's inputs on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .reference import Rule
+
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which segments of the global sequence the local tokens are.
+
+    tokens: tokens of a segment, a multiple of 64; the sequence's last segment may be shorter.
+    starts: global index of the first token of each local segment, in the order in which they lie in memory.
+    total: tokens of the whole sequence.
+    continues_NB: bool ``[N, B]``, whether the state passes through local segment n in row b, that is, no document
+        starts inside it or at its first token; None where there are no documents.
+    open: for each local segment, whether ``continues_NB`` holds in any row, known on the host; None: in all.
+    """
+
+    tokens: int
+    starts: tuple[int, ...]
+    total: int
+    continues_NB: Tensor | None = None
+    open: tuple[bool, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens <= 0 or self.tokens % CHUNK:
+            raise ValueError(
+                f"segment_tokens={self.tokens}: segments are whole chunks of {CHUNK} tokens; "
+                f"give a positive multiple of {CHUNK}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def length(self, n: int) -> int:
+        """Tokens of local segment n."""
+        return min(self.tokens, self.total - self.starts[n])
+
+    def is_first(self, n: int) -> bool:
+        return self.starts[n] == 0
+
+    def is_last(self, n: int) -> bool:
+        return self.starts[n] + self.tokens >= self.total
+
+    def comes_in(self, n: int, has_initial: bool) -> bool:
+        """Whether the state that enters segment n may be other than zero; then its gradient, D, is needed."""
+        return has_initial or not self.is_first(n)
+
+    def goes_on(self, n: int, want_final: bool) -> bool:
+        """Whether anyone wants the state that leaves segment n; then U is needed."""
+        return want_final or not self.is_last(n)
+
+    def needs_M(self, n: int, has_initial: bool, want_final: bool) -> bool:
+        """M is used where a state comes in and goes on; the same in the forward and the backward pass."""
+        passes = self.open is None or self.open[n]
+        return passes and self.comes_in(n, has_initial) and self.goes_on(n, want_final)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The local tokens: ``q, k [B, T, H, K]``, ``v [B, T, HV, V]``, ``g, beta [B, T, HV]``, g None for no decay.
+
+    ``doc_start [B, T]`` holds the global index of each token's document's first token, None for one document.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    beta: Tensor
+    doc_start: Tensor | None
+    segments: Segments
+    scale: float
+    rule: Rule
+    normalise_qk: bool
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Of states, summaries and sums: fp32, or fp64 for fp64 inputs."""
+        return torch.float64 if self.v.dtype == torch.float64 else torch.float32
+
+    def by_segment(self) -> Iterator[tuple[int, slice, Inputs]]:
+        """``(n, its tokens, its inputs)`` for each local segment."""
+        offset = 0
+        for n, start in enumerate(self.segments.starts):
+            part = slice(offset, offset + self.segments.length(n))
+            offset = part.stop
+            yield (
+                n,
+                part,
+                replace(
+                    self,
+                    q=self.q[:, part],
+                    k=self.k[:, part],
+                    v=self.v[:, part],
+                    g=None if self.g is None else self.g[:, part],
+                    beta=self.beta[:, part],
+                    doc_start=None if self.doc_start is None else self.doc_start[:, part],
+                    segments=replace(self.segments, starts=(start,), continues_NB=None, open=None),
+                ),
+            )
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of the inputs, in their shapes and dtypes; ``g`` is None where there was no decay."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    beta: Tensor
