@@ -53,7 +53,7 @@ class _DeltaRule(torch.autograd.Function):
     """summarise, scan, apply; and back."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
@@ -83,7 +83,7 @@ class _DeltaRule(torch.autograd.Function):
         return chunk_torch.apply(x, incoming), final
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
         *tensors, M, incoming = ctx.saved_tensors
         call: _Call = ctx.call
         segments = call.segments
@@ -151,7 +151,7 @@ def delta_rule(
         raise ValueError(f"T={T}, but the local segments hold {held} tokens; pass the tokens of whole segments")
     has_initial = initial_state_BHKV is not None
     call = _Call(segments, scan, scale, rule, normalise_qk, has_initial, output_final_state)
-    return _DeltaRule.apply(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT, call)  # type: ignore[no-any-return]
+    return _DeltaRule.apply(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT, call)
 
 
 def chunk_gated_delta_rule(
@@ -323,5 +323,6 @@ def _by_document(
             segment_tokens=segment_tokens,
         )
         outputs.append(o)
-        finals.append(final)
+        if final is not None:
+            finals.append(final)
     return torch.cat(outputs, 1), torch.cat(finals) if output_final_state else None
