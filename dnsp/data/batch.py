@@ -1,0 +1,70 @@
+"""A micro-batch for one rank: its rows, and of each row its own intervals alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnsp.data.mix import Step
+from dnsp.data.pack import check_ids
+from dnsp.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows, T local tokens: the intervals one after the other, in increasing order."""
+
+    tokens_BT: Tensor  # int64
+    targets_BT: Tensor  # int64, -100 where nothing is predicted
+    doc_starts: list[list[int]]  # of each row, over the whole sequence: index of each document's first token
+
+
+def micro_batches(global_batch: int, micro_batch: int, data_size: int) -> int:
+    """Micro-batches that every data rank runs in one optimizer step (gradient accumulation).
+
+    Raises UsageError where that is not a whole number.
+    """
+    rows = micro_batch * data_size
+    if global_batch < 1 or micro_batch < 1 or global_batch % rows:
+        raise UsageError(
+            f"train.global_batch={global_batch} is not a multiple of train.micro_batch={micro_batch} times "
+            f"{data_size} data-parallel ranks: use a multiple of {max(rows, 1)}"
+        )
+    return global_batch // rows
+
+
+def batch(
+    step: Step,
+    micro: int,
+    *,
+    micro_batch: int,
+    data_rank: int,
+    data_size: int,
+    intervals: Sequence[tuple[int, int]],
+    vocab_size: int,
+) -> Batch:
+    """Micro-batch ``micro`` of an optimizer step, as one rank sees it.
+
+    intervals: (start, stop) token indices of this rank's part of every sequence, in increasing order.
+    Reads those tokens and one after each interval, for the target across the cut.
+    Raises RunError for an id that is not below ``vocab_size``.
+    """
+    first = (micro * data_size + data_rank) * micro_batch
+    rows = step.sequences[first : first + micro_batch]
+    tokens_BT, targets_BT = [], []
+    for sequence in rows:
+        parts = [sequence.tokens_and_targets(start, stop) for start, stop in intervals]
+        tokens_T = np.concatenate([tokens for tokens, _ in parts])
+        targets_T = np.concatenate([targets for _, targets in parts])
+        check_ids(tokens_T, vocab_size, sequence.source)
+        tokens_BT.append(tokens_T)
+        targets_BT.append(targets_T)
+    return Batch(
+        torch.from_numpy(np.stack(tokens_BT)),
+        torch.from_numpy(np.stack(targets_BT)),
+        [sequence.doc_starts for sequence in rows],
+    )
