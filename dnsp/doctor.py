@@ -287,7 +287,7 @@ def _data() -> Iterator[Row]:
     if prepared:
         yield "prepared", "ok", "\n".join(prepared), ""
     else:
-        yield "prepared", "absent", "nothing yet", "nothing to do: python-stdlib is prepared by the command that needs it"
+        yield "prepared", "absent", "nothing yet", "none needed: what uses python-stdlib prepares it"
 
 
 SECTIONS: Mapping[str, Callable[[], Iterator[Row]]] = {
