@@ -46,9 +46,9 @@ def periodic_decay(g_BTH: Tensor | None, position_BT: Tensor, heads: int, every:
     if every < 1 or not 0 < factor <= 1:
         raise ValueError(f"decay by {factor} every {every} tokens: give a factor in (0, 1], an interval from 1")
     due = (position_BT > 0) & (position_BT % every == 0)
-    extra = torch.where(due, math.log(factor), 0.0).unsqueeze(-1)
+    extra = (due.double() * math.log(factor)).unsqueeze(-1)
     if g_BTH is None:
-        return extra.expand(*position_BT.shape, heads)
+        return extra.float().expand(*position_BT.shape, heads)
     return g_BTH + extra.to(g_BTH.dtype)
 
 

@@ -1,0 +1,211 @@
+"""The hybrid decoder: embeddings, layers of any mix of kinds, a norm, the output projection.
+
+Structure and parameter names are those of transformers' Qwen3.5 text model, so that checkpoints go both ways.
+A rank holds some intervals of a sequence; which ones, and whose documents, only the plan knows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dnsp.config import ModelConfig
+from dnsp.kernels import kept
+from dnsp.loss import cross_entropy_sum
+from dnsp.model.attention import Attention
+from dnsp.model.deltanet import DeltaNet
+from dnsp.model.gated_delta import GatedDelta
+from dnsp.model.linear_attention import LinearAttention
+from dnsp.model.mlp import MLP
+from dnsp.model.norm import RMSNorm
+from dnsp.model.rotary import Rotary, rotary_angles
+from dnsp.model.state import LayerState
+from dnsp.parallel.plan import Plan
+
+
+class Mixer(Protocol):
+    """What a layer kind offers: all tokens of a plan at once, or one token a row with a state."""
+
+    def __call__(self, x_BTD: Tensor, plan: Plan, rotary: Rotary | None, state: LayerState | None = None) -> Tensor: ...
+
+    def step(self, x_BD: Tensor, rotary: Rotary | None, state: LayerState) -> Tensor: ...
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LayerState: ...
+
+    def reset_parameters(self, std: float) -> None: ...
+
+
+# kind: the name that its parameters have in a layer, and what makes them
+MIXERS: dict[str, tuple[str, Any]] = {
+    "gated_delta": ("linear_attn", GatedDelta),
+    "attention": ("self_attn", Attention),
+    "deltanet": ("deltanet", DeltaNet),
+    "linear_attention": ("linear_attention", LinearAttention),
+}
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm, mixer, residual; pre-norm, SwiGLU, residual."""
+
+    def __init__(self, config: ModelConfig, kind: str) -> None:
+        super().__init__()
+        self.mixer_name, mixer = MIXERS[kind]
+        self.add_module(self.mixer_name, mixer(config))
+        # a deltanet block chooses its norm and whether it feeds forward; the others are as Qwen3.5 has them
+        own = config.deltanet if kind == "deltanet" else None
+        layer_norm = own is not None and own.norm == "layer"
+        self.feeds_forward = own is None or own.feed_forward
+        self.input_layernorm = _block_norm(config, layer_norm)
+        if self.feeds_forward:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+            self.post_attention_layernorm = _block_norm(config, layer_norm)
+
+    @property
+    def mixer(self) -> Mixer:
+        return getattr(self, self.mixer_name)
+
+    def reset_parameters(self, std: float) -> None:
+        self.mixer.reset_parameters(std)
+        self.input_layernorm.reset_parameters()
+        if self.feeds_forward:
+            self.mlp.reset_parameters(std)
+            self.post_attention_layernorm.reset_parameters()
+
+    def forward(self, x_BTD: Tensor, plan: Plan, rotary: Rotary | None, state: LayerState | None = None) -> Tensor:
+        x_BTD = x_BTD + self.mixer(self.input_layernorm(x_BTD), plan, rotary, state)
+        if state is not None:
+            state.position_B.copy_(plan.position_BT[:, -1] + 1)
+        return self._feed_forward(x_BTD)
+
+    def step(self, x_BD: Tensor, rotary: Rotary | None, state: LayerState) -> Tensor:
+        x_BD = x_BD + self.mixer.step(self.input_layernorm(x_BD), rotary, state)
+        state.position_B += 1
+        return self._feed_forward(x_BD)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.post_attention_layernorm(x)) if self.feeds_forward else x
+
+
+class Trunk(nn.Module):
+    """All but the output projection; a module of its own for the sake of checkpoints' names, ``model.*``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, kind) for kind in config.layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A language model over this rank's part of a sequence, and its recurrent form.
+
+    ``forward(tokens_BT, targets_BT, plan)`` is what training calls. ``activation_checkpointing`` recomputes every layer
+    in the backward pass; scans, halos and attention are kept from the first pass (``dnsp.kernels.kept``).
+    """
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.rope_theta = config.rope_theta
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws all weights anew, from torch's generator; the same seed gives every rank the same ones."""
+        std = self.config.initializer_range
+        nn.init.normal_(self.model.embed_tokens.weight, std=std)
+        for layer in self._layers():
+            layer.reset_parameters(std)
+        self.model.norm.reset_parameters()
+        if not self.config.tie_word_embeddings:
+            nn.init.normal_(self.lm_head.weight, std=std)
+
+    def set_rope_theta(self, theta: float) -> None:
+        """The base of the rotary frequencies, which longer contexts raise; no parameter depends on it."""
+        self.rope_theta = theta
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, plan: Plan) -> Tensor:
+        """The loss in fp32, summed over local targets that are not -100; the caller divides by all of the step's."""
+        return cross_entropy_sum(self.hidden(tokens_BT, plan), self.lm_head.weight, targets_BT)
+
+    def hidden(self, tokens_BT: Tensor, plan: Plan, states: list[LayerState] | None = None) -> Tensor:
+        """What the output projection reads, ``[B, T, D]``. Fresh ``states`` are filled with what each layer keeps."""
+        x = self.model.embed_tokens(tokens_BT)
+        rotary = self._rotary(plan.position_BT, x.dtype)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled() and states is None
+        for i, layer in enumerate(self._layers()):
+            if recompute:
+                x = kept.checkpoint(layer, x, plan, rotary)
+            else:
+                x = layer(x, plan, rotary, None if states is None else states[i])
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., V]``, at least fp32; for few tokens, training never holds them."""
+        logits = F.linear(hidden, self.lm_head.weight)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def init_states(self, batch: int, device: torch.device | str | None = None) -> list[LayerState]:
+        """One empty state a layer, for ``batch`` sequences."""
+        weight = self.lm_head.weight
+        device = weight.device if device is None else torch.device(device)
+        return [layer.mixer.init_state(batch, device, weight.dtype) for layer in self._layers()]
+
+    @torch.no_grad()
+    def prefill(self, tokens_BT: Tensor, plan: Plan) -> tuple[Tensor, list[LayerState]]:
+        """The chunked pass over whole sequences: hidden ``[B, T, D]``, and the states from which :meth:`step` goes on.
+
+        Rows may hold several documents; the states are those of each row's last one.
+
+        Raises:
+            ValueError: the plan holds a part of the sequence: an attention cache is not spread over ranks.
+        """
+        if plan.local_tokens != plan.tokens:
+            raise ValueError(
+                f"prefill was given {plan.local_tokens} of {plan.tokens} tokens, and a decoder's states need them all "
+                "on one rank; use a plan of one process (local_plan)"
+            )
+        states = self.init_states(len(tokens_BT), tokens_BT.device)
+        return self.hidden(tokens_BT, plan, states), states
+
+    @torch.no_grad()
+    def step(self, tokens_B: Tensor, states: list[LayerState]) -> Tensor:
+        """Logits ``[B, V]`` after one more token a row; the states are updated in place."""
+        x = self.model.embed_tokens(tokens_B)
+        rotary = self._rotary(states[0].position_B, x.dtype)
+        for layer, state in zip(self._layers(), states, strict=True):
+            x = layer.step(x, rotary, state)
+        return self.logits(self.model.norm(x))
+
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Two groups for the optimizer: matrices decay; norms, biases, ``A_log``, ``dt_bias`` and ``beta`` do not.
+
+        The latter are what has one axis. Embeddings decay: tied, they are the output projection too.
+        """
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+
+    def _layers(self) -> list[DecoderLayer]:
+        return list(self.model.layers)  # type: ignore[arg-type]
+
+    def _rotary(self, position: Tensor, dtype: torch.dtype) -> Rotary | None:
+        """Angles for all attention layers at once."""
+        if "attention" not in self.config.layers:
+            return None
+        return rotary_angles(position, self.rope_theta, self.config.rotary_dim, dtype)
+
+
+def _block_norm(config: ModelConfig, layer_norm: bool) -> nn.LayerNorm | RMSNorm:
+    if layer_norm:
+        return nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+    return RMSNorm(config.hidden_size, config.rms_norm_eps)
