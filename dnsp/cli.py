@@ -1,0 +1,226 @@
+"""The command line. It starts fast: what is slow to import is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dnsp.config import Config, load_config
+from dnsp.errors import Echo, PeerFailed, RunError, UsageError
+from dnsp.launch.environment import LaunchError, find_environment
+from dnsp.launch.local import ERROR_FILE, SUPERVISOR, start_ranks
+from dnsp.parallel.errors import LayoutError, PlanError
+
+app = typer.Typer(
+    name="dnsp",
+    help="Hybrid delta-rule language models, one sequence over any number of ranks.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.steps=10.")]
+Ranks = Annotated[int | None, typer.Option(min=1, help="Start this many local ranks; not under a launcher.")]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Where rank 0 listens; left out, a free one.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here as JSON.")]
+
+
+@app.callback()
+def _launcher_options(
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+) -> None:
+    # deepspeed's launcher puts --local_rank before the command; LOCAL_RANK says the same
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    port: Port = None,
+    json_file: Ranks = Annotated[int | None, typer.Option(min=1, help="Start this many local ranks; not under a launcher.")]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Where rank 0 listens; left out, a free one.")]
+JsonFile = None,
+) -> None:
+    """Train a model. Under deepspeed, torchrun or srun this is one rank of the run."""
+    settings = load_config(config, overrides or [])
+    environment = find_environment()
+    if ranks is not None and environment.launcher != "none":
+        raise UsageError(f"--ranks {ranks} under {environment.launcher}; leave it out, the launcher decides")
+    if ranks is not None and ranks > 1:
+        check_ranks(settings, ranks)
+        raise typer.Exit(start_ranks(_without_ranks(sys.argv[1:]), ranks, port))
+
+    from dnsp.train import train as run
+
+    figures = run(settings, environment, name=config.stem)
+    if json_file is not None and environment.rank == 0:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or one of its checkpoints.")],
+    overrides: Overrides = None,
+    json_file: Ranks = Annotated[int | None, typer.Option(min=1, help="Start this many local ranks; not under a launcher.")]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Where rank 0 listens; left out, a free one.")]
+JsonFile = None,
+) -> None:
+    """Held-out loss of a trained model, whole and by position."""
+    from dnsp.evaluate import evaluate_run
+
+    figures = evaluate_run(run, overrides or [], find_environment())
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or one of its checkpoints.")],
+    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "def ",
+    tokens: Annotated[int, typer.Option(min=1, help="How many to add.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token each time.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Continue a prompt with the recurrent decoder of a trained model."""
+    from dnsp.evaluate import generate_from_run
+
+    print(generate_from_run(run, prompt, tokens, temperature, seed))
+
+
+@app.command()
+def verify(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ranks: Annotated[str, typer.Option(help="World sizes to check, as in 1,2,4.")] = "1,2",
+    layouts: Annotated[str, typer.Option(help="Any of contiguous,zigzag.")] = "contiguous,zigzag",
+    transports: Annotated[str, typer.Option(help="Any of p2p,gather.")] = "p2p,gather",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    json_file: Ranks = Annotated[int | None, typer.Option(min=1, help="Start this many local ranks; not under a launcher.")]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Where rank 0 listens; left out, a free one.")]
+JsonFile = None,
+) -> None:
+    """Prove that loss and every parameter's gradient equal one process's, and the delta rule bit for bit."""
+    from dnsp.verify import run
+
+    worlds = [_world(text) for text in ranks.split(",")]
+    status = run(config, overrides or [], worlds, layouts.split(","), transports.split(","), dtype, json_file)
+    raise typer.Exit(status)
+
+
+def _world(text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise UsageError(f"--ranks: {text!r} is not a number of ranks; give numbers above 0, as in --ranks 1,2,4")
+    return int(text)
+
+
+@app.command("verify-ranks", hidden=True)
+def verify_ranks(folder: Path) -> None:
+    """One rank of what verify starts."""
+    from dnsp.verify import rank_main
+
+    rank_main(folder)
+
+
+@app.command()
+def doctor(json_file: Ranks = Annotated[int | None, typer.Option(min=1, help="Start this many local ranks; not under a launcher.")]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Where rank 0 listens; left out, a free one.")]
+JsonFile = None) -> None:
+    """What this machine can and cannot do, with the cure for each."""
+    from dnsp.doctor import run
+
+    raise typer.Exit(run(json_file))
+
+
+@data_app.command("prepare")
+def prepare(
+    source: Annotated[str, typer.Argument(help="A file, a folder, a JSONL file, or python-stdlib.")],
+    out: Annotated[Path, typer.Argument(help="Prefix of the .bin and .idx files to write.")],
+    tokenizer: Annotated[str, typer.Option(help="bytes, or a Hugging Face name or path.")] = "bytes",
+) -> None:
+    """Tokenize text into Megatron's .bin and .idx files."""
+    from dnsp.data.prepare import prepare as run
+
+    run(source, out, tokenizer)
+
+
+def check_ranks(config: Config, ranks: int) -> None:
+    """Refuse what can be known to fail before any rank is started."""
+    sequence = config.parallel.sequence or ranks
+    if ranks % sequence:
+        raise UsageError(
+            f"parallel.sequence={sequence} does not divide {ranks} ranks; "
+            f"take a multiple of {sequence} ranks or another size"
+        )
+
+
+def _without_ranks(arguments: Sequence[str]) -> list[str]:
+    """The command line of one rank: everything but --ranks and --port."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in ("--ranks", "--port"):
+            skip = True
+        elif not argument.startswith(("--ranks=", "--port=")):
+            kept.append(argument)
+    return kept
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status. What a user did wrong is said in a line or two, no traceback."""
+    if arguments is not None:
+        sys.argv[1:] = arguments
+    if SUPERVISOR in os.environ:
+        from dnsp.watchdog import end_with
+
+        end_with(int(os.environ[SUPERVISOR]))
+    try:
+        status = app(standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except (UsageError, LaunchError, LayoutError, PlanError) as error:
+        # every rank refuses alike; one a node says it
+        return _end(2, str(error), quiet=os.environ.get("LOCAL_RANK", "0") != "0")
+    except PeerFailed as error:
+        return _end(1, str(error), consequence=True)
+    except Echo as error:
+        return _end(1, str(error), consequence=True, quiet=True)
+    except RunError as error:
+        return _end(1, str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a slip on the command line: click words it
+            error.show()
+            return int(error.exit_code)
+        if "OutOfMemory" in type(error).__name__:
+            return _end(1, f"out of memory: {str(error).splitlines()[0]}")
+        raise
+
+
+def _end(status: int, message: str, consequence: bool = False, quiet: bool = False) -> int:
+    """Say why this rank ends, to the process that started the ranks if there is one, else on stderr; and end."""
+    text = "error: " + message.strip()
+    if ERROR_FILE in os.environ:
+        said = {"time": time.time(), "message": text, "consequence": consequence}
+        Path(os.environ[ERROR_FILE]).write_text(json.dumps(said))
+    elif not quiet:
+        print(text, file=sys.stderr, flush=True)
+    if "RANK" in os.environ:  # no destructors: a process group would wait in them for ranks that are gone
+        sys.stdout.flush()
+        os._exit(status)
+    return status

@@ -1,0 +1,58 @@
+"""What changes over the steps of a run: the learning rate, and the length of the context."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from dnsp.config import Config, TrainConfig
+from dnsp.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Span:
+    """Steps ``start`` to ``stop`` at one context length."""
+
+    start: int
+    stop: int
+    sequence_length: int
+    rope_theta: float
+
+
+def spans(config: Config) -> list[Span]:
+    """The run's stages as steps, in order; without ``train.stages`` there is one.
+
+    A stage's tokens are rounded up to whole steps. ``train.steps`` above the stages' sum lengthens the last one, below
+    it ends the run early.
+    """
+    settings, theta = config.train, config.model.rope_theta
+    if not settings.stages:
+        if settings.steps is None:
+            raise UsageError("the run has no end: set train.steps, or train.stages with their tokens")
+        return [Span(0, settings.steps, config.data.sequence_length, theta)]
+    found: list[Span] = []
+    for stage in settings.stages:
+        start = found[-1].stop if found else 0
+        theta = stage.rope_theta or theta
+        steps = math.ceil(stage.tokens / (stage.sequence_length * settings.global_batch))
+        found.append(Span(start, start + steps, stage.sequence_length, theta))
+    if settings.steps is None:
+        return found
+    last = found[-1]
+    found[-1] = replace(last, stop=max(last.stop, settings.steps))
+    return [replace(span, stop=min(span.stop, settings.steps)) for span in found if span.start < settings.steps]
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """Of step ``step`` (from 0) of ``steps``: linear warm-up, then a cosine (Loshchilov & Hutter 2017), or a plateau
+    with a linear decay over the last ``decay_fraction`` (Hu et al. 2024), down to ``min_lr_ratio``.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "cosine":
+        done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        share = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    else:
+        decay = max(1, round(steps * config.decay_fraction))
+        share = min(1.0, (steps - step) / decay) if config.decay_fraction else 1.0
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)

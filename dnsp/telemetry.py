@@ -1,0 +1,119 @@
+"""What a run says: one JSON line a step, TensorBoard, and the line that a person watches. Rank 0 alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dnsp.errors import RunError
+
+PLAIN_INTERVAL = 2.0  # seconds between lines when the output is not a terminal
+
+
+class Telemetry:
+    """Writes ``metrics.jsonl`` and TensorBoard events into the run folder and keeps the progress line.
+
+    Args:
+        folder: the run folder; None on ranks that say nothing.
+        steps: of the whole run.
+        start: steps done already; later lines of an earlier attempt are dropped.
+    """
+
+    def __init__(self, folder: Path | None, steps: int, start: int = 0) -> None:
+        self.folder, self.steps, self.last_plain = folder, steps, 0.0
+        if folder is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.jsonl"
+        _keep_until(self.path, start)
+        self.file = self.path.open("a")
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task("", total=steps, completed=start)
+        self.progress.start()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """One optimizer step's figures: step, loss, grad_norm, lr, tokens_per_s, tokens, time, ..."""
+        if self.folder is None:
+            return
+        self._write(record)
+        speed, norm = record["tokens_per_s"], record["grad_norm"]
+        line = f"loss {record['loss']:.4f}  {speed:,.0f} tokens/s  gradient norm {norm:.3f}"
+        self.progress.update(self.task, completed=record["step"], description=line)
+        now = time.monotonic()
+        last = record["step"] == self.steps
+        if not self.console.is_terminal and (now - self.last_plain > PLAIN_INTERVAL or last):
+            left = (self.steps - record["step"]) * record["step_s"]
+            self.console.print(f"step {record['step']}/{self.steps}  {line}  {left:.0f} s left")
+            self.last_plain = now
+
+    def evaluation(self, step: int, figures: dict[str, Any]) -> None:
+        """Held-out figures: ``loss`` and ``by_position`` under the step they belong to."""
+        if self.folder is None:
+            return
+        path = self.folder / "evaluations.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+        except OSError as error:
+            raise _cannot_write(path, error) from None
+        self.board.add_scalar("heldout/loss", figures["loss"], step)
+        for span, loss in figures["by_position"].items():
+            self.board.add_scalar(f"heldout_by_position/{span}", loss, step)
+        self.say(f"step {step}: held-out loss {figures['loss']:.4f}")
+
+    def say(self, text: str) -> None:
+        """A line above the progress line."""
+        if self.folder is not None:
+            self.progress.console.print(text, markup=False)
+
+    def close(self) -> None:
+        if self.folder is not None:
+            self.progress.stop()
+            self.file.close()
+            self.board.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
+        for name in ("loss", "grad_norm", "lr", "tokens_per_s"):
+            self.board.add_scalar(f"train/{name}", record[name], record["step"])
+
+
+def _cannot_write(path: Path, error: OSError) -> RunError:
+    return RunError(f"cannot write {path}: {error.strerror}; make room there, then resume=auto continues the run")
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the lines of steps after ``step``, which will be done again, and a line cut short by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    new = path.with_suffix(".part")
+    new.write_text("".join(line + "\n" for line in kept))
+    os.replace(new, path)

@@ -1,0 +1,177 @@
+"""The ranks' life together: joining, agreeing before the first step, stopping when asked, ending when one is lost."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dnsp.errors import Echo, PeerFailed, RunError, UsageError
+from dnsp.launch.environment import Environment
+from dnsp.parallel.errors import LayoutError, PeerLost, PlanError
+from dnsp.parallel.grid import Grid
+
+JOIN_TIMEOUT = timedelta(minutes=10)  # ranks of a cluster start at different times; preparing data takes a while too
+REFUSALS = (UsageError, LayoutError, PlanError)
+# gloo's and c10d's words for a peer that is gone; anything else is this rank's own fault
+_LOST = re.compile(
+    r"[Cc]onnection (closed|reset|refused)|Timed out|timed out|Broken pipe|Socket Timeout|Connection was likely closed"
+    r"|failed to (recv|send|connect)|Application timeout",
+)
+_CLAIM = "failure.txt"
+
+
+def join(environment: Environment) -> None:
+    """Make the process group of all ranks; one process makes a group of its own, without a port.
+
+    Raises:
+        UsageError: when rank 0 cannot listen on the port, or the ranks do not find each other.
+    """
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if environment.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=JOIN_TIMEOUT)
+        return
+    os.environ.update(environment.variables())
+    try:
+        dist.init_process_group(backend, timeout=JOIN_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        where = f"{environment.master_address}:{environment.master_port}"
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise UsageError(
+                f"rank 0 cannot listen on {where}: the port is in use; give the launcher another (--master_port)"
+            ) from None
+        raise UsageError(f"rank {environment.rank} cannot reach the others at {where}: {_first_line(error)}") from None
+
+
+def leave() -> None:
+    """Give up the process group; what follows is this rank's own."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """What one rank refuses in this block (no communication inside), all refuse at its end, with that rank's words."""
+    refusal: Exception | None = None
+    try:
+        yield
+    except (*REFUSALS, RunError) as error:  # nothing has begun yet: a fault in the data is a refusal too
+        refusal = error
+    words = from_all(None if refusal is None else str(refusal))
+    if any(words):
+        raise UsageError(next(word for word in words if word))
+
+
+def total(tensor: Tensor, grid: Grid) -> Tensor:
+    """The sum over all ranks, in place."""
+    dist.all_reduce(tensor, group=grid.everyone)
+    return tensor
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every rank's value, in order of the ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wait_for_all() -> None:
+    """Until every rank is here, for as long as joining may take: behind what rank 0 does alone."""
+    dist.barrier()
+
+
+class StopRequest:
+    """SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop after the step; asking twice does not ask nicely."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number != signal.SIGUSR1:
+            self.restore()
+        self.signal = signal.Signals(number)
+
+    def restore(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+class Watch:
+    """Turns the loss of a peer into one message: the first rank to fail claims it in the run folder.
+
+    ``folder`` is set once the run has one; before that every rank speaks for itself.
+    """
+
+    def __init__(self, environment: Environment) -> None:
+        self.rank = environment.rank
+        self.folder: Path | None = None
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, Echo | REFUSALS):
+            return
+        if isinstance(error, PeerLost):
+            raise self._lost(str(error)) from None
+        if isinstance(error, RuntimeError) and not isinstance(error, RunError) and _LOST.search(str(error)):
+            raise self._lost(f"rank {self.rank} lost a peer: {_first_line(error)}") from None
+        self._claim(f"rank {self.rank}: {_first_line(error)}")
+
+    def _lost(self, message: str) -> RunError:
+        text = f"{message}. The run ends; resume=auto continues it from the last checkpoint."
+        return PeerFailed(text) if self._claim(message) else Echo(text)
+
+    def _claim(self, message: str) -> bool:
+        """True for the first rank that fails: the others' failures follow from its own."""
+        if self.folder is None:
+            return True
+        try:
+            with open(self.folder / _CLAIM, "x") as claim:
+                claim.write(message + "\n")
+        except FileExistsError:
+            return False
+        except OSError:
+            pass
+        return True
+
+
+def clear_claim(folder: Path) -> None:
+    """Forget the failure of the run that this one continues."""
+    (folder / _CLAIM).unlink(missing_ok=True)
+
+
+def end_with(supervisor: int) -> None:
+    """End this process when the one that started it is gone, so that no rank is ever left behind."""
+
+    def watch() -> None:
+        while os.getppid() == supervisor:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="supervisor").start()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^\[.*?\]\s*", "", text[0])[:300]
