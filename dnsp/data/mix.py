@@ -6,8 +6,6 @@ its tokens were taken before. Both are in the cursor, every rank advances it ali
 
 from __future__ import annotations
 
-import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,12 +47,19 @@ class Step:
 class Mixture:
     """Sources with weights, as one order of sequences.
 
-    packers: one a source, of the same split. weights: above 0; shares of the sequences, in any unit.
+    packers: one a source, of the same split. weights: shares of the sequences, in any unit.
+    Raises UsageError for a weight that is not above 0.
     """
 
     def __init__(self, packers: Sequence[Packer], weights: Sequence[float], *, seed: int) -> None:
+        for packer, weight in zip(packers, weights, strict=True):
+            if not 0 < weight < float("inf"):
+                raise UsageError(
+                    f"data.sources: weight {weight} of {packer.source.prefix} is not a number above 0: "
+                    "give one, or remove the source"
+                )
         total = sum(weights)
-        self.packers, self.weights, self.seed = tuple(packers), tuple(weights), seed
+        self.packers = tuple(packers)
         self._bounds = [int(part / total * 2**64) for part in accumulate(weights)][:-1]
         self._offset = int(hash64(seed, -2)[0])
 
@@ -62,12 +67,6 @@ class Mixture:
     def start(self) -> Cursor:
         """Nothing used yet."""
         return Cursor(0, (0,) * len(self.packers))
-
-    @property
-    def identity(self) -> str:
-        """Equal where the same cursor gives the same tokens: contents, split, weights and seed."""
-        contents = [[p.source.identity, p.split, len(p.documents_N)] for p in self.packers]
-        return hashlib.sha256(json.dumps([contents, self.weights, self.seed]).encode()).hexdigest()[:32]
 
     def source_of(self, index: int) -> int:
         """Which source sequence ``index`` comes from.
@@ -81,10 +80,6 @@ class Mixture:
         """Raises UsageError where a source has fewer tokens than a sequence; for every stage, before the first step."""
         for packer in self.packers:
             packer.check_length(length)
-
-    def epoch_sequences(self, length: int) -> int:
-        """Whole sequences in one epoch of all sources together (at least 1)."""
-        return max(1, sum(packer.tokens // length for packer in self.packers))
 
     def step(self, cursor: Cursor, length: int, sequences: int) -> Step:
         """The next ``sequences`` sequences of ``length`` tokens. Reads no tokens."""
@@ -110,7 +105,6 @@ def open_data(
     vocab_size: the model's. Raises UsageError for unusable files or weights, data made with another tokenizer than
     ``data.tokenizer``, and a vocabulary beyond the model's.
     """
-    check_weights(config)
     tokenizer = load_tokenizer(config.tokenizer)
     packers = []
     for entry in config.sources:
@@ -119,18 +113,6 @@ def open_data(
         source.check_vocabulary(vocab_size)
         packers.append(Packer(source, seed=config.seed, holdout=config.holdout, split=split))
     return Mixture(packers, [entry.weight for entry in config.sources], seed=config.seed)
-
-
-def check_weights(config: DataConfig) -> None:
-    """Raises UsageError for no sources, or a weight that is not above 0."""
-    if not config.sources:
-        raise UsageError("data.sources is empty: name at least one, as in data.sources: [{path: python-stdlib}]")
-    for entry in config.sources:
-        if not 0 < entry.weight < float("inf"):
-            raise UsageError(
-                f"data.sources: weight {entry.weight} of {entry.path!r} is not above 0: "
-                "give a positive one, or remove the source"
-            )
 
 
 def check_tokenizer(source: IndexedSource, tokenizer: Tokenizer) -> None:

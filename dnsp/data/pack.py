@@ -109,7 +109,7 @@ class Packer:
             whole = f"data.holdout={holdout} of the {len(filled)} documents in {source.prefix}"
             if split == "heldout":
                 raise UsageError(f"{whole} leaves none to evaluate on: set data.holdout above 0")
-            raise UsageError(f"{whole} leaves none to train on: prepare more documents, or set data.holdout=0")
+            raise UsageError(f"{whole} leaves none to train on: prepare at least two documents, or lower data.holdout")
         self.tokens = int(source.lengths_N[self.documents_N].sum())  # in one epoch
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)  # a sequence touches two epochs at most
 

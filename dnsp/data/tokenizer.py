@@ -119,9 +119,23 @@ def _from_pretrained(name: str) -> Any:
         ) from error
     local = Path(name).expanduser()
     try:
-        return AutoTokenizer.from_pretrained(str(local) if local.is_dir() else name)
-    except Exception as error:  # transformers raises whatever its many loaders meet
+        if local.is_dir():
+            return AutoTokenizer.from_pretrained(str(local), local_files_only=True)
+        return _from_hub(AutoTokenizer, name)
+    except Exception as error:  # transformers and the hub's client raise whatever their many loaders meet
         reason = " ".join(str(error).split())[:160]
         raise UsageError(
-            f"tokenizer {name!r} is neither 'bytes', nor a readable local folder, nor found on the hub: {reason}"
+            f"tokenizer {name!r} is neither 'bytes', nor a readable local folder, nor to be had from the hub: {reason}"
         ) from error
+
+
+def _from_hub(loader: Any, name: str) -> Any:
+    try:
+        return loader.from_pretrained(name, local_files_only=True)  # downloaded before
+    except Exception:
+        from huggingface_hub import model_info
+
+    # Asked first and once: the download itself would retry for most of a minute before it said that there is no such
+    # name, or no network.
+    model_info(name, timeout=10)
+    return loader.from_pretrained(name)
