@@ -209,6 +209,8 @@ def _gradient_pass(x: Inputs, c: Chunks, do: Tensor, dstate: Tensor) -> tuple[Te
         dstate = _select(None if sees is None else sees[..., -1:, :], c.through[i] * dstate) + d_state_local[i]
         if c.A is not None:
             dstate = dstate - torch.matmul(c.k[i].mT, _select(sees, c.beta[i] * c.in_k[i] * dR))
+        # Where no token sees the incoming state, nothing in the chunk, not even 0 * nan, reaches its gradient.
+        dstate = _select(None if sees is None else sees[..., :1, :], dstate)
     return torch.stack(d_errors[::-1]), torch.stack(d_states[::-1]), dstate
 
 
@@ -291,7 +293,7 @@ def _segment_backward(x: Inputs, incoming_BHKV: Tensor, do_BTHV: Tensor, outgoin
         dkk = c.beta * dL_E
         dk = dk + torch.matmul(dkk + dkk.mT, c.k)
         d_held = -_select(c.sees, c.beta * c.in_k * dR)
-        dk = dk + torch.matmul(d_held, states.mT)
+        dk = dk + _select(c.sees, torch.matmul(d_held, states.mT))
         log_in_error = (d_held * held).sum(-1, keepdim=True)
         if c.sees is not None:
             log_in_error = torch.where(c.sees, log_in_error, 0.0)

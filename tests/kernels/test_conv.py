@@ -79,7 +79,7 @@ def test_gradcheck_with_halo_and_without_bias():
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("documents", [True, False])
 def test_cut_anywhere_gives_the_same_bits(dtype, documents):
-    """Outputs bit for bit; gradients to rounding: those of many pieces are summed in another order, in their own dtype."""
+    """Outputs bit for bit; gradients to rounding: those of many pieces are summed in another order and dtype."""
     inputs = make(dtype=dtype)
     starts = doc_start(STARTS) if documents else None
     whole = causal_conv1d(*inputs, doc_start_BT=starts)
