@@ -46,6 +46,7 @@ class Plan:
     attention_transport: str
     comm: Transport
     goes_on: bool  # a row's first document goes on from an initial state
+    crosses: bool  # somewhere in the group a document reaches from one rank's tokens into another's
 
     @property
     def tokens(self) -> int:
@@ -156,12 +157,18 @@ def make_plan(
         attention_transport=attention_kind,
         comm=comm,
         goes_on=any(int(row[0]) < 0 for row in rows),
+        crosses=any(cut not in row for cut in _cuts(layout) for row in rows),
     )
 
 
 def default_segment_tokens(layout: Layout) -> int:
     """One segment an interval: the fewest summaries. Depends on the sequence and the number of its intervals alone."""
     return -(-layout.interval_tokens // CHUNK) * CHUNK
+
+
+def _cuts(layout: Layout) -> list[int]:
+    """The tokens at which another rank's interval begins."""
+    return [layout.bounds(i)[0] for i in range(1, layout.count) if layout.owner(i) != layout.owner(i - 1)]
 
 
 def _checked(row: int, starts: Sequence[int], tokens: int) -> np.ndarray:

@@ -1,0 +1,217 @@
+"""Causal softmax attention inside documents, over a sequence group, by whole blocks merged by log-sum-exp.
+
+A query's keys lie in several blocks (see blocks.py). Each block is one call of a backend; outputs are merged as they
+come in, o = sum_i o_i exp(lse_i - lse) (Liu, Zaharia & Abbeel 2023, Ring Attention). The backward of each block, given
+the merged o and lse, yields its share of dq, dk, dv; shares are summed in fp32, always in the order of the rounds.
+
+    ring    in round s each rank works on the keys of the rank s places before it, which arrive while it works on those
+            of round s-1; only the ranges that documents and causality call for travel. P-1 rounds.
+    gather  all keys and values are gathered first; the same rounds, the same bits, P times the memory for keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dnsp.kernels import kept
+
+from .attention_backends import Backend, choose
+from .blocks import Block, Range, Round
+from .plan import Plan
+from .transport import Exchange
+
+KV = list[tuple[Tensor, Tensor]]  # keys and values of a round, one pair a piece, [B, tokens, G, D]
+
+
+def attention(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, plan: Plan, scale: float | None = None) -> Tensor:
+    """Outputs ``[B, T, H, D]`` of this rank's queries over all keys of their documents up to themselves.
+
+    H is a multiple of G (grouped-query heads); T = ``plan.local_tokens``; ``scale`` is ``D ** -0.5`` unless given.
+    Every rank of the sequence group calls it together. Memory is linear in T.
+
+    Raises: ValueError where shapes do not fit, naming them; PeerLost where a rank is gone.
+    """
+    B, T, H, D = q_BTHD.shape
+    if plan.batch != B or plan.local_tokens != T:
+        raise ValueError(
+            f"q{list(q_BTHD.shape)}: the plan is for B={plan.batch} rows of T={plan.local_tokens} local tokens"
+        )
+    if k_BTGD.shape[:2] != (B, T) or v_BTGD.shape[:3] != k_BTGD.shape[:3] or k_BTGD.shape[3] != D:
+        raise ValueError(
+            f"k{list(k_BTGD.shape)}, v{list(v_BTGD.shape)}: expected [B, T, G, D] with B={B}, T={T}, D={D}, as q"
+        )
+    if H % k_BTGD.shape[2]:
+        raise ValueError(
+            f"{H} query heads over {k_BTGD.shape[2]} key heads: the first must be a multiple of the second"
+        )
+    return _Attention.apply(q_BTHD, k_BTGD, v_BTGD, plan, D**-0.5 if scale is None else scale)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
+        backend = choose(q, v)
+        o, lse = kept.once(lambda: _forward(q, k, v, plan, scale, backend))
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.plan, ctx.scale, ctx.backend = plan, scale, backend
+        return o.detach()  # what is kept stays free of this graph
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
+        q, k, v, o, lse = ctx.saved_tensors
+        return *_backward(do, q, k, v, o, lse, ctx.plan, ctx.scale, ctx.backend), None, None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, backend: Backend) -> tuple[Tensor, Tensor]:
+    """Merged ``o_BTHD`` in q's dtype, and ``lse_BHT`` in fp32 (fp64 for fp64)."""
+    wide = _wide(q)
+    o = torch.zeros(*q.shape[:3], v.shape[3], dtype=wide, device=q.device)
+    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=wide, device=q.device)
+    keys = _Keys(k, v, plan, "forward")
+    for work in plan.rounds:
+        pieces = keys.next(work)
+        for block in work.blocks:
+            part, part_lse = backend.forward(_tokens(q, block), *_keys_of(pieces, block), block.causal, scale)
+            _merge(_tokens(o, block), _sums(lse, block), part, part_lse.to(wide), first=block.causal)
+    return o.to(q.dtype), lse
+
+
+def _merge(o: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, first: bool) -> None:
+    """One more block of the same queries into ``o_BHSD`` and ``lse_BHS``, in place; the square comes first."""
+    if first:
+        o.copy_(part)
+        lse.copy_(part_lse)
+        return
+    both = torch.logaddexp(lse, part_lse)
+    o.mul_(torch.exp(lse - both)[..., None]).add_(part * torch.exp(part_lse - both)[..., None])
+    lse.copy_(both)
+
+
+def _backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, plan: Plan, scale: float, backend: Backend
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = _wide(q)
+    dq, dk, dv = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (q, k, v))
+    keys = _Keys(k, v, plan, "backward")
+    returning: tuple[Exchange, Round, Tensor] | None = None
+    for work in plan.rounds:
+        pieces = keys.next(work)
+        own = work.owner == plan.rank
+        buffer = k.new_zeros(0) if own else _buffer(work.pieces, k, v, wide).zero_()
+        shares = _cut(dk, dv, work.pieces) if own else _split(buffer, work.pieces, k, v)
+        for block in work.blocks:
+            dq_part, dk_part, dv_part = backend.backward(
+                _tokens(do, block),
+                _tokens(q, block),
+                *_keys_of(pieces, block),
+                _tokens(o, block),
+                _sums(lse, block),
+                block.causal,
+                scale,
+            )
+            _tokens(dq, block).add_(dq_part)
+            for share, part in zip(_keys_of(shares, block), (dk_part, dv_part), strict=True):
+                share.add_(part)
+        if returning is not None:
+            _add_returned(returning, dk, dv, k, v)
+        if not own:  # the share goes home while the next round is worked on
+            arriving = _buffer(work.sends, k, v, wide)
+            what = "attention's return of key gradients (backward)"
+            exchange = plan.comm.exchange([(work.owner, buffer)], [(work.reader, arriving)], what)
+            returning = exchange, work, arriving
+    if returning is not None:
+        _add_returned(returning, dk, dv, k, v)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _add_returned(returning: tuple[Exchange, Round, Tensor], dk: Tensor, dv: Tensor, k: Tensor, v: Tensor) -> None:
+    exchange, work, arriving = returning
+    exchange.wait()
+    for mine, back in zip(_cut(dk, dv, work.sends), _split(arriving, work.sends, k, v), strict=True):
+        mine[0].add_(back[0])
+        mine[1].add_(back[1])
+
+
+class _Keys:
+    """Keys and values for one round after another; those of the next round travel while one is worked on."""
+
+    def __init__(self, k: Tensor, v: Tensor, plan: Plan, way: str) -> None:
+        self._k, self._v, self._plan = k, v, plan
+        self._what = f"attention's exchange of keys and values ({way})"
+        self._ahead: tuple[Exchange, Tensor] | None = None
+        self._all: list[Tensor] | None = None
+        if plan.attention_transport == "gather" and plan.crosses:
+            self._all = plan.comm.all_gather(torch.cat([k, v], dim=-1), self._what)
+
+    def next(self, work: Round) -> KV:
+        """The pieces of a round; called once for each, in order."""
+        shift = (self._plan.rank - work.owner) % self._plan.layout.ranks
+        ahead = self._ahead
+        if self._all is None and shift + 1 < len(self._plan.rounds):
+            self._ahead = self._start(self._plan.rounds[shift + 1])
+        if shift == 0:
+            return _cut(self._k, self._v, work.pieces)
+        if self._all is not None:
+            k, v = self._all[work.owner].split([self._k.shape[-1], self._v.shape[-1]], dim=-1)
+            return _cut(k, v, work.pieces)
+        assert ahead is not None
+        ahead[0].wait()
+        return _split(ahead[1], work.pieces, self._k, self._v)
+
+    def _start(self, work: Round) -> tuple[Exchange, Tensor]:
+        leaving = _join(_cut(self._k, self._v, work.sends), self._k)
+        arriving = _buffer(work.pieces, self._k, self._v, self._k.dtype)
+        exchange = self._plan.comm.exchange([(work.reader, leaving)], [(work.owner, arriving)], self._what)
+        return exchange, arriving
+
+
+def _wide(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _cut(k: Tensor, v: Tensor, pieces: tuple[Range, ...]) -> KV:
+    return [(k[:, start:stop], v[:, start:stop]) for start, stop in pieces]
+
+
+def _join(kv: KV, like: Tensor) -> Tensor:
+    """Pieces as one flat message."""
+    return torch.cat([part.flatten() for pair in kv for part in pair]) if kv else like.new_zeros(0)
+
+
+def _buffer(pieces: tuple[Range, ...], k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    tokens = sum(stop - start for start, stop in pieces)
+    return torch.empty(tokens * (k[:, :1].numel() + v[:, :1].numel()), dtype=dtype, device=k.device)
+
+
+def _split(flat: Tensor, pieces: tuple[Range, ...], k: Tensor, v: Tensor) -> KV:
+    """A flat message as views of its pieces; what :func:`_join` joined."""
+    kv, at = [], 0
+    for start, stop in pieces:
+        views = []
+        for like in (k, v):
+            shape = (like.shape[0], stop - start, *like.shape[2:])
+            size = shape[0] * shape[1] * shape[2] * shape[3]
+            views.append(flat[at : at + size].view(shape))
+            at += size
+        kv.append((views[0], views[1]))
+    return kv
+
+
+def _tokens(x_BTHD: Tensor, block: Block) -> Tensor:
+    """A block's queries as a view ``[1, H, S, D]``."""
+    return x_BTHD[block.row : block.row + 1, slice(*block.query)].transpose(1, 2)
+
+
+def _keys_of(pieces: KV, block: Block) -> tuple[Tensor, Tensor]:
+    k, v = pieces[block.piece]
+    rows, tokens = slice(block.row, block.row + 1), slice(*block.key)
+    return k[rows, tokens].transpose(1, 2), v[rows, tokens].transpose(1, 2)
+
+
+def _sums(lse_BHT: Tensor, block: Block) -> Tensor:
+    return lse_BHT[block.row : block.row + 1, :, slice(*block.query)]
