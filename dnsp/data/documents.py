@@ -36,7 +36,8 @@ def documents(source: str, text_key: str = "text") -> Iterator[Document]:
     A plain file is one document, a JSON line or a Parquet row is one (its ``text_key``), a folder is all its files
     sorted by path, hidden ones left out. ``python-stdlib`` is the running Python's own standard library.
 
-    Raises UsageError for what is missing, unreadable, damaged or not text, or needs a package that is not installed.
+    Raises UsageError: at once for a missing source; while reading for what is unreadable, damaged or not text, or needs
+    a package that is not installed.
     """
     if source == PYTHON_STDLIB:
         files = stdlib_files()
@@ -51,6 +52,10 @@ def documents(source: str, text_key: str = "text") -> Iterator[Document]:
                 f"there is no file or folder {source!r}: give a text file, a folder, .jsonl, .parquet, "
                 f"or the name {PYTHON_STDLIB}"
             )
+    return _read(files, text_key)
+
+
+def _read(files: list[Path], text_key: str) -> Iterator[Document]:
     for file in files:
         with _reading(file):
             yield from _file_documents(file, text_key)

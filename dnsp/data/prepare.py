@@ -55,14 +55,14 @@ def prepare(
     Raises UsageError for everything that a user can put right, a full disk included; then nothing is left at ``out``.
     """
     began = time.monotonic()
-    encoder = load_tokenizer(tokenizer)
+    stream, encoder = documents(source, text_key), load_tokenizer(tokenizer)
     text_bytes = empty = 0
     with (
         _in_words(out),
         IndexedWriter(out, encoder.vocab_size, overwrite=overwrite) as writer,
         _progress(console) as advance,
     ):
-        for batch in _batches(documents(source, text_key)):
+        for batch in _batches(stream):
             filled = [document for document in batch if document.text]
             empty += len(batch) - len(filled)
             text_bytes += sum(len(document.text) for document in filled)

@@ -110,7 +110,7 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no text \(1 empty documents\)"):
         prepare(str(empty), out)
     with pytest.raises(UsageError, match="there is no file or folder"):
-        prepare(str(tmp_path / "none"), out)
+        prepare(str(tmp_path / "none"), tmp_path / "new" / "out")
     with pytest.raises(UsageError, match="tokenizer './none'"):
         prepare(str(latin), out, "./none")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "latin.txt"]
