@@ -1,0 +1,123 @@
+"""The plan against brute force: documents, positions, segments, and blocks that cover every allowed pair once."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from dnsp.parallel.errors import LayoutError, PlanError
+from dnsp.parallel.grid import Grid, make_grid
+from dnsp.parallel.layout import Layout
+from dnsp.parallel.plan import Plan, local_plan, make_plan
+
+LAYOUTS = [("contiguous", 1), ("contiguous", 4), ("zigzag", 2), ("zigzag", 4)]
+
+
+def random_starts(tokens: int, seed: int) -> list[int]:
+    """Documents of all sizes; some start on a chunk, segment or interval boundary, some are one token long."""
+    pick = random.Random(seed)
+    starts = {0, *(pick.randrange(1, tokens) for _ in range(pick.randrange(0, 9)))}
+    starts |= {64 * pick.randrange(1, tokens // 64) for _ in range(pick.randrange(0, 3))}
+    starts |= {start + 1 for start in list(starts)[:2] if start + 1 < tokens}
+    return sorted(starts)
+
+
+def plans(kind: str, ranks: int, seed: int, tokens: int = 1024) -> tuple[list[list[int]], list[Plan]]:
+    doc_starts = [random_starts(tokens, 2 * seed), random_starts(tokens, 2 * seed + 1)]
+    layout = Layout(kind, ranks, tokens)
+    return doc_starts, [make_plan(doc_starts, layout, Grid(ranks, rank, ranks), 64) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("kind", "ranks"), LAYOUTS)
+def test_documents_positions_and_segments(kind: str, ranks: int, seed: int) -> None:
+    doc_starts, all_plans = plans(kind, ranks, seed)
+    for plan in all_plans:
+        tokens = np.concatenate([np.arange(*bounds) for bounds in plan.intervals])
+        assert plan.local_tokens == len(tokens)
+        assert torch.equal(plan.local(torch.arange(plan.tokens)[None]), torch.from_numpy(tokens)[None])
+        for row, starts in enumerate(doc_starts):
+            expected = np.array([max(s for s in starts if s <= t) for t in tokens])
+            assert (plan.doc_start_BT[row].numpy() == expected).all()
+            assert (plan.position_BT[row].numpy() == tokens - expected).all()
+            passes = [not any(a <= s < a + 64 for s in starts) for a in plan.segments.starts]
+            assert plan.segments.continues_NB is not None
+            assert plan.segments.continues_NB[:, row].tolist() == passes
+        assert plan.segments.starts == tuple(tokens[::64])
+        assert plan.doc_start_BT.dtype == plan.position_BT.dtype == torch.int32
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("kind", "ranks"), LAYOUTS)
+def test_blocks_cover_every_causal_pair_of_a_document_once(kind: str, ranks: int, seed: int) -> None:
+    doc_starts, all_plans = plans(kind, ranks, seed)
+    pairs = np.zeros((2, 1024, 1024), dtype=np.int64)
+    held = [np.concatenate([np.arange(*bounds) for bounds in plan.intervals]) for plan in all_plans]
+    for plan in all_plans:
+        for work in plan.rounds:
+            for block in work.blocks:
+                queries = held[plan.rank][slice(*block.query)]
+                keys = held[work.owner][slice(*work.pieces[block.piece])][slice(*block.key)]
+                assert not block.causal or (queries == keys).all()
+                pairs[block.row, queries[:, None], keys] += np.tri(len(queries), dtype=np.int64) if block.causal else 1
+            sender = next(other for other in all_plans[work.owner].rounds if other.reader == plan.rank)
+            assert work.owner == plan.rank or sender.sends == work.pieces
+    t = np.arange(1024)
+    for row, starts in enumerate(doc_starts):
+        document = np.searchsorted(starts, t, side="right")
+        allowed = (document[:, None] == document) & (t[:, None] >= t)
+        assert (pairs[row] == allowed).all()
+
+
+def test_only_needed_keys_travel() -> None:
+    layout = Layout("contiguous", 4, 1024)
+    plan = make_plan([[0, 250, 512]], layout, Grid(4, 1, 4))
+    assert [work.pieces for work in plan.rounds] == [((0, 256),), ((250, 256),), (), ()]
+    assert not make_plan([[0, 256, 512, 768]], layout, Grid(4, 1, 4)).crosses
+
+
+def test_default_segments_depend_on_the_cut_alone() -> None:
+    assert local_plan([[0, 5]], 200).segments.tokens == 256
+    sizes = {make_plan([[0, 7]], Layout("zigzag", 2, 1024), Grid(2, rank, 2)).segments.tokens for rank in range(2)}
+    assert sizes == {256}
+
+
+@pytest.mark.parametrize(
+    ("doc_starts", "segment_tokens", "options", "words"),
+    [
+        ([[0]], 96, {}, ["96", "64 or 128"]),
+        ([[0]], 192, {}, ["192", "128 or 256"]),
+        ([[0]], 1024, {}, ["1024", "128 or 256"]),
+        ([[0]], 0, {}, ["segment_tokens=0", "64 or 128"]),
+        ([], None, {}, ["at least one row"]),
+        ([[0], [3, 5]], None, {}, ["row 1", "begin with 0"]),
+        ([[0, 9, 9]], None, {}, ["row 0", "9 follows 9"]),
+        ([[0, 1024]], None, {}, ["1024"]),
+        ([[0]], None, {"transport": "pigeon"}, ["'pigeon'", "p2p or gather"]),
+        ([[0]], None, {"attention_transport": "p2p"}, ["'p2p'", "ring or gather"]),
+    ],
+)
+def test_refusals(doc_starts: list, segment_tokens: int | None, options: dict, words: list[str]) -> None:  # type: ignore[type-arg]
+    with pytest.raises(PlanError) as refused:
+        make_plan(doc_starts, Layout("zigzag", 2, 1024), Grid(2, 0, 2), segment_tokens, **options)
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_a_plan_needs_the_layout_of_its_group() -> None:
+    with pytest.raises(PlanError, match="4 ranks.* has 2"):
+        make_plan([[0]], Layout("zigzag", 4, 1024), Grid(2, 0, 2))
+
+
+def test_the_grid_of_one_process() -> None:
+    grid = make_grid()
+    assert (grid.world, grid.data_size, grid.sequence_size, grid.sequence_ranks) == (1, 1, 1, (0,))
+    with pytest.raises(LayoutError, match="group of 3 does not divide 1"):
+        make_grid(3)
+
+
+def test_sequence_ranks_are_adjacent() -> None:
+    grid = Grid(world=8, rank=6, sequence=4)
+    assert (grid.data_rank, grid.sequence_rank, grid.sequence_ranks) == (1, 2, (4, 5, 6, 7))
