@@ -82,7 +82,7 @@ class ModelConfig(Section):
     intermediate_size: int = Field(352, gt=0)
     num_hidden_layers: int = Field(4, gt=0)
     pattern: list[LayerKind] = Field(  # repeated, or cut, to num_hidden_layers
-        default_factory=lambda: ["gated_delta", "gated_delta", "gated_delta", "attention"], min_length=1
+        ["gated_delta", "gated_delta", "gated_delta", "attention"], min_length=1
     )
     num_attention_heads: int = Field(4, gt=0)
     num_key_value_heads: int = Field(2, gt=0)

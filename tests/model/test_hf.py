@@ -1,4 +1,4 @@
-"""The decoder against transformers' Qwen3.5 text model with the same weights: logits, gradients, greedy continuation."""
+"""The decoder against transformers' Qwen3.5 text model, same weights: logits, gradients, greedy continuation."""
 
 from __future__ import annotations
 
