@@ -52,7 +52,8 @@ def causal_conv1d(
                 activation=activation,
                 doc_start_BT=plan.doc_start_BT[:, start:stop],
                 start=first,
-                halo_BWD=None if first == 0 or halo_NBWD is None else halo_NBWD[n],
+                # zeros before token 0, given all the same: every rank must take part in the halos' backward
+                halo_BWD=None if halo_NBWD is None else halo_NBWD[n],
             )
         )
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
