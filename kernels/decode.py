@@ -71,11 +71,11 @@ def delta_step(
     decay = None if g_BH is None else g_BH.to(dtype).exp()[..., None, None]
     if decay is not None and rule.error_decay == "current":
         state_BHKV.mul_(decay)
-    error = v - (k.unsqueeze(-2) @ state_BHKV).squeeze(-2) if rule.erase else v
+    error = v - (k.unsqueeze(-1) * state_BHKV).sum(-2) if rule.erase else v  # autocast leaves sums alone
     if decay is not None and rule.error_decay == "previous":
         state_BHKV.mul_(decay)
     state_BHKV += k.unsqueeze(-1) * (beta.unsqueeze(-1) * error).unsqueeze(-2)
-    return (q.unsqueeze(-2) @ state_BHKV).squeeze(-2).to(v_BHV.dtype)
+    return (q.unsqueeze(-1) * state_BHKV).sum(-2).to(v_BHV.dtype)
 
 
 @torch.no_grad()

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import chunk_torch, kept
 from .checks import check_cu_seqlens, check_shapes, check_values
 from .reference import Rule, recurrence
 from .scan import LocalScan, Scan
-from .segments import CHUNK, Inputs, Segments
+from .segments import CHUNK, Inputs, Segments, check_segment_tokens
 
 __all__ = [
     "Rule",
@@ -65,44 +66,47 @@ class _DeltaRule(torch.autograd.Function):
         call: _Call,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        x = call.inputs(q, k, v, g, beta, doc_start)
-        segments = call.segments
+        with torch.autocast(v.device.type, enabled=False):  # its matrix products would be bf16
+            x = call.inputs(q, k, v, g, beta, doc_start)
+            segments = call.segments
 
-        def summarise_and_scan() -> tuple[Tensor, Tensor, Tensor | None]:
-            each = range(len(segments))
-            need_M = tuple(segments.needs_M(n, call.has_initial, call.want_final) for n in each)
-            need_U = tuple(segments.goes_on(n, call.want_final) for n in each)
-            M, U = chunk_torch.summarise(x, need_M, need_U)
-            start = None if initial is None else initial.to(x.state_dtype)
-            return M, *call.scan.forward(M, U, segments.continues_NB, start, call.want_final)
+            def summarise_and_scan() -> tuple[Tensor, Tensor, Tensor | None]:
+                each = range(len(segments))
+                need_M = tuple(segments.needs_M(n, call.has_initial, call.want_final) for n in each)
+                need_U = tuple(segments.goes_on(n, call.want_final) for n in each)
+                M, U = chunk_torch.summarise(x, need_M, need_U)
+                start = None if initial is None else initial.to(x.state_dtype)
+                return M, *call.scan.forward(M, U, segments.continues_NB, start, call.want_final)
 
-        M, incoming, final = kept.once(summarise_and_scan)
-        ctx.save_for_backward(q, k, v, g, beta, doc_start, M, incoming)
-        ctx.call = call
-        ctx.initial_dtype = None if initial is None else initial.dtype
-        return chunk_torch.apply(x, incoming), final
+            M, incoming, final = kept.once(summarise_and_scan)
+            ctx.save_for_backward(q, k, v, g, beta, doc_start, M, incoming)
+            ctx.call = call
+            ctx.initial_dtype = None if initial is None else initial.dtype
+            return chunk_torch.apply(x, incoming), final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
         *tensors, M, incoming = ctx.saved_tensors
-        call: _Call = ctx.call
-        segments = call.segments
-        x = call.inputs(*tensors)
-        do = torch.zeros_like(x.v) if do is None else do
-        need_D = tuple(segments.comes_in(n, call.has_initial) for n in range(len(segments)))
-        D = chunk_torch.summarise_backward(x, do, need_D)
-        outgoing, dinitial = call.scan.reverse(
-            M,
-            D,
-            segments.continues_NB,
-            None if dfinal is None else dfinal.to(x.state_dtype),
-            call.has_initial,
-            call.want_final,
-        )
-        grads = chunk_torch.apply_backward(x, incoming, do, outgoing)
-        if dinitial is not None and ctx.initial_dtype is not None:
-            dinitial = dinitial.to(ctx.initial_dtype)
-        return grads.q, grads.k, grads.v, grads.g, grads.beta, dinitial, None, None
+        with torch.autocast(M.device.type, enabled=False):
+            call: _Call = ctx.call
+            segments = call.segments
+            x = call.inputs(*tensors)
+            do = torch.zeros_like(x.v) if do is None else do
+            need_D = tuple(segments.comes_in(n, call.has_initial) for n in range(len(segments)))
+            D = chunk_torch.summarise_backward(x, do, need_D)
+            outgoing, dinitial = call.scan.reverse(
+                M,
+                D,
+                segments.continues_NB,
+                None if dfinal is None else dfinal.to(x.state_dtype),
+                call.has_initial,
+                call.want_final,
+            )
+            grads = chunk_torch.apply_backward(x, incoming, do, outgoing)
+            if dinitial is not None and ctx.initial_dtype is not None:
+                dinitial = dinitial.to(ctx.initial_dtype)
+            return grads.q, grads.k, grads.v, grads.g, grads.beta, dinitial, None, None
 
 
 def delta_rule(
@@ -215,6 +219,7 @@ def chunk_gated_delta_rule(
     if cu_seqlens is not None:
         doc_start = document_starts(cu_seqlens, T)
     tokens = -(-T // CHUNK) * CHUNK if segment_tokens is None else segment_tokens
+    check_segment_tokens(tokens)
     starts = tuple(range(0, T, tokens))
     if doc_start is not None and initial_state is not None:  # the first document goes on from the initial state
         doc_start = torch.where(doc_start == 0, -1, doc_start)

@@ -11,8 +11,7 @@ order, when the region is recomputed. Everything else is recomputed as usual.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -31,24 +30,29 @@ class _Current(threading.local):
 _current = _Current()
 
 
-@contextmanager
-def _region(tape: list[Any], position: int | None) -> Iterator[None]:
-    outer = _current.tape, _current.position
-    _current.tape, _current.position = tape, position
-    try:
-        yield
-    finally:
-        _current.tape, _current.position = outer
+class _Region:
+    """A context that may be entered again: a graph kept for a second backward pass is recomputed a second time."""
+
+    def __init__(self, tape: list[Any], position: int | None) -> None:
+        self.tape, self.position = tape, position
+        self.outer: list[tuple[list[Any] | None, int | None]] = []
+
+    def __enter__(self) -> None:
+        self.outer.append((_current.tape, _current.position))
+        _current.tape, _current.position = self.tape, self.position
+
+    def __exit__(self, *exception: object) -> None:
+        _current.tape, _current.position = self.outer.pop()
 
 
-def recording(tape: list[Any]) -> Any:
+def recording(tape: list[Any]) -> _Region:
     """A context in which :func:`once` appends its results to ``tape``."""
-    return _region(tape, None)
+    return _Region(tape, None)
 
 
-def replaying(tape: list[Any]) -> Any:
+def replaying(tape: list[Any]) -> _Region:
     """A context in which :func:`once` returns what ``tape`` holds, from its start, and runs nothing."""
-    return _region(tape, 0)
+    return _Region(tape, 0)
 
 
 def once(fn: Callable[[], T]) -> T:

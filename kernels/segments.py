@@ -32,11 +32,7 @@ class Segments:
     open: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.tokens <= 0 or self.tokens % CHUNK:
-            raise ValueError(
-                f"segment_tokens={self.tokens}: segments are whole chunks of {CHUNK} tokens; "
-                f"give a positive multiple of {CHUNK}"
-            )
+        check_segment_tokens(self.tokens)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -63,6 +59,13 @@ class Segments:
         """M is used where a state comes in and goes on; the same in the forward and the backward pass."""
         passes = self.open is None or self.open[n]
         return passes and self.comes_in(n, has_initial) and self.goes_on(n, want_final)
+
+
+def check_segment_tokens(tokens: int) -> None:
+    if tokens <= 0 or tokens % CHUNK:
+        raise ValueError(
+            f"segment_tokens={tokens}: segments are whole chunks of {CHUNK} tokens; give a positive multiple of {CHUNK}"
+        )
 
 
 @dataclass(frozen=True)
