@@ -73,9 +73,9 @@ def check_values(g: Tensor | None, beta: Tensor, cu_seqlens: Tensor | None, T: i
     for name, tensor in {"g": g, "beta": beta}.items():
         if tensor is not None and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} holds values that are not finite; look at what made it")
-    if g is not None and g.numel() and float(g.max()) > 0:
+    if g is not None and g.numel() and float(g.detach().max()) > 0:
         raise ValueError(
-            f"g={float(g.max()):.3g} > 0: the log decay is at most 0 (alpha = exp(g) <= 1); pass log alpha"
+            f"g={float(g.detach().max()):.3g} > 0: the log decay is at most 0 (alpha = exp(g) <= 1); pass log alpha"
         )
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, T)

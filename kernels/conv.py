@@ -9,7 +9,7 @@ sequence is cut into intervals, nor on what stands in another document. Library 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -53,7 +53,16 @@ def silu(z: Tensor) -> Tensor:
 
 class _CausalConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, halo, doc_start, start, activation):  # type: ignore[override]
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        halo: Tensor | None,
+        doc_start: Tensor | None,
+        start: int,
+        activation: Activation,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, halo, doc_start)
         ctx.start, ctx.activation = start, activation
         z = convolve(_with_halo(x, halo, weight.shape[1]), weight, bias, _taps(doc_start, start, weight.shape[1]))
@@ -61,7 +70,7 @@ class _CausalConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, halo, doc_start = ctx.saved_tensors
         tokens, width = x.shape[1], weight.shape[1]
         extended, taps = _with_halo(x, halo, width), _taps(doc_start, ctx.start, width)

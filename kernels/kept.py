@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
@@ -68,21 +68,27 @@ def once(fn: Callable[[], T]) -> T:
         return fn()
     if torch.is_grad_enabled():
         raise RuntimeError("kept.once inside a checkpointed region needs torch.no_grad: what it keeps has no graph")
+    return _next(fn)
+
+
+def _next(fn: Callable[[], T]) -> T:
+    """The current tape's next entry; made and put there where it records."""
+    assert _current.tape is not None
     if _current.position is None:
-        value = fn()
-        _current.tape.append(value)
-        return value
+        _current.tape.append(fn())
+        return cast(T, _current.tape[-1])
     if _current.position >= len(_current.tape):
         raise RuntimeError(f"the recomputation asks for result {_current.position}, the first pass kept that many")
-    value = _current.tape[_current.position]
     _current.position += 1
-    return value
+    return cast(T, _current.tape[_current.position - 1])
 
 
 def checkpoint(fn: Callable[..., T], *args: Any) -> T:
     """``fn(*args)`` with its activations recomputed in the backward pass, all but what passed through :func:`once`.
 
-    Non-reentrant :func:`torch.utils.checkpoint.checkpoint` with a tape of its own; random states are preserved.
+    Non-reentrant :func:`torch.utils.checkpoint.checkpoint` with a tape of its own; random states are preserved. Inside
+    another checkpoint the tape is on the outer one's, so that the outer's recomputation replays it.
     """
-    tape: list[Any] = []
-    return torch_checkpoint(fn, *args, use_reentrant=False, context_fn=lambda: (recording(tape), replaying(tape)))
+    tape: list[Any] = [] if _current.tape is None else _next(list)
+    forward = recording if _current.position is None else replaying
+    return torch_checkpoint(fn, *args, use_reentrant=False, context_fn=lambda: (forward(tape), replaying(tape)))

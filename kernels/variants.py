@@ -41,7 +41,8 @@ def periodic_decay(g_BTH: Tensor | None, position_BT: Tensor, heads: int, every:
     """``g`` with ``log(factor)`` more at every ``every``-th token of a document, before it is written.
 
     ``position_BT`` counts from the document's first token, so that packed documents stay independent of each other.
-    The first token is left out: it has no state to shrink. ``g_BTH`` None is no other decay, for ``heads`` value heads.
+    The first token is left out: it has no state to shrink. ``g_BTH`` None is no other decay, for ``heads`` value heads
+    and in fp32.
     """
     if every < 1 or not 0 < factor <= 1:
         raise ValueError(f"decay by {factor} every {every} tokens: give a factor in (0, 1], an interval from 1")
