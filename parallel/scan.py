@@ -47,7 +47,8 @@ class ParallelScan:
         want_final: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """``(incoming_NBHKV, final_BHKV)``; the final state on the rank with the last interval, elsewhere None."""
-        chain = _Chain(self, M_NBHKK, U_NBHKV, continues_NB, fold, want_final, backward=False)
+        has_initial = initial_BHKV is not None
+        chain = _Chain(self, M_NBHKK, U_NBHKV, continues_NB, fold, has_initial, want_final, backward=False)
         return chain.run(initial_BHKV)
 
     def reverse(
@@ -60,13 +61,13 @@ class ParallelScan:
         want_final: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """``(outgoing_NBHKV, initial_grad_BHKV)``; the initial state's gradient on the rank that holds interval 0."""
-        del want_final  # a missing final gradient is a zero one
-        chain = _Chain(self, M_NBHKK, D_NBHKV, continues_NB, reverse_fold, has_initial, backward=True)
+        chain = _Chain(self, M_NBHKK, D_NBHKV, continues_NB, reverse_fold, want_final, has_initial, backward=True)
         return chain.run(final_grad_BHKV)
 
 
 class _Chain:
-    """One pass. ``order`` names intervals as the pass meets them: left to right, or right to left in the backward."""
+    """One pass. ``order`` names intervals as the pass meets them: left to right, or right to left in the backward.
+    ``has_start``, ``want_end``: whether a state enters the first of them, and whether the last one's is wanted."""
 
     def __init__(
         self,
@@ -75,11 +76,12 @@ class _Chain:
         U: Tensor,
         continues: Tensor | None,
         step: Fold,
+        has_start: bool,
         want_end: bool,
         backward: bool,
     ) -> None:
         self.scan, self.M, self.U, self.continues = scan, M, U, continues
-        self.step, self.want_end, self.backward = step, want_end, backward
+        self.step, self.has_start, self.want_end, self.backward = step, has_start, want_end, backward
         count = scan.layout.count
         self.order = list(reversed(range(count))) if backward else list(range(count))
         self.mine = scan.layout.indices(scan.rank)
@@ -146,9 +148,9 @@ class _Chain:
         return self.scan.comm.receive(self.U[0], peer, self._what(place))
 
     def _gather(self, start: Tensor | None) -> Tensor | None:
-        width = self.M.shape[-1]
+        width, each = self.M.shape[-1], self.scan.per_interval
         packed = self.scan.comm.all_gather(torch.cat([self.M, self.U], dim=-1), self._what(None))
-        each, state = self.scan.per_interval, start
+        state = self._shared_start(start) if self.has_start else None
         for place, interval in enumerate(self.order):
             owner = self.scan.layout.owner(interval)
             first = self.scan.layout.indices(owner).index(interval) * each
@@ -163,6 +165,11 @@ class _Chain:
                         M.contiguous(), U.contiguous(), state, self.scan.continues_all_NB[interval * each + at]
                     )
         return state if self.want_end and self._owner(len(self.order) - 1) == self.scan.rank else None
+
+    def _shared_start(self, start: Tensor | None) -> Tensor:
+        """The state at the pass's start, which only the rank there has; zero where not even that one has it."""
+        mine = torch.zeros_like(self.U[0]) if start is None else start
+        return self.scan.comm.all_gather(mine, self._what(None))[self._owner(0)]
 
     def _owner(self, place: int) -> int:
         return self.scan.layout.owner(self.order[place])
