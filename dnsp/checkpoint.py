@@ -159,6 +159,18 @@ def read(path: Path) -> Checkpoint:
         raise UsageError(f"the checkpoint {path} is damaged: its JSON cannot be read ({error})") from None
 
 
+def open_checked(path: Path) -> Checkpoint:
+    """Open a checkpoint that another rank has read against its checksums.
+
+    Raises:
+        UsageError: where this rank cannot see it.
+    """
+    try:
+        return Checkpoint(path, json.loads((path / "state.json").read_text()))
+    except OSError as error:
+        raise UsageError(f"rank 0 sees the checkpoint {path}, this rank does not ({error.strerror}); share it") from None
+
+
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, and a word on each damaged one that was passed over."""
     words = []

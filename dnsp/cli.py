@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -52,9 +53,7 @@ def train(
     overrides: Overrides = None,
     ranks: Ranks = None,
     port: Port = None,
-    json_file: Ranks = Annotated[int | None, typer.Option(min=1, help="Start this many local ranks; not under a launcher.")]
-Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Where rank 0 listens; left out, a free one.")]
-JsonFile = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Train a model. Under deepspeed, torchrun or srun this is one rank of the run."""
     settings = load_config(config, overrides or [])
@@ -76,9 +75,7 @@ JsonFile = None,
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or one of its checkpoints.")],
     overrides: Overrides = None,
-    json_file: Ranks = Annotated[int | None, typer.Option(min=1, help="Start this many local ranks; not under a launcher.")]
-Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Where rank 0 listens; left out, a free one.")]
-JsonFile = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Held-out loss of a trained model, whole and by position."""
     from dnsp.evaluate import evaluate_run
@@ -110,9 +107,7 @@ def verify(
     layouts: Annotated[str, typer.Option(help="Any of contiguous,zigzag.")] = "contiguous,zigzag",
     transports: Annotated[str, typer.Option(help="Any of p2p,gather.")] = "p2p,gather",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    json_file: Ranks = Annotated[int | None, typer.Option(min=1, help="Start this many local ranks; not under a launcher.")]
-Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Where rank 0 listens; left out, a free one.")]
-JsonFile = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Prove that loss and every parameter's gradient equal one process's, and the delta rule bit for bit."""
     from dnsp.verify import run
@@ -137,9 +132,7 @@ def verify_ranks(folder: Path) -> None:
 
 
 @app.command()
-def doctor(json_file: Ranks = Annotated[int | None, typer.Option(min=1, help="Start this many local ranks; not under a launcher.")]
-Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Where rank 0 listens; left out, a free one.")]
-JsonFile = None) -> None:
+def doctor(json_file: JsonFile = None) -> None:
     """What this machine can and cannot do, with the cure for each."""
     from dnsp.doctor import run
 
@@ -148,14 +141,18 @@ JsonFile = None) -> None:
 
 @data_app.command("prepare")
 def prepare(
-    source: Annotated[str, typer.Argument(help="A file, a folder, a JSONL file, or python-stdlib.")],
+    source: Annotated[str, typer.Argument(help="Text, a folder, .jsonl, .parquet, also .gz or .zst; python-stdlib.")],
     out: Annotated[Path, typer.Argument(help="Prefix of the .bin and .idx files to write.")],
     tokenizer: Annotated[str, typer.Option(help="bytes, or a Hugging Face name or path.")] = "bytes",
+    text_key: Annotated[str, typer.Option(help="The key or column of the text in .jsonl and .parquet.")] = "text",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
 ) -> None:
     """Tokenize text into Megatron's .bin and .idx files."""
     from dnsp.data.prepare import prepare as run
 
-    run(source, out, tokenizer)
+    done = run(source, out, tokenizer, text_key=text_key, overwrite=overwrite)
+    made = done.metadata
+    print(f"{done.prefix}: {made.documents:,} documents, {made.tokens:,} tokens, {done.seconds:.1f} s")
 
 
 def check_ranks(config: Config, ranks: int) -> None:
@@ -209,7 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return int(error.exit_code)
         if "OutOfMemory" in type(error).__name__:
             return _end(1, f"out of memory: {str(error).splitlines()[0]}")
-        raise
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # see _end
 
 
 def _end(status: int, message: str, consequence: bool = False, quiet: bool = False) -> int:

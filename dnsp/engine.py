@@ -1,15 +1,17 @@
 """The model under DeepSpeed: gradients summed over all ranks, the optimizer, its state in and out.
 
-Nothing else imports DeepSpeed, and its JSON is generated here from our configuration. Its scaling, measured with sequence groups switched on by the
-mpu: gradients are summed over all ranks and divided by the number of data ranks, and `backward` divides by the
-accumulation unless told not to. With the loss of a rank = its sum over local targets / the step's targets, the factor
-that makes the reduced gradient the single process's is therefore the number of data ranks, at ZeRO 0 and 1.
+Nothing else imports DeepSpeed, and its JSON is generated here from our configuration. Its scaling, measured with
+sequence groups switched on by the mpu: gradients are summed over all ranks and divided by the number of data ranks, and
+`backward` divides by the accumulation unless told not to. With the loss of a rank = its sum over local targets / the
+step's targets, the reduced gradient is therefore the single process's once it is multiplied by the number of data
+ranks, at ZeRO 0 and 1.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -52,10 +54,12 @@ class Engine:
         accumulation: int,
         optimizer_state: dict[str, Tensor] | None = None,
     ) -> None:
+        warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning)
         logger.setLevel(logging.WARNING)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # DeepSpeed would compile a shared-memory all-reduce with the machine's C++ compiler; gloo does the same
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists; a single process has no launcher to set it
         settings = config.train
         self.model, self.grid, self.zero = model, grid, config.engine.zero_stage > 0
         self.clip, self.accumulation = settings.clip, accumulation
@@ -72,6 +76,7 @@ class Engine:
             dist_init_required=False,
         )
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._make_moments()
         if optimizer_state is not None:
             self._load_optimizer(optimizer_state)
 
@@ -90,7 +95,7 @@ class Engine:
         self.deepspeed.step()
 
     def gradients(self) -> dict[str, Tensor]:
-        """Every parameter's gradient after the reduction, whole, on every rank; between the last backward and the step."""
+        """Every parameter's whole gradient after the reduction, on every rank; from the last backward to the step."""
         return {name: safe_get_full_grad(p).detach().float() for name, p in self.names.items()}
 
     def step(self, lr: float) -> float:
@@ -111,7 +116,7 @@ class Engine:
         return norm
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """AdamW's moments under ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, whole whatever the ZeRO stage, and ``step``.
+        """AdamW's moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, whole whatever the ZeRO stage, and ``step``.
 
         Every rank calls it; every rank gets it, on the CPU.
         """
@@ -123,13 +128,18 @@ class Engine:
         state["step"] = next(iter(self._base().state.values()))["step"].detach().cpu().clone()
         return state
 
-    def _load_optimizer(self, saved: dict[str, Tensor]) -> None:
+    def _make_moments(self) -> None:
+        # AdamW would make them in its first step; DeepSpeed then links the first group's shards alone to parameters
         base = self._base()
         for group in base.param_groups:
             for p in group["params"]:
-                base.state[p] = {"step": saved["step"].clone(), **{m: torch.zeros_like(p) for m in MOMENTS}}
-        if self.zero:  # the flat partitions have their state only after the first step; make the links to it now
+                base.state[p] = {"step": torch.tensor(0.0), **{moment: torch.zeros_like(p) for moment in MOMENTS}}
+        if self.zero:
             self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _load_optimizer(self, saved: dict[str, Tensor]) -> None:
+        for state in self._base().state.values():
+            state["step"].copy_(saved["step"])
         for name, p in self.names.items():
             for moment in MOMENTS:
                 whole = saved[f"{moment}.{name}"].to(self.device)

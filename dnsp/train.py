@@ -58,7 +58,6 @@ def train(config: Config, environment: Environment, name: str) -> dict[str, Any]
 
 
 def _train(config: Config, environment: Environment, name: str, watch: watchdog.Watch, began: float) -> dict[str, Any]:
-    stop = watchdog.StopRequest()
     rank, first = environment.rank, environment.rank == 0
 
     # What can be refused is refused here, on every rank, before anything is written.
@@ -79,12 +78,14 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         torch.manual_seed(config.train.seed)
         model = Decoder(config.model, config.engine.activation_checkpointing)
         initial_weights(model, config)
+        chosen = starting_point(config, identity) if first else None
+    chosen = watchdog.from_first(chosen)  # rank 0 has read every byte of it against the checksums
+    with watchdog.agreed():
+        found = checkpoint.open_checked(chosen) if chosen else None
+        if found:
+            checkpoint.load_weights(model, found.weights(), str(found.path))
     folder = open_folder(config, identity, name, first)
     watch.folder = folder
-    with watchdog.agreed():
-        found = starting_point(config, identity, folder, first)
-        if found is not None:
-            checkpoint.load_weights(model, found.weights(), str(found.path))
     if torch.cuda.is_available():
         model.cuda()
     engine = Engine(model, config, grid, accumulation, found.optimizer() if found else None)
@@ -119,7 +120,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                 )
                 if micro + 1 < accumulation:
                     engine.advance()
-            loss, stopping = agree_on_step(local_loss, work.targets, stop.signal is not None, step + 1, grid)
+            loss, stopping = agree_on_step(local_loss, work.targets, watch.stop, step + 1, grid)
             lr = learning_rate(step, steps, config.train)
             grad_norm = engine.step(lr)
             if not grad_norm < float("inf"):
@@ -204,8 +205,6 @@ _LOCKS: list[FileLock] = []  # held until the process ends
 
 def _make_folder(config: Config, identity: dict[str, Any], name: str) -> Path:
     if config.run.dir is None:
-        if config.resume == "auto":
-            raise UsageError("resume=auto needs run.dir: name the run folder to continue")
         stem, number = f"{name}-{date.today():%Y%m%d}", 1
         Path("runs").mkdir(exist_ok=True)
         while True:
@@ -217,6 +216,9 @@ def _make_folder(config: Config, identity: dict[str, Any], name: str) -> Path:
                 number += 1
     else:
         folder = Path(config.run.dir)
+        checkpoint.check_identity(folder, identity)
+        if config.resume == "none" and (folder / "metrics.jsonl").exists():
+            raise UsageError(f"{folder} holds a run already; resume=auto continues it, or choose another run.dir")
         folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", blocking=False)
     try:
@@ -224,9 +226,6 @@ def _make_folder(config: Config, identity: dict[str, Any], name: str) -> Path:
     except Timeout:
         raise UsageError(f"{folder} is in use by a running run; wait for it, or choose another run.dir") from None
     _LOCKS.append(lock)
-    checkpoint.check_identity(folder, identity)
-    if config.resume == "none" and (folder / "metrics.jsonl").exists():
-        raise UsageError(f"{folder} holds a run already; resume=auto continues it, or choose another run.dir")
     checkpoint.clean(folder)
     watchdog.clear_claim(folder)
     checkpoint.write_identity(folder, identity)
@@ -234,21 +233,26 @@ def _make_folder(config: Config, identity: dict[str, Any], name: str) -> Path:
     return folder
 
 
-def starting_point(config: Config, identity: dict[str, Any], folder: Path, first: bool) -> checkpoint.Checkpoint | None:
-    """The checkpoint to continue from, or None; every rank verifies and takes the same one."""
+def starting_point(config: Config, identity: dict[str, Any]) -> Path | None:
+    """The checkpoint to continue from, whole and of this run, or None; what is damaged is passed over with a word."""
     if config.resume == "none":
         return None
-    if config.resume == "auto":
-        found, words = checkpoint.latest(folder)
-        if words and found is None:
-            raise UsageError(f"{words[0]}, and there is no other; choose another run.dir to begin anew")
-    else:
+    if config.resume != "auto":
         found, words = checkpoint.find(config.resume)
         checkpoint.compare(found.state["identity"], identity, found.path)
-    if first:
-        for word in words:
-            print(f"{word}; going on from {found.path.name}" if found else word, flush=True)
-    return found
+    elif config.run.dir is None:
+        raise UsageError("resume=auto needs run.dir: name the run folder to continue")
+    else:
+        checkpoint.check_identity(Path(config.run.dir), identity)
+        latest, words = checkpoint.latest(Path(config.run.dir))
+        if latest is None:
+            if words:
+                raise UsageError(f"{words[0]}, and there is no other; choose another run.dir to begin anew")
+            return None
+        found = latest
+    for word in words:
+        print(f"{word}; going on from {found.path.name}", flush=True)
+    return found.path
 
 
 def initial_weights(model: Decoder, config: Config) -> None:

@@ -99,44 +99,43 @@ def wait_for_all() -> None:
     dist.barrier()
 
 
-class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop after the step; asking twice does not ask nicely."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number != signal.SIGUSR1:
-            self.restore()
-        self.signal = signal.Signals(number)
-
-    def restore(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-
 class Watch:
-    """Turns the loss of a peer into one message: the first rank to fail claims it in the run folder.
+    """Around a run: notices a request to stop, and turns the loss of a peer into one message.
 
-    ``folder`` is set once the run has one; before that every rank speaks for itself.
+    SIGTERM, SIGINT and SIGUSR1 set ``stop``: the run saves after its step and ends; asked twice, it ends at once. Of
+    several ranks that fail the first claims it in the run ``folder`` (set once there is one), the others follow.
     """
 
     def __init__(self, environment: Environment) -> None:
-        self.rank = environment.rank
+        self.rank, self.alone = environment.rank, environment.world_size == 1
         self.folder: Path | None = None
+        self.stop = False
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Watch:
+        self._handlers = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, Echo | REFUSALS):
+        self._restore()
+        if self.alone:
+            leave()  # with peers it would wait for them
+        if error is None or isinstance(error, (Echo, *REFUSALS)):
             return
         if isinstance(error, PeerLost):
             raise self._lost(str(error)) from None
         if isinstance(error, RuntimeError) and not isinstance(error, RunError) and _LOST.search(str(error)):
             raise self._lost(f"rank {self.rank} lost a peer: {_first_line(error)}") from None
         self._claim(f"rank {self.rank}: {_first_line(error)}")
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.stop and number != signal.SIGUSR1:
+            self._restore()
+        self.stop = True
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _lost(self, message: str) -> RunError:
         text = f"{message}. The run ends; resume=auto continues it from the last checkpoint."

@@ -1,0 +1,112 @@
+"""Configuration: every slip is answered with the value, the rule and the nearest valid name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dnsp.config import Config, load_config
+from dnsp.errors import UsageError
+from dnsp.schedule import learning_rate, spans
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+# override, what the refusal must say
+SLIPS = [
+    ("train.stpes=3", "unknown key 'train.stpes'; did you mean 'train.steps'?"),
+    ("trian.steps=3", "unknown key 'trian'; did you mean 'train'?"),
+    ("steps=3", "unknown key 'steps'; did you mean 'train.steps'?"),
+    ("data.sequence_lenght=64", "did you mean 'data.sequence_length'?"),
+    ("data.sources=[{path: a, wieght: 2}]", "did you mean 'data.sources.weight'?"),
+    ("train.steps=abc", "train.steps='abc': must be a valid integer"),
+    ("train.steps=1.5", "train.steps=1.5"),
+    ("train.steps=true", "train.steps=True"),
+    ("train.steps=0", "train.steps=0: must be greater than 0"),
+    ("train.lr=-1", "train.lr=-1: must be greater than 0"),
+    ("parallel.layout=zigzagg", "must be 'contiguous' or 'zigzag'; did you mean 'zigzag'?"),
+    ("engine.zero_stage=7", "engine.zero_stage=7: must be 0"),
+    ("model=3", "model=3: expected a mapping of keys"),
+    ("train.steps.x=1", "'steps' is a single value"),
+    ("train.stages=[{tokens: 3}]", "train.stages.0.sequence_length: this key is required"),
+    ("train.steps", "'train.steps' is not an override; write key=value"),
+    ("model.pattern=[atention]", "did you mean 'attention'?"),
+    ("model.num_attention_heads=3", "num_attention_heads"),
+    ("train.steps=[", "not valid YAML"),
+]
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "some.yaml"
+    path.write_text("train: {steps: 10}\ndata: {sequence_length: 512}\n")
+    return path
+
+
+@pytest.mark.parametrize(("override", "said"), SLIPS)
+def test_slips_are_named(config_file: Path, override: str, said: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        load_config(config_file, [override])
+    text = str(refusal.value)
+    assert said in text
+    assert len(text.splitlines()) == 1
+    assert len(text) < 300
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("train: [", "not valid YAML"), ("- 1", "holds a list"), (None, "No such file"), ("tarin: {}", "'train'")],
+)
+def test_bad_files(tmp_path: Path, content: str | None, said: str) -> None:
+    path = tmp_path / "bad.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UsageError, match=said):
+        load_config(path)
+
+
+def test_overrides_reach_lists_sections_and_floats(config_file: Path) -> None:
+    config = load_config(
+        config_file, ["data.sources=[{path: a}, {path: b}]", "data.sources.1.weight=3e-1", "eval.every=5", "run.dir=x=y"]
+    )
+    assert [source.weight for source in config.data.sources] == [1.0, 0.3]
+    assert (config.eval.every, config.train.steps, config.run.dir) == (5, 10, "x=y")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configurations_that_come_along_load(path: Path) -> None:
+    config = load_config(path)
+    assert spans(config)
+
+
+def test_there_are_five_of_them() -> None:
+    found = {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert found >= {"quickstart", "1b_32k", "1b_128k", "8b_1m", "extend_128k"}
+    assert load_config(CONFIGS / "quickstart.yaml").data.sequence_length >= 8192
+
+
+def test_a_dumped_configuration_is_itself() -> None:
+    config = Config()
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_stages_become_steps(config_file: Path) -> None:
+    stages = "train.stages=[{sequence_length: 100, tokens: 1000}, {sequence_length: 400, tokens: 1700, rope_theta: 5e5}]"
+    whole = spans(load_config(config_file, [stages, "train.global_batch=2", "train.steps=null"]))
+    assert [(s.start, s.stop, s.sequence_length) for s in whole] == [(0, 5, 100), (5, 8, 400)]
+    assert [s.rope_theta for s in whole] == [10_000.0, 5e5]
+    assert [s.stop for s in spans(load_config(config_file, [stages, "train.global_batch=2", "train.steps=20"]))] == [5, 20]
+    assert [s.stop for s in spans(load_config(config_file, [stages, "train.global_batch=2", "train.steps=4"]))] == [4]
+    with pytest.raises(UsageError, match="train.steps"):
+        spans(load_config(config_file, ["train.steps=null"]))
+
+
+def test_learning_rates(config_file: Path) -> None:
+    cosine = load_config(config_file, ["train.lr=1", "train.warmup_steps=4", "train.min_lr_ratio=0.1"]).train
+    rates = [learning_rate(step, 20, cosine) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0 and rates[12] == pytest.approx(0.55) and 0.1 < rates[-1] < 0.12
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    wsd = load_config(config_file, ["train.lr=1", "train.warmup_steps=4", "train.schedule=wsd"]).train
+    rates = [learning_rate(step, 20, wsd) for step in range(20)]
+    assert rates[3:17] == [1.0] * 14 and rates[-1] == pytest.approx(0.1 + 0.9 * 0.25)

@@ -1,0 +1,274 @@
+"""What goes wrong before the first step and later: one message, the right status, in time, nothing lost or left."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from dnsp.cli import main
+
+BEFORE, LATER = 20.0, 30.0  # seconds until a refusal, until a fault has ended every rank
+
+Dnsp = Callable[..., Any]
+Losses = Callable[[Path], list[float]]
+
+
+def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str], timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    path = run / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_bytes().count(b"\n") >= steps:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    raise AssertionError(f"{run} did not get to step {steps}")
+
+
+def is_one_message(text: str) -> bool:
+    return text.startswith("error: ") and len(text.strip().splitlines()) <= 2 and "Traceback" not in text
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+def truncated(corpus: Path, folder: Path) -> Path:
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(f"{corpus}{suffix}", folder / f"cut{suffix}")
+    os.truncate(folder / "cut.bin", 1000)
+    return folder / "cut"
+
+
+def foreign(corpus: Path, folder: Path) -> Path:
+    (folder / "foreign.bin").write_bytes(b"x" * 5000)
+    (folder / "foreign.idx").write_bytes(b"y" * 5000)
+    return folder / "foreign"
+
+
+def empty(corpus: Path, folder: Path) -> Path:
+    (folder / "empty.bin").touch()
+    (folder / "empty.idx").touch()
+    return folder / "empty"
+
+
+# overrides, what the refusal must say
+REFUSALS: list[tuple[list[str], str]] = [
+    (["train.stpes=3"], "train.steps"),
+    (["train.global_batch=3", "train.micro_batch=2"], "train.global_batch=3"),
+    (["data.sequence_length=100000000"], "more than the"),
+    (["model.vocab_size=100"], "100"),
+    (["data.sources=[{path: nowhere/at-all}]"], "nowhere/at-all"),
+    (["parallel.segment_tokens=100"], "segment_tokens=100"),
+    (["init_from=run:nowhere"], "there is no run folder nowhere"),
+    (["init_from=hf:x"], "run:PATH"),
+    (["resume=auto"], "run.dir"),
+    (["resume=nowhere"], "there is no run folder nowhere"),
+    (["data.tokenizer=./nowhere"], "./nowhere"),
+    (["train.steps=null"], "train.steps"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "said"), REFUSALS, ids=[" ".join(o)[:40] for o, _ in REFUSALS])
+def test_refused_before_the_first_step(
+    workplace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    began = time.monotonic()
+    assert main(["train", str(workplace / "tiny.yaml"), *overrides]) == 2
+    assert time.monotonic() - began < BEFORE
+    text = capsys.readouterr().err
+    assert said in text and is_one_message(text), text
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize("damage", [truncated, foreign, empty])
+def test_data_that_is_not_data(
+    workplace: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path, Path], Path],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = damage(corpus, tmp_path)
+    assert main(["train", str(workplace / "tiny.yaml"), f"data.sources=[{{path: {path}}}]"]) == 2
+    text = capsys.readouterr().err
+    assert path.name in text and is_one_message(text), text
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], "resume=auto continues it"),
+        (["resume=auto", "model.hidden_size=64"], "model.hidden_size=32, the configuration has 64"),
+        (["resume=auto", "data.seed=5"], "data.seed=0, the configuration has 5"),
+    ],
+)
+def test_the_folder_of_another_run_is_left_alone(
+    reference: Path, workplace: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
+) -> None:
+    before = contents(reference)
+    assert main(["train", str(workplace / "tiny.yaml"), f"run.dir={reference}", *overrides]) == 2
+    text = capsys.readouterr().err
+    assert said in text and is_one_message(text), text
+    assert contents(reference) == before
+
+
+def test_ranks_that_do_not_fit(workplace: Path, tmp_path: Path, dnsp: Dnsp) -> None:
+    """Several ranks refuse with one voice, and nothing is left."""
+    began = time.monotonic()
+    done = dnsp("train", workplace / "tiny.yaml", "--ranks", 2, "data.sequence_length=500", cwd=tmp_path)
+    assert done.returncode == 2
+    assert time.monotonic() - began < BEFORE
+    assert "500" in done.stderr and "use 256 or 512" in done.stderr and is_one_message(done.stderr), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_port_in_use(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["train", str(workplace / "tiny.yaml"), "--ranks", "2", "--port", str(port)]) == 2
+    text = capsys.readouterr().err
+    assert f"port {port}" in text and is_one_message(text), text
+
+
+def test_a_loss_that_is_not_finite(workplace: Path, dnsp: Dnsp) -> None:
+    done = dnsp("train", "tiny.yaml", "--ranks", 2, "run.dir=wild", "train.lr=1e30", cwd=workplace)
+    assert done.returncode == 1
+    assert is_one_message(done.stderr), done.stderr
+    assert "not finite at step" in done.stderr and "on rank" in done.stderr
+    assert not list((workplace / "wild").rglob("*.part"))
+
+
+def test_a_killed_rank_ends_the_run_which_resumes_exactly(
+    reference: Path, workplace: Path, start: Callable[..., subprocess.Popen[str]], dnsp: Dnsp, losses: Losses
+) -> None:
+    run = workplace / "killed"
+    process = start("train", "tiny.yaml", "--ranks", 2, "run.dir=killed", "train.steps=5000", cwd=workplace)
+    wait_for_steps(run, 3, process)
+    ranks = psutil.Process(process.pid).children()
+    assert len(ranks) == 2
+    victim = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
+    victim.send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    _, stderr = process.communicate(timeout=LATER)
+    assert time.monotonic() - began < LATER
+    assert process.returncode == 1
+    assert "rank 1 was ended by SIGKILL" in stderr and is_one_message(stderr), stderr
+    assert not any(rank.is_running() for rank in ranks)
+
+    done = dnsp("train", "tiny.yaml", "--ranks", 2, "run.dir=killed", "resume=auto", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert losses(run)[:12] == losses(reference)
+
+
+def test_asked_to_stop_it_saves_and_a_damaged_checkpoint_is_passed_over(
+    reference: Path, workplace: Path, start: Callable[..., subprocess.Popen[str]], dnsp: Dnsp, losses: Losses
+) -> None:
+    run = workplace / "stopped"
+    # no checkpoint by interval is due: the last one is the signal's
+    settings = ("train", "tiny.yaml", "--ranks", 2, "run.dir=stopped", "resume=auto", "checkpoint.every=3")
+    process = start(*settings, "train.steps=5000", cwd=workplace)
+    wait_for_steps(run, 4, process)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=LATER)
+    assert process.returncode == 0, stderr
+    assert "as asked; resume=auto continues" in stdout
+    saved = sorted((run / "checkpoints").iterdir())
+    assert int(saved[-1].name.removeprefix("step-")) == len(losses(run))
+
+    with (saved[-1] / "weights.safetensors").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"\x55\x55\x55\x55")
+    done = dnsp(*settings, "train.steps=12", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert f"{saved[-1].relative_to(workplace)} is damaged: weights.safetensors" in done.stdout
+    assert f"going on from {saved[-2].name}" in done.stdout
+    assert losses(run)[:12] == losses(reference)
+
+
+@pytest.mark.slow
+def test_a_full_disk(reference: Path, workplace: Path, dnsp: Dnsp) -> None:
+    """The checkpoint of step 8 does not fit: the one before it stays, and nothing half-written beside it."""
+
+    def little_room() -> None:
+        # a file may grow to less than the optimizer's state; the system says so as it does for a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+    run = workplace / "full"
+    done = dnsp("train", "tiny.yaml", "run.dir=full", "train.steps=4", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    before = sorted((run / "checkpoints").iterdir())
+    done = dnsp(
+        *("train", "tiny.yaml", "--ranks", 2, "run.dir=full", "resume=auto", "train.steps=8"),
+        cwd=workplace,
+        preexec_fn=little_room,
+    )
+    assert done.returncode == 1
+    assert is_one_message(done.stderr), done.stderr
+    assert "cannot write the checkpoint" in done.stderr and str(before[-1].relative_to(workplace)) in done.stderr
+    assert sorted((run / "checkpoints").iterdir()) == before
+    assert not list(run.rglob("*.part"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_killed_at_any_moment_it_resumes_exactly(
+    reference: Path, workplace: Path, start: Callable[..., subprocess.Popen[str]], dnsp: Dnsp, losses: Losses
+) -> None:
+    """The whole run is killed, supervisor and all, at moments that fall into checkpoint writing too."""
+    run = workplace / "mauled"
+    settings = ("train", "tiny.yaml", "--ranks", 2, "run.dir=mauled", "resume=auto", "checkpoint.every=1")
+    for round_ in range(4):
+        done_before = len(losses(run)) if (run / "metrics.jsonl").exists() else 0
+        process = start(*settings, "train.steps=5000", cwd=workplace)
+        wait_for_steps(run, max(2, done_before + 1), process)
+        time.sleep(0.013 * round_)
+        ranks = psutil.Process(process.pid).children()
+        process.kill()
+        process.communicate(timeout=LATER)
+        gone, alive = psutil.wait_procs(ranks, timeout=LATER)
+        assert not alive  # ranks do not outlive the process that started them
+        if len(losses(run)) >= 12:
+            break
+    done = dnsp(*settings, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert losses(run)[:12] == losses(reference)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_given_up(
+    workplace: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = start(
+        *("train", "tiny.yaml", "--ranks", 2, "run.dir=hung", "train.steps=5000", "run.timeout=5"), cwd=workplace
+    )
+    wait_for_steps(workplace / "hung", 3, process)
+    ranks = psutil.Process(process.pid).children()
+    victim = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
+    victim.suspend()
+    _, stderr = process.communicate(timeout=LATER)
+    assert process.returncode == 1
+    assert is_one_message(stderr) and "rank 0 lost" in stderr, stderr
+    gone, alive = psutil.wait_procs(ranks, timeout=5)
+    assert not alive

@@ -1,0 +1,131 @@
+"""Training runs whole: what they write and say, and that ranks, stages and ZeRO change nothing in the numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# relative differences of a step's loss from the two-rank run's
+TOLERANCE = {"one rank": 2e-5, "zero 1": 2e-5, "data parallel": 2e-5}
+
+Dnsp = Callable[..., Any]
+
+
+def compared(ours: list[float], theirs: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_every_step_is_a_line(reference: Path, metrics: Callable[[Path], list[dict[str, Any]]]) -> None:
+    records = metrics(reference)
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert [record["tokens"] for record in records] == [512 * step for step in range(1, 13)]
+    for record in records:
+        assert {"loss", "grad_norm", "lr", "tokens_per_s", "time", "sequence_length"} <= set(record)
+        assert all(math.isfinite(value) for value in record.values())
+    assert abs(records[0]["loss"] - math.log(257)) < 0.2  # an untrained model knows nothing
+    assert records[-1]["loss"] < records[0]["loss"] - 1
+    assert [record["lr"] for record in records[:3]] == [0.005, 0.01, 0.01]
+
+
+def test_the_run_folder(reference: Path) -> None:
+    assert sorted(path.name for path in (reference / "checkpoints").iterdir()) == [
+        f"step-{step:08d}" for step in (8, 10, 12)
+    ]
+    assert list((reference / "tensorboard").glob("events.*"))
+    evaluations = [json.loads(line) for line in (reference / "evaluations.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in evaluations] == [4, 8, 12]
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"]
+    assert {"0-63", "64-127"} <= set(evaluations[-1]["by_position"])
+    assert not list(reference.rglob("*.part"))
+
+
+def test_what_is_said(reference: Path) -> None:
+    said = (reference.parent / "said.txt").read_text()
+    assert re.search(r"step 1/12  loss \d\.\d+  [\d,]+ tokens/s  gradient norm \d+\.\d+  \d+ s left", said)
+    assert len(re.findall(r"^step 12/12 ", said, re.M)) == 1  # rank 0 alone
+    assert "held-out bits per byte" in said
+    assert said.rstrip().endswith("run folder: reference")
+    assert "def " in said
+    figures = json.loads((reference.parent / "figures.json").read_text())
+    heldout = figures["heldout"]
+    assert figures["step"] == 12
+    # every predicted token is a byte but the ends of documents
+    assert heldout["bits_per_byte"] >= heldout["loss"] / math.log(2)
+    assert heldout["bits_per_byte"] == pytest.approx(heldout["loss"] / math.log(2), rel=0.05)
+
+
+def test_one_process_has_the_same_losses(
+    reference: Path, workplace: Path, dnsp: Dnsp, losses: Callable[[Path], list[float]]
+) -> None:
+    done = dnsp("train", "tiny.yaml", "run.dir=alone", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert compared(losses(workplace / "alone"), losses(reference)) < TOLERANCE["one rank"]
+
+
+def test_eval_and_generate(reference: Path, workplace: Path, dnsp: Dnsp) -> None:
+    done = dnsp("eval", "reference", "--json", "eval.json", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    figures, at_end = (json.loads((workplace / name).read_text()) for name in ("eval.json", "figures.json"))
+    assert figures["step"] == 12
+    assert figures["bits_per_byte"] == pytest.approx(at_end["heldout"]["bits_per_byte"], rel=1e-4)
+    done = dnsp("generate", "reference", "--prompt", "delta ", "--tokens", 10, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("delta ") and len(done.stdout) > 10
+
+
+@pytest.mark.slow
+def test_zero_1_and_data_parallelism(
+    reference: Path, workplace: Path, dnsp: Dnsp, losses: Callable[[Path], list[float]]
+) -> None:
+    batch = ("train.global_batch=4", "train.steps=6")
+    runs = {
+        "plain": (),
+        "zero": ("engine.zero_stage=1",),
+        "data": ("parallel.sequence=1", "engine.zero_stage=1"),
+        "micro": ("parallel.sequence=1", "train.micro_batch=2"),
+        "recomputed": ("engine.activation_checkpointing=true", "parallel.layout=contiguous"),
+    }
+    for name, overrides in runs.items():
+        done = dnsp("train", "tiny.yaml", "--ranks", 2, f"run.dir={name}", *batch, *overrides, cwd=workplace)
+        assert done.returncode == 0, (name, done.stderr)
+    four = ("train", "tiny.yaml", "--ranks", 4, "run.dir=four", "parallel.sequence=2", "engine.zero_stage=1", *batch)
+    done = dnsp(*four, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    plain = losses(workplace / "plain")
+    for name in ("zero", "data", "micro", "recomputed", "four"):
+        assert compared(losses(workplace / name), plain) < TOLERANCE["data parallel"], name
+
+
+@pytest.mark.slow
+def test_context_grows_within_a_run_and_into_another(
+    reference: Path, workplace: Path, dnsp: Dnsp, metrics: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    stages = "train.stages=[{sequence_length: 512, tokens: 2048}, {sequence_length: 1024, tokens: 3000, rope_theta: 1e5}]"
+    settings = ("train", "tiny.yaml", "--ranks", 2, stages, "train.steps=null")
+    done = dnsp(*settings, "run.dir=staged", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    records = metrics(workplace / "staged")
+    assert [record["sequence_length"] for record in records] == [512] * 4 + [1024] * 3
+    assert records[-1]["tokens"] == 4 * 512 + 3 * 1024
+    # the stage before it, alone, and resumed over the border
+    done = dnsp("train", "tiny.yaml", "--ranks", 2, "run.dir=halves", "train.steps=4", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    done = dnsp(*settings, "run.dir=halves", "resume=auto", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert [r["loss"] for r in metrics(workplace / "halves")] == [r["loss"] for r in records]
+
+    done = dnsp(
+        *("train", "tiny.yaml", "--ranks", 2, "run.dir=longer", "init_from=run:reference"),
+        *("data.sequence_length=1024", "train.steps=2", "model.rope_theta=1e5"),
+        cwd=workplace,
+    )
+    assert done.returncode == 0, done.stderr
+    begun, before = metrics(workplace / "longer"), metrics(reference)
+    assert begun[0]["step"] == 1
+    assert begun[0]["loss"] < before[5]["loss"]  # it begins from what the other run has learned
