@@ -6,6 +6,7 @@ has no tags). A peer that died, or that stayed away longer than the group's time
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -84,6 +85,11 @@ class Transport:
         try:
             return call()
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             missing = None if peer is None else self.ranks[peer]
-            raise PeerLost(self.ranks[self.rank], missing, what, reason) from error
+            raise PeerLost(self.ranks[self.rank], missing, what, _reason(error)) from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """The library's first line, without its source file's name and its advice."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"\[[^]]*\.(cc|cpp|h):\d+\]\s*", "", line).split(" This is typically")[0]

@@ -1,0 +1,99 @@
+"""Messages between real ranks, and what the others are told when one dies or stays away."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dnsp.parallel.attention import attention
+from dnsp.parallel.delta_rule import delta_rule
+from dnsp.parallel.errors import PeerLost
+from dnsp.parallel.grid import make_grid
+from dnsp.parallel.halo import causal_conv1d
+from dnsp.parallel.layout import Layout
+from dnsp.parallel.plan import make_plan
+from dnsp.parallel.transport import Transport
+from tests.ranks import RankFailure, run_ranks
+
+LIMITS = {"group timeout": 2.0, "noticed": 10.0}  # seconds
+LOST = 1  # the rank that goes
+OPS = {"dies": ("hop", "summaries", "halo", "keys"), "sleeps": ("hop", "summaries")}  # each waits out its timeout
+
+
+def on_every_rank() -> tuple[tuple[object, ...], list[list[float]]]:
+    """A grid of two by two, and messages between all four."""
+    grid = make_grid(2, timeout=30)
+    total = torch.tensor(float(grid.rank))
+    dist.all_reduce(total, group=grid.sequence_group)
+    place = grid.data_rank, grid.sequence_rank, grid.sequence_ranks, float(total)
+
+    comm = Transport(grid.everyone, range(4), grid.rank)
+    right, left = (grid.rank + 1) % 4, (grid.rank - 1) % 4
+    found = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        mine = torch.full((3,), float(grid.rank), dtype=dtype)
+        arriving = torch.empty_like(mine)
+        comm.exchange([(right, mine)], [(left, arriving)], "test").wait()
+        found.append([float(arriving[0]), *(float(part[0]) for part in comm.all_gather(mine, "test"))])
+    comm.exchange([(right, mine[:0])], [(left, mine[:0])], "test").wait()
+    assert comm.calls == 6  # nothing to send is no call
+    return (*place, grid.mpu().get_data_parallel_group_ranks()), found
+
+
+def test_a_grid_of_data_and_sequence_ranks_and_their_messages() -> None:
+    places, messages = zip(*run_ranks(on_every_rank, 4, timeout=60), strict=True)
+    assert list(places) == [
+        (0, 0, (0, 1), 1.0, [0, 2]),
+        (0, 1, (0, 1), 1.0, [1, 3]),
+        (1, 0, (2, 3), 5.0, [0, 2]),
+        (1, 1, (2, 3), 5.0, [1, 3]),
+    ]
+    for rank, found in enumerate(messages):
+        assert found == [[(rank - 1) % 4, 0.0, 1.0, 2.0, 3.0]] * 3
+
+
+def without_a_rank(how: str) -> list[tuple[str, int, int | None, str, float]]:
+    """Each communicating op in turn, on groups of their own, while one rank is dead or asleep."""
+    grids = [make_grid(timeout=LIMITS["group timeout"]) for _ in range(4)]
+    rank = grids[0].rank
+    if rank == LOST:
+        if how == "dies":
+            os._exit(7)
+        time.sleep(2 * LIMITS["group timeout"] + 2)
+        return []
+    x = torch.randn(1, 256, 2, 16)
+    gates = torch.rand(1, 256, 2)
+    told = []
+    for grid, op in zip(grids, OPS[how], strict=False):
+        gather = op == "summaries"
+        layout = Layout("contiguous", grid.world, 256 * grid.world)
+        plan = make_plan([[0]], layout, grid, transport="gather" if gather else "p2p")
+        start = time.monotonic()
+        try:
+            if op in ("hop", "summaries"):
+                delta_rule(x, x, x, -gates, gates, plan=plan, l2norm=True)
+            elif op == "halo":
+                causal_conv1d(x.flatten(2), torch.randn(32, 4), plan=plan)
+            else:
+                attention(x, x, x, plan=plan)
+        except PeerLost as lost:
+            told.append((op, lost.rank, lost.peer, str(lost), time.monotonic() - start))
+    return told
+
+
+@pytest.mark.parametrize("how", ["dies", "sleeps"])
+def test_a_lost_rank_is_named(how: str) -> None:
+    results = run_ranks(without_a_rank, 3, how, timeout=90, check=False)
+    assert not isinstance(results[2], RankFailure), results[2]
+    told = {op: (rank, peer, words, seconds) for op, rank, peer, words, seconds in results[2]}
+    assert tuple(told) == OPS[how]
+    for op, (rank, peer, words, seconds) in told.items():
+        assert rank == 2 and seconds < LIMITS["noticed"], (op, seconds)
+        assert words.startswith("rank 2 lost "), words
+        assert peer == (None if op == "summaries" else LOST), (op, words)
+    assert "hop into interval 2 (forward)" in told["hop"][2]
+    assert "Timed out" in told["hop"][2] if how == "sleeps" else "keys and values" in told["keys"][2]
