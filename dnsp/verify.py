@@ -1,0 +1,403 @@
+"""``dnsp verify``: the same numbers on any number of ranks, shown on the user's own configuration.
+
+One process computes the truth in fp32: the loss of one micro-batch, every parameter's gradient by plain autograd, and a
+recording of what entered the delta rule. Each world size is then started once, and for every layout and transport
+
+    its loss and every parameter's gradient, on every rank after the engine's reduction, are held against the truth;
+    the recording is replayed, and outputs and input gradients must be those of one process bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest.mock import patch
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dnsp import watchdog
+from dnsp.config import Config, load_config, parse_config
+from dnsp.data.batch import Batch, batch
+from dnsp.data.mix import Step, open_data
+from dnsp.errors import UsageError
+from dnsp.launch.environment import Environment, find_environment
+from dnsp.launch.local import cores, start_ranks
+from dnsp.model.decoder import Decoder
+from dnsp.parallel.grid import Grid, make_grid
+from dnsp.parallel.layout import CHUNK, KINDS, Layout
+from dnsp.parallel.plan import SCAN_TRANSPORTS, Plan, make_plan
+from dnsp.parallel.transport import Transport
+from dnsp.recording import Call, recording, replay
+
+if TYPE_CHECKING:
+    from dnsp.engine import Engine
+
+# Relative errors, |got - want| / |want|.
+GRADIENT_TOLERANCE = 5e-5  # fp32, every parameter by itself
+LOSS_TOLERANCE = {"fp32": 5e-6, "bf16": 5e-3}
+BF16_FACTOR = 1.2  # bf16: the error against fp32 may be this much of one bf16 process's
+
+TINY = 1e-30
+ONE = Grid(1, 0, 1)
+
+REQUEST, TRUTH = "request.json", "truth.pt"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to check; every rank reads it from the working folder. ``rows``: sequences of the step."""
+
+    config: Config
+    ranks: tuple[int, ...]
+    layouts: tuple[str, ...]
+    transports: tuple[str, ...]
+    segment_tokens: int
+    rows: int
+
+    @property
+    def dtype(self) -> str:
+        return self.config.engine.dtype
+
+    @property
+    def tokens(self) -> int:
+        return self.config.data.sequence_length
+
+    def save(self, folder: Path) -> None:
+        tree = {**dataclasses.asdict(self), "config": self.config.model_dump(mode="json")}
+        (folder / REQUEST).write_text(json.dumps(tree))
+
+    @staticmethod
+    def load(folder: Path) -> Request:
+        tree = json.loads((folder / REQUEST).read_text())
+        lists = {name: tuple(tree[name]) for name in ("ranks", "layouts", "transports")}
+        return Request(**{**tree, **lists, "config": parse_config(tree["config"], REQUEST)})
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the verdict."""
+
+    ranks: int
+    layout: str
+    transport: str
+    loss: float
+    loss_rel_err: float
+    worst_param: str
+    worst_grad_rel_err: float
+    delta_bitwise_equal: bool
+    ok: bool
+
+
+@dataclass
+class Truth:
+    """What one process found."""
+
+    loss: float
+    gradients: dict[str, Tensor]  # fp32
+    bf16_errors: dict[str, float]  # one bf16 process's error against them; empty for fp32
+    calls: list[Call]  # of the first micro-batch, in the request's dtype
+    doc_starts: list[list[int]]  # of its rows
+
+
+# What the user's process does.
+
+
+def run(
+    config_path: Path,
+    overrides: Sequence[str],
+    ranks: Sequence[int],
+    layouts: Sequence[str] = KINDS,
+    transports: Sequence[str] = SCAN_TRANSPORTS,
+    dtype: str = "fp32",
+    json_path: Path | None = None,
+) -> int:
+    """Check a configuration at several world sizes; print the table. Returns the exit status, 1 if any case fails.
+
+    Under a launcher this is one of its ranks, and its world is the one that is checked.
+
+    Raises:
+        UsageError: a layout, transport, type or number of ranks that the configuration cannot be run with.
+    """
+    environment = find_environment()
+    request = make_request(load_config(config_path, overrides), ranks, layouts, transports, dtype)
+    if environment.launcher != "none":
+        if request.ranks != (environment.world_size,):
+            raise UsageError(
+                f"--ranks {','.join(map(str, ranks))} inside a launcher ({environment.launcher}) of "
+                f"{environment.world_size} ranks; give --ranks {environment.world_size}, or start without a launcher"
+            )
+        cases = check_world(request, environment, find_truth(request))
+        return conclude(request, cases, json_path) if environment.rank == 0 else int(not all(c.ok for c in cases))
+    # at every world size the same: matrix products of another number of threads may differ in their bits
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // max(request.ranks)))
+    with tempfile.TemporaryDirectory(prefix="dnsp-verify-") as name, patch.dict(os.environ, OMP_NUM_THREADS=threads):
+        folder = Path(name)
+        request.save(folder)
+        cases = []
+        for world in sorted({1, *request.ranks}):  # the process alone finds the truth
+            status = start_ranks(["verify-ranks", str(folder)], world)
+            if status:
+                return status
+            cases += [Case(**case) for case in json.loads((folder / f"{world}.json").read_text())]
+    return conclude(request, cases, json_path)
+
+
+def make_request(
+    config: Config, ranks: Sequence[int], layouts: Sequence[str], transports: Sequence[str], dtype: str
+) -> Request:
+    """The request, refused here where it cannot be carried out."""
+    for what, given, known in (
+        ("--layouts", layouts, KINDS),
+        ("--transports", transports, SCAN_TRANSPORTS),
+        ("--dtype", [dtype], tuple(LOSS_TOLERANCE)),
+    ):
+        for value in given:
+            if value not in known:
+                raise UsageError(f"{what} {value}: it is not one of {', '.join(known)}")
+    tokens = config.data.sequence_length
+    cuts = [Layout(kind, sequence_size(config, world), tokens).interval_tokens for kind in layouts for world in ranks]
+    segment_tokens = config.parallel.segment_tokens or max(math.gcd(*cuts) // CHUNK, 1) * CHUNK
+    data_sizes = [world // sequence_size(config, world) for world in ranks]
+    return Request(
+        config=config.model_copy(update={"engine": config.engine.model_copy(update={"dtype": dtype})}),
+        ranks=tuple(ranks),
+        layouts=tuple(layouts),
+        transports=tuple(transports),
+        segment_tokens=segment_tokens,
+        rows=config.train.micro_batch * math.lcm(*data_sizes),
+    )
+
+
+def sequence_size(config: Config, world: int) -> int:
+    """Ranks of a sequence group in this world: ``parallel.sequence``, or all of a world that is no larger."""
+    size = min(config.parallel.sequence or world, world)
+    if world % size:
+        raise UsageError(f"--ranks {world}: parallel.sequence={size} does not divide it; take a multiple of {size}")
+    return size
+
+
+def conclude(request: Request, cases: Sequence[Case], json_path: Path | None) -> int:
+    """Show the verdict, write it, and return the exit status."""
+    failed = [case for case in cases if not case.ok]
+    console = Console(highlight=False)
+    console.print(table(request, cases))
+    worst = max(cases, key=lambda case: case.worst_grad_rel_err)
+    for case in failed or [worst]:
+        console.print(
+            f"  worst gradient: {case.worst_param} {case.worst_grad_rel_err:.2e} "
+            f"({case.ranks} ranks, {case.layout}, {case.transport})",
+            soft_wrap=True,
+        )
+    within = f"within {GRADIENT_TOLERANCE:g} of" if request.dtype == "fp32" else f"as near fp32 (x {BF16_FACTOR:g}) as"
+    count = f"[red]{len(failed)} of {len(cases)} cases fail[/]" if failed else f"[green]All {len(cases)} cases hold[/]"
+    console.print(f"{count}: gradients {within} one process's, the delta rule with its bits.", soft_wrap=True)
+    if json_path is not None:
+        what = {"dtype": request.dtype, "sequence_length": request.tokens, "segment_tokens": request.segment_tokens}
+        report = {"ok": not failed, **what, "cases": [dataclasses.asdict(case) for case in cases]}
+        json_path.write_text(json.dumps(report, indent=2) + "\n")
+    return 1 if failed else 0
+
+
+def table(request: Request, cases: Sequence[Case]) -> Table:
+    """The verdict for people."""
+    title = f"{request.tokens:,} tokens, {request.dtype}, segments of {request.segment_tokens}"
+    rows = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("ranks", "layout", "transport", "loss", "loss error", "gradients", "delta rule", ""):
+        number = column in ("ranks", "loss", "loss error", "gradients")
+        rows.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for case in cases:
+        rows.add_row(
+            str(case.ranks),
+            case.layout,
+            case.transport,
+            f"{case.loss:.6f}",
+            f"{case.loss_rel_err:.1e}",
+            f"{case.worst_grad_rel_err:.1e}",
+            "same bits" if case.delta_bitwise_equal else "[red]other bits[/]",
+            "[green]ok[/]" if case.ok else "[bold red]FAIL[/]",
+        )
+    return rows
+
+
+# What a rank does.
+
+
+def rank_main(folder: Path) -> None:
+    """One rank of a world that :func:`run` started; rank 0 leaves the world's cases in the folder."""
+    request, environment = Request.load(folder), find_environment()
+    if environment.world_size == 1:
+        torch.save(find_truth(request), folder / TRUTH)
+    cases = []
+    if environment.world_size in request.ranks:
+        truth = torch.load(folder / TRUTH, weights_only=False, mmap=True)
+        cases = check_world(request, environment, truth)
+    if environment.rank == 0:
+        path = folder / f"{environment.world_size}.json"
+        path.write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
+
+
+def find_truth(request: Request) -> Truth:
+    """One process, no engine, no process group: losses, gradients, and the delta rule's inputs on their way."""
+    config, step = request.config, _step(request)
+    model = make_model(config, recompute=False)
+    loss, gradients, calls = _one_process(request, model, step, "fp32")
+    errors: dict[str, float] = {}
+    if request.dtype == "bf16":
+        _, ours, calls = _one_process(request, model, step, "bf16")
+        errors = {name: relative_error(ours[name], want) for name, want in gradients.items()}
+    doc_starts = [sequence.doc_starts for sequence in step.sequences[: config.train.micro_batch]]
+    plan = _plan(request, ONE, doc_starts, "contiguous", "p2p")
+    for call in calls:
+        call.replayed = replay(call, plan)
+    return Truth(loss, gradients, errors, calls, doc_starts)
+
+
+def _one_process(
+    request: Request, model: Decoder, step: Step, dtype: str
+) -> tuple[float, dict[str, Tensor], list[Call]]:
+    """Loss, gradients and the calls of the first micro-batch, by plain autograd."""
+    rows, where = request.config.train.micro_batch, device()
+    model.zero_grad(set_to_none=True)
+    loss = 0.0
+    recorded: list[Call] = []
+    for micro in range(request.rows // rows):
+        part, plan = _micro_batch(request, ONE, step, micro, "contiguous", "p2p")
+        with recording() as calls:
+            with torch.autocast(where.type, torch.bfloat16, enabled=dtype == "bf16"):
+                loss_sum = model(part.tokens_BT.to(where), part.targets_BT.to(where), plan)
+            (loss_sum / step.targets).backward()
+        loss += float(loss_sum.detach()) / step.targets
+        recorded = recorded or calls
+    return loss, {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}, recorded
+
+
+def check_world(request: Request, environment: Environment, truth: Truth) -> list[Case]:
+    """Every layout and transport at this world size. Every rank calls it, and gets the verdict over all of them."""
+    from dnsp.engine import Engine  # DeepSpeed: not in the process that only asks, nor where the truth is found
+
+    config = request.config
+    if torch.cuda.is_available():
+        torch.cuda.set_device(environment.local_rank)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() // environment.local_world_size))
+    watchdog.join(environment)
+    grid = make_grid(sequence_size(config, environment.world_size), config.run.timeout)
+    step = _step(request)
+    accumulation = request.rows // (config.train.micro_batch * grid.data_size)
+    engine = Engine(make_model(config, config.engine.activation_checkpointing), config, grid, accumulation)
+    everyone = Transport(grid.everyone, range(grid.world), grid.rank)
+    cases = []
+    for layout, transport in itertools.product(request.layouts, request.transports):
+        mine = _check_case(request, grid, engine, step, truth, layout, transport)
+        all_ranks = torch.stack(everyone.all_gather(mine, "the verdict"))
+        cases.append(_judge(request, truth, grid.world, layout, transport, all_ranks))
+    watchdog.leave()
+    return cases
+
+
+def _check_case(
+    request: Request, grid: Grid, engine: Engine, step: Step, truth: Truth, layout: str, transport: str
+) -> Tensor:
+    """This rank's figures as one vector, fp64: loss, differing replays, and every parameter's error in order."""
+    loss = torch.zeros((), dtype=torch.float64)
+    for micro in range(engine.accumulation):
+        part, plan = _micro_batch(request, grid, step, micro, layout, transport)
+        tokens, targets = part.tokens_BT.to(engine.device), part.targets_BT.to(engine.device)
+        loss += engine.backward(tokens, targets, plan, step.targets).double().cpu() / step.targets
+        if micro + 1 < engine.accumulation:
+            engine.advance()
+    got = engine.gradients()
+    errors = [relative_error(got[name].cpu(), want) for name, want in truth.gradients.items()]
+    engine.step(0.0)  # a learning rate of 0 changes nothing but clears the gradients
+    plan = _plan(request, grid, truth.doc_starts, layout, transport)
+    differing = 0
+    for call in truth.calls:
+        ours = replay(call, plan)
+        differing += sum(not torch.equal(ours[name], plan.local(want)) for name, want in call.replayed.items())
+    return torch.tensor([float(loss), differing, *errors], dtype=torch.float64)
+
+
+def _judge(request: Request, truth: Truth, world: int, layout: str, transport: str, ranks_PN: Tensor) -> Case:
+    """The verdict over all ranks' figures: losses add up, of everything else the worst counts."""
+    loss, differing = float(ranks_PN[:, 0].sum()), int(ranks_PN[:, 1].max())
+    errors = dict(zip(truth.gradients, ranks_PN[:, 2:].amax(0).tolist(), strict=True))
+    worst = max(errors, key=lambda name: errors[name])
+    if request.dtype == "fp32":
+        good = errors[worst] <= GRADIENT_TOLERANCE
+    else:  # of a tensor of two numbers the ratio of two rounding errors says nothing; over all tensors it does
+        ours, one = list(errors.values()), list(truth.bf16_errors.values())
+        good = max(ours) <= BF16_FACTOR * max(one) and _rms(ours) <= BF16_FACTOR * _rms(one)
+    loss_error = abs(loss - truth.loss) / abs(truth.loss)
+    good = good and loss_error <= LOSS_TOLERANCE[request.dtype] and differing == 0
+    return Case(world, layout, transport, loss, loss_error, worst, errors[worst], differing == 0, good)
+
+
+def _rms(values: Sequence[float]) -> float:
+    return math.hypot(*values) / math.sqrt(len(values))
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """``|got - want| / |want|``, in fp64; where the truth is zero only zero is right, and a NaN never is."""
+    difference, size = (got.double() - want.double()).norm(), want.double().norm()
+    if difference == 0:
+        return 0.0
+    ratio = float(difference / size)
+    return ratio if math.isfinite(ratio) else math.inf
+
+
+def make_model(config: Config, recompute: bool) -> Decoder:
+    """The weights that training would start from."""
+    torch.manual_seed(config.train.seed)
+    return Decoder(config.model, recompute).to(device())
+
+
+def device() -> torch.device:
+    """This process's."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _step(request: Request) -> Step:
+    data = open_data(request.config.data, vocab_size=request.config.model.vocab_size)
+    data.check_length(request.tokens)
+    return data.step(data.start, request.tokens, request.rows)
+
+
+def _micro_batch(
+    request: Request, grid: Grid, step: Step, micro: int, layout: str, transport: str
+) -> tuple[Batch, Plan]:
+    rows = batch(
+        step,
+        micro,
+        micro_batch=request.config.train.micro_batch,
+        data_rank=grid.data_rank,
+        data_size=grid.data_size,
+        intervals=Layout(layout, grid.sequence_size, request.tokens).intervals(grid.sequence_rank),
+        vocab_size=request.config.model.vocab_size,
+    )
+    return rows, _plan(request, grid, rows.doc_starts, layout, transport)
+
+
+def _plan(request: Request, grid: Grid, doc_starts: list[list[int]], layout: str, transport: str) -> Plan:
+    chosen = request.config.parallel.attention_transport
+    if chosen == "auto":
+        chosen = "ring" if transport == "p2p" else "gather"
+    return make_plan(
+        doc_starts,
+        Layout(layout, grid.sequence_size, request.tokens),
+        grid,
+        request.segment_tokens,
+        transport=transport,
+        attention_transport=chosen,
+    ).to(device())
