@@ -19,7 +19,7 @@ from torch import Tensor
 from dnsp.kernels.scan import fold, reverse_fold, stack_states
 
 from .layout import Layout
-from .transport import Exchange, Transport
+from .transport import Exchange, Message, Transport
 
 Fold = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
@@ -84,6 +84,7 @@ class _Chain:
         self.step, self.has_start, self.want_end, self.backward = step, has_start, want_end, backward
         count = scan.layout.count
         self.order = list(reversed(range(count))) if backward else list(range(count))
+        self._way = "backward" if backward else "forward"
         self.mine = scan.layout.indices(scan.rank)
         self.entering: list[Tensor | None] = [None] * len(U)
 
@@ -91,66 +92,64 @@ class _Chain:
         end = self._gather(start) if self.scan.kind == "gather" and self.scan.layout.ranks > 1 else self._hop(start)
         return stack_states(self.entering, self.U), end
 
+    def _hop(self, start: Tensor | None) -> Tensor | None:
+        state, under_way = start, []
+        for place, interval in enumerate(self.order):
+            if interval not in self.mine:
+                continue
+            segments, goes_on = self._segments(interval), place + 1 < len(self.order) or self.want_end
+            closed = [at for at, n in enumerate(segments) if not self.scan.open[n]]
+            leaving = None
+            if closed and goes_on:  # a document starts here: what leaves does not depend on what enters
+                leaving = self._through(segments[closed[-1] :], None, True)
+                segments, goes_on = segments[: closed[-1] + 1], False
+            arriving = self._source(place)
+            # Posted together, so that neither waits for the other where a transport takes its messages in order.
+            under_way.append(self._exchange(self._target(place, leaving), arriving, interval))
+            under_way[-1].arrived()
+            onward = self._through(segments, arriving[0][1] if arriving else state, goes_on)
+            if leaving is None:
+                leaving = onward
+                under_way.append(self._exchange(self._target(place, leaving), [], interval))
+            state = leaving
+        for exchange in under_way:
+            exchange.wait()
+        return state if self.want_end and self._owner(len(self.order) - 1) == self.scan.rank else None
+
     def _segments(self, interval: int) -> list[int]:
         """Local segments of a local interval, as the pass meets them."""
         first = self.mine.index(interval) * self.scan.per_interval
         segments = list(range(first, first + self.scan.per_interval))
         return segments[::-1] if self.backward else segments
 
-    def _fold(self, n: int, state: Tensor | None) -> Tensor:
-        return self.step(self.M[n], self.U[n], state, None if self.continues is None else self.continues[n])
+    def _through(self, segments: list[int], state: Tensor | None, goes_on: bool) -> Tensor | None:
+        """Notes what enters each segment; returns what leaves the last of them, where that is wanted."""
+        for n in segments:
+            self.entering[n] = state
+            if goes_on or n != segments[-1]:
+                state = self.step(self.M[n], self.U[n], state, None if self.continues is None else self.continues[n])
+        return state if goes_on else None
 
-    def _hop(self, start: Tensor | None) -> Tensor | None:
-        leaving: dict[int, Tensor] = {}
-        sending: list[Exchange] = []
+    def _source(self, place: int) -> list[Message]:
+        """The message that brings the state into a place; none at the start, or where this rank has it already."""
+        if place == 0 or self._owner(place - 1) == self.scan.rank:
+            return []
+        return [(self._owner(place - 1), torch.empty_like(self.U[0], memory_format=torch.contiguous_format))]
 
-        def leave(place: int, state: Tensor) -> None:
-            leaving[place] = state
-            if place + 1 < len(self.order) and (peer := self._owner(place + 1)) != self.scan.rank:
-                sending.append(self.scan.comm.send(state, peer, self._what(place + 1)))
+    def _target(self, place: int, leaving: Tensor | None) -> list[Message]:
+        """The message that takes a state on from a place."""
+        if leaving is None or place + 1 == len(self.order) or self._owner(place + 1) == self.scan.rank:
+            return []
+        return [(self._owner(place + 1), leaving.contiguous())]
 
-        places = [place for place, interval in enumerate(self.order) if interval in self.mine]
-        for place in places:  # what needs no incoming state goes first
-            segments = self._segments(self.order[place])
-            closed = [at for at, n in enumerate(segments) if not self.scan.open[n]]
-            if closed and self._goes_on(place):
-                state = None
-                for n in segments[closed[-1] :]:
-                    self.entering[n] = state
-                    state = self._fold(n, state)
-                assert state is not None
-                leave(place, state)
-        for place in places:
-            state = self._enter(place, start, leaving)
-            segments = self._segments(self.order[place])
-            if place in leaving:  # its tail is done
-                segments = segments[: 1 + max(at for at, n in enumerate(segments) if not self.scan.open[n])]
-            for at, n in enumerate(segments):
-                self.entering[n] = state
-                if at + 1 < len(segments) or (place not in leaving and self._goes_on(place)):
-                    state = self._fold(n, state)
-            if place not in leaving and self._goes_on(place):
-                assert state is not None
-                leave(place, state)
-        for exchange in sending:
-            exchange.wait()
-        return leaving.get(len(self.order) - 1) if self.want_end else None
-
-    def _goes_on(self, place: int) -> bool:
-        return place + 1 < len(self.order) or self.want_end
-
-    def _enter(self, place: int, start: Tensor | None, leaving: dict[int, Tensor]) -> Tensor | None:
-        if place == 0:
-            return start
-        peer = self._owner(place - 1)
-        if peer == self.scan.rank:
-            return leaving[place - 1]
-        return self.scan.comm.receive(self.U[0], peer, self._what(place))
+    def _exchange(self, sends: list[Message], receives: list[Message], interval: int) -> Exchange:
+        return self.scan.comm.exchange(sends, receives, f"the delta rule's hop at interval {interval} ({self._way})")
 
     def _gather(self, start: Tensor | None) -> Tensor | None:
         width, each = self.M.shape[-1], self.scan.per_interval
-        packed = self.scan.comm.all_gather(torch.cat([self.M, self.U], dim=-1), self._what(None))
-        state = self._shared_start(start) if self.has_start else None
+        what = f"the delta rule's gather of summaries ({self._way})"
+        packed = self.scan.comm.all_gather(torch.cat([self.M, self.U], dim=-1), what)
+        state = self._shared(start, what) if self.has_start else None
         for place, interval in enumerate(self.order):
             owner = self.scan.layout.owner(interval)
             first = self.scan.layout.indices(owner).index(interval) * each
@@ -166,16 +165,10 @@ class _Chain:
                     )
         return state if self.want_end and self._owner(len(self.order) - 1) == self.scan.rank else None
 
-    def _shared_start(self, start: Tensor | None) -> Tensor:
+    def _shared(self, start: Tensor | None, what: str) -> Tensor:
         """The state at the pass's start, which only the rank there has; zero where not even that one has it."""
         mine = torch.zeros_like(self.U[0]) if start is None else start
-        return self.scan.comm.all_gather(mine, self._what(None))[self._owner(0)]
+        return self.scan.comm.all_gather(mine, what)[self._owner(0)]
 
     def _owner(self, place: int) -> int:
         return self.scan.layout.owner(self.order[place])
-
-    def _what(self, place: int | None) -> str:
-        direction = "backward" if self.backward else "forward"
-        if place is None:
-            return f"the delta rule's gather of summaries ({direction})"
-        return f"the delta rule's hop into interval {self.order[place]} ({direction})"

@@ -20,18 +20,30 @@ T = TypeVar("T")
 Message = tuple[int, Tensor]  # (peer, contiguous tensor)
 
 
-class Exchange:
-    """Messages under way. They hold their tensors until :meth:`wait`; a received tensor may be read after it."""
+Works = list[tuple[int | None, dist.Work]]  # by peer; None where one work is several peers'
 
-    def __init__(
-        self, transport: Transport, works: list[tuple[int | None, dist.Work]], tensors: list[Tensor], what: str
-    ) -> None:
-        self._transport, self._works, self._tensors, self._what = transport, works, tensors, what
+
+class Exchange:
+    """Messages under way. It holds their tensors until :meth:`wait`."""
+
+    def __init__(self, transport: Transport, sent: Works, received: Works, tensors: list[Tensor], what: str) -> None:
+        self._transport, self._sent, self._received = transport, sent, received
+        self._tensors, self._what = tensors, what
+
+    def arrived(self) -> None:
+        """Waits for what is received, which may then be read; what is sent may still be under way."""
+        self._wait(self._received)
+        self._received = []
 
     def wait(self) -> None:
-        for peer, work in self._works:
+        """Waits for everything."""
+        self.arrived()
+        self._wait(self._sent)
+        self._sent, self._tensors = [], []
+
+    def _wait(self, works: Works) -> None:
+        for peer, work in works:
             self._transport.guard(work.wait, peer, self._what)
-        self._works, self._tensors = [], []
 
 
 class Transport:
@@ -50,26 +62,19 @@ class Transport:
         are not sent, and must be empty on both sides."""
         sends = [(peer, tensor) for peer, tensor in sends if tensor.numel()]
         receives = [(peer, buffer) for peer, buffer in receives if buffer.numel()]
-        if not sends and not receives:
-            return Exchange(self, [], [], what)
+        tensors = [tensor for _, tensor in [*sends, *receives]]
+        if not tensors:
+            return Exchange(self, [], [], [], what)
         self.calls += 1
         ops = [dist.P2POp(dist.isend, tensor, self.ranks[peer], self.group) for peer, tensor in sends]
         ops += [dist.P2POp(dist.irecv, buffer, self.ranks[peer], self.group) for peer, buffer in receives]
         peers: list[int | None] = [peer for peer, _ in [*sends, *receives]]
         works = self.guard(lambda: dist.batch_isend_irecv(ops), peers[0], what)
         if len(works) != len(ops):  # NCCL makes one of them all
-            peers = [peers[0] if len(set(peers)) == 1 else None] * len(works)
-        return Exchange(self, list(zip(peers, works, strict=True)), [tensor for _, tensor in [*sends, *receives]], what)
-
-    def send(self, tensor: Tensor, peer: int, what: str) -> Exchange:
-        """Starts one message; wait for it before the end of the pass."""
-        return self.exchange([(peer, tensor.contiguous())], [], what)
-
-    def receive(self, like: Tensor, peer: int, what: str) -> Tensor:
-        """One message of ``like``'s shape and type."""
-        buffer = torch.empty_like(like, memory_format=torch.contiguous_format)
-        self.exchange([], [(peer, buffer)], what).wait()
-        return buffer
+            one_peer = peers[0] if len(set(peers)) == 1 else None
+            return Exchange(self, [], [(one_peer, work) for work in works], tensors, what)
+        by_peer = list(zip(peers, works, strict=True))
+        return Exchange(self, by_peer[: len(sends)], by_peer[len(sends) :], tensors, what)
 
     def all_gather(self, tensor: Tensor, what: str) -> list[Tensor]:
         """Every rank's tensor, by rank of the group; equal shapes."""

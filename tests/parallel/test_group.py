@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,7 +34,8 @@ LIMITS = {  # relative error of the norm, against one process
 }
 TOKENS, BATCH, SEGMENT = 1024, 2, 64
 SIZES = (1, 2, 4)
-WAYS = list(itertools.product(("contiguous", "zigzag"), ("p2p", "gather")))
+LAYOUTS = ("contiguous", "zigzag")
+WAYS = list(itertools.product(LAYOUTS, ("p2p", "gather")))
 DOCUMENTS = {
     "one": [[0], [0]],
     "crossing": [[0, 100, 101, 640, 1000], [0, 512]],  # across cuts, one token long, at a cut
@@ -147,7 +149,8 @@ def on_every_rank() -> dict[str, Any]:
     """Every case on this rank; tensor by tensor what is equal, and by how much it is not."""
     grid = make_grid(timeout=60)
     found: dict[str, Any] = {}
-    for (kind, transport), (name, starts) in itertools.product(WAYS, DOCUMENTS.items()):
+    ways = [way for way in WAYS if grid.world > 1 or way[1] == "p2p"]
+    for (kind, transport), (name, starts) in itertools.product(ways, DOCUMENTS.items()):
         keys = "ring" if transport == "p2p" else "gather"
         layout = Layout(kind, grid.world, TOKENS)
         make = functools.partial(make_plan, starts, layout, grid, transport=transport, attention_transport=keys)
@@ -172,6 +175,24 @@ def on_every_rank() -> dict[str, Any]:
         same = all(torch.equal(steps[0][n], steps[1][n]) for n in steps[0])  # type: ignore[arg-type]
         found[case + "recomputed"] = {"calls": calls, "same": same}
         found[case + "perturbed"] = perturbed(plan, steps[0], starts)
+    return found
+
+
+def random_cases(count: int) -> dict[str, Compared]:
+    """Random documents, segments, layouts and transports, on two sequence groups side by side."""
+    grid = make_grid(2, timeout=60)
+    found = {}
+    for seed in range(count):
+        pick = random.Random(10 * seed + grid.data_rank)  # the groups work on different sequences
+        starts = [sorted({0, *(pick.randrange(TOKENS) for _ in range(pick.choice((1, 3, 30))))}) for _ in range(BATCH)]
+        kind, transport, keys = pick.choice(LAYOUTS), pick.choice(("p2p", "gather")), pick.choice(("ring", "gather"))
+        segment = pick.choice((64, 128, 256))
+        layout = Layout(kind, 2, TOKENS)
+        plan = make_plan(starts, layout, grid, segment, transport=transport, attention_transport=keys)
+        one = local_plan(starts, TOKENS, segment)
+        case = f"{seed} {kind} {transport} {keys} {segment} {starts} "
+        found[case + "delta"] = compare(delta_op, plan, one, delta_leaves(seed))
+        found[case + "attention"] = compare(attention_op, plan, one, attention_leaves(seed))
     return found
 
 
@@ -216,7 +237,7 @@ def test_delta_rule_has_the_bits_of_one_process(size: int, op: str) -> None:
 
 
 def test_the_last_intervals_rank_has_the_final_state() -> None:
-    for size, kind in itertools.product(SIZES, ("contiguous", "zigzag")):
+    for size, kind in itertools.product(SIZES, LAYOUTS):
         got = ["final 0" in found[f"{kind} p2p goes on delta"] for found in results(size)]
         assert got == [rank == (size - 1 if kind == "contiguous" else 0) for rank in range(size)]
 
@@ -247,6 +268,16 @@ def test_recomputation_communicates_nothing_and_changes_nothing(size: int) -> No
 def test_a_document_changes_no_bit_of_another(size: int) -> None:
     for case, unchanged in cases(size, "perturbed"):
         assert all(unchanged.values()), (case, unchanged)
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(40, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+def test_random_documents_on_two_groups(count: int) -> None:
+    for found in run_ranks(random_cases, 4, count, timeout=600):
+        for case, compared in found.items():
+            if case.endswith("delta"):
+                assert all(same for same, _ in compared.values()), (case, compared)
+            else:
+                assert max(error for _, error in compared.values()) <= LIMITS["attention fp32"], (case, compared)
 
 
 def test_one_rank_is_the_public_op() -> None:

@@ -95,5 +95,5 @@ def test_a_lost_rank_is_named(how: str) -> None:
         assert rank == 2 and seconds < LIMITS["noticed"], (op, seconds)
         assert words.startswith("rank 2 lost "), words
         assert peer == (None if op == "summaries" else LOST), (op, words)
-    assert "hop into interval 2 (forward)" in told["hop"][2]
+    assert "hop at interval 2 (forward)" in told["hop"][2]
     assert "Timed out" in told["hop"][2] if how == "sleeps" else "keys and values" in told["keys"][2]
