@@ -94,3 +94,26 @@ def test_launcher_variables_that_contradict_are_seen(monkeypatch: pytest.MonkeyP
     rows = examine("launcher")
     assert rows["launcher"].status == "warn" and "WORLD_SIZE" in rows["launcher"].found
     assert rows["RANK"].found == "3"
+
+
+def test_a_gpu_that_torch_cannot_use_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+    import torch
+
+    class Memory:
+        free, total = 140 * 2**30, 141 * 2**30
+
+    for name, value in {
+        "nvmlInit": None,
+        "nvmlShutdown": None,
+        "nvmlSystemGetDriverVersion": "580.1",
+        "nvmlDeviceGetCount": 1,
+        "nvmlDeviceGetHandleByIndex": 0,
+        "nvmlDeviceGetMemoryInfo": Memory,
+        "nvmlDeviceGetName": "NVIDIA H200",
+    }.items():
+        monkeypatch.setattr(pynvml, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rows = examine("devices")
+    assert rows["gpu 0"].status == "ok" and rows["gpu 0"].found == "NVIDIA H200, 140 of 141 GiB free, driver 580.1"
+    assert rows["torch and CUDA"].status == "warn" and "CUDA_VISIBLE_DEVICES" in rows["torch and CUDA"].cure
