@@ -8,12 +8,14 @@ sequence is cut into intervals, nor on what stands in another document. Library 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+BLOCK = 1 << 16  # elements
 
 Activation = Literal["silu"] | None
 
@@ -65,38 +67,51 @@ class _CausalConv(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, halo, doc_start)
         ctx.start, ctx.activation = start, activation
-        z = convolve(_with_halo(x, halo, weight.shape[1]), weight, bias, _taps(doc_start, start, weight.shape[1]))
-        return (silu(z) if activation == "silu" else z).to(x.dtype)
+        width, y = weight.shape[1], torch.empty_like(x)
+        extended, taps = _with_halo(x, halo, width), _taps(doc_start, start, width)
+        for a, b in _blocks(x):
+            z = convolve(extended[:, a : b + width - 1], weight, bias, _part(taps, a, b))
+            y[:, a:b] = silu(z) if activation == "silu" else z
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, halo, doc_start = ctx.saved_tensors
-        tokens, width = x.shape[1], weight.shape[1]
+        width = weight.shape[1]
         extended, taps = _with_halo(x, halo, width), _taps(doc_start, ctx.start, width)
-        dz = dy.to(extended.dtype)
-        if ctx.activation == "silu":  # z is cheaper to make again than to keep
-            z = convolve(extended, weight, bias, taps)
-            sigmoid = torch.exp(-z).add_(1).reciprocal_()
-            dz = dz * sigmoid * (1 + z * (1 - sigmoid))
-
-        need_x, need_weight, need_bias, need_halo = ctx.needs_input_grad[:4]
-        dextended = torch.zeros_like(extended) if need_x or need_halo else None
-        dweight = torch.zeros_like(weight, dtype=extended.dtype) if need_weight else None
-        for i in range(width):
-            if dextended is not None:
-                dextended[:, i : i + tokens] += _select(taps[i], dz) * weight[:, i].to(dz.dtype)
-            if dweight is not None:
-                dweight[:, i] = (_select(taps[i], extended[:, i : i + tokens]) * dz).sum((0, 1))
+        dextended = torch.zeros_like(extended)
+        dweight_WD = extended.new_zeros(width, x.shape[2])
+        dbias = extended.new_zeros(x.shape[2])
+        for a, b in _blocks(x):
+            here, seen = extended[:, a : b + width - 1], _part(taps, a, b)
+            dz = dy[:, a:b].to(extended.dtype)
+            if ctx.activation == "silu":  # z is cheaper to make again than to keep
+                z = convolve(here, weight, bias, seen)
+                sigmoid = torch.exp(-z).add_(1).reciprocal_()
+                dz = dz * sigmoid * (1 + z * (1 - sigmoid))
+            dbias += dz.sum((0, 1))
+            for i in range(width):
+                dtap = _select(seen[i], dz)
+                dextended[:, a + i : b + i] += dtap * weight[:, i].to(dz.dtype)
+                dweight_WD[i] += (_select(seen[i], here[:, i : i + b - a]) * dtap).sum((0, 1))
         return (
-            dextended[:, width - 1 :].to(x.dtype) if dextended is not None and need_x else None,
-            dweight.to(weight.dtype) if dweight is not None else None,
-            dz.sum((0, 1)).to(bias.dtype) if bias is not None and need_bias else None,
-            dextended[:, : width - 1].to(halo.dtype) if dextended is not None and need_halo else None,
+            dextended[:, width - 1 :].to(x.dtype),
+            dweight_WD.mT.to(weight.dtype),
+            None if bias is None else dbias.to(bias.dtype),
+            None if halo is None else dextended[:, : width - 1].to(halo.dtype),
             None,
             None,
             None,
         )
+
+
+def _blocks(x: Tensor) -> Iterator[tuple[int, int]]:
+    """Runs of tokens whose intermediate results fit a core's cache; a GPU takes all at once."""
+    tokens = x.shape[1]
+    step = tokens if x.is_cuda else max(1, BLOCK // (x.shape[0] * x.shape[2]))
+    for a in range(0, tokens, max(step, 1)):
+        yield a, min(a + step, tokens)
 
 
 def _with_halo(x: Tensor, halo: Tensor | None, width: int) -> Tensor:
@@ -115,6 +130,10 @@ def _taps(doc_start: Tensor | None, start: int, width: int) -> list[Tensor | Non
     unbounded = doc_start < 0
     seen = [((position - (width - 1 - i) >= doc_start) | unbounded).unsqueeze(-1) for i in range(width - 1)]
     return [*seen, None]  # every token sees itself
+
+
+def _part(taps: list[Tensor | None], a: int, b: int) -> list[Tensor | None]:
+    return [None if seen is None else seen[:, a:b] for seen in taps]
 
 
 def _select(seen: Tensor | None, value: Tensor) -> Tensor:

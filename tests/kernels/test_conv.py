@@ -106,6 +106,20 @@ def test_cut_anywhere_gives_the_same_bits(dtype, documents):
         assert relative(a, b) < 10 * TOLERANCE[dtype], name
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_blocks_of_the_computation_do_not_show(dtype, monkeypatch):
+    inputs, starts = make(dtype=dtype), doc_start(STARTS)
+    dy = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    results = []
+    for block in (1 << 30, 700, 1):
+        monkeypatch.setattr("dnsp.kernels.conv.BLOCK", block)
+        y = causal_conv1d(*inputs, doc_start_BT=starts)
+        results.append([y, *torch.autograd.grad(y, inputs, dy)])
+    for other in results[1:]:
+        assert torch.equal(other[0], results[0][0])
+        assert all(relative(a, b) < TOLERANCE[dtype] for a, b in zip(other[1:], results[0][1:], strict=True))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 7.0])
 def test_a_document_changes_no_bit_of_another(value):
     inputs = make(dtype=torch.float32)
