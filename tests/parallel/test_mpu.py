@@ -58,7 +58,7 @@ def engine_against_truth(sequence: int) -> dict[str, float]:
             # The engine divides by data ranks and micro-batches; the loss is divided by the step's targets already.
             engine.backward(engine(mine).square().sum() / targets * grid.data_size * ACCUMULATION)
             if micro + 1 == ACCUMULATION:
-                grads = {name: safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
+                grads = {name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()}
             engine.step()
         pairs = {"gradient": [(grads[name], g) for name, g in wanted.items()]}
         pairs["clipped step"] = list(zip(engine.module.parameters(), truth.parameters(), strict=True))
