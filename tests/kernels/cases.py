@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -178,8 +177,3 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
 def assert_close(found: dict[str, Tensor], exact: dict[str, Tensor], tolerance: float) -> None:
     wrong = {name: f"{e:.2e}" for name, e in errors(found, exact).items() if not e < tolerance}
     assert not wrong, f"beyond {tolerance:.0e}: {wrong}"
-
-
-def variants(case: Case, **changes: Sequence) -> list[Case]:
-    """The case with each of the named fields changed to each of the values given, one at a time."""
-    return [replace(case, **{name: value}) for name, values in changes.items() for value in values]
