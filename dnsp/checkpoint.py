@@ -168,7 +168,7 @@ def open_checked(path: Path) -> Checkpoint:
     try:
         return Checkpoint(path, json.loads((path / "state.json").read_text()))
     except OSError as error:
-        raise UsageError(f"rank 0 sees the checkpoint {path}, this rank does not ({error.strerror}); share it") from None
+        raise UsageError(f"rank 0 sees the checkpoint {path}, another rank does not: {error.strerror}") from None
 
 
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:

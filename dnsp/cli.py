@@ -19,6 +19,8 @@ from dnsp.errors import Echo, PeerFailed, RunError, UsageError
 from dnsp.launch.environment import LaunchError, find_environment
 from dnsp.launch.local import ERROR_FILE, SUPERVISOR, start_ranks
 from dnsp.parallel.errors import LayoutError, PlanError
+from dnsp.parallel.layout import Layout
+from dnsp.schedule import spans
 
 app = typer.Typer(
     name="dnsp",
@@ -163,6 +165,8 @@ def check_ranks(config: Config, ranks: int) -> None:
             f"parallel.sequence={sequence} does not divide {ranks} ranks; "
             f"take a multiple of {sequence} ranks or another size"
         )
+    for span in spans(config):
+        Layout(config.parallel.layout, sequence, span.sequence_length)
 
 
 def _without_ranks(arguments: Sequence[str]) -> list[str]:

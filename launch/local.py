@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from dnsp.launch.environment import Environment, LaunchError
 
@@ -105,37 +105,44 @@ def free_port(port: int | None = None) -> int:
 
 
 def first_cause(processes: Sequence[subprocess.Popen[bytes]], folder: Path, stopped: bool) -> tuple[str, int]:
-    """The message and status of what failed first: a signal, then a rank's own fault, then a lost peer."""
-    killed, faults, consequences = [], [], []
+    """The message and status of what failed first.
+
+    A rank's own report comes before a signal, a signal before a rank that ended without a word, and all of them before
+    the reports of those that lost a peer.
+    """
+    reported, killed, silent, consequences = [], [], [], []
     for rank, process in enumerate(processes):
         code = process.poll()
         if code is None or code == 0:
             continue
         report = _report(folder / f"{rank}.json")
         if report is not None:
-            (consequences if report["consequence"] else faults).append((report["time"], report["message"], code))
+            (consequences if report["consequence"] else reported).append((report["time"], report["message"], code))
         elif code < 0:
             killed.append((rank, signal.Signals(-code).name))
         else:
-            faults.append((float("inf"), _tail(rank, folder / f"{rank}.log", code), code))
-    if killed and not faults:
+            silent.append((rank, code))
+    if reported:
+        _, message, code = min(reported)
+        return str(message), code
+    if killed:
         if stopped:
-            return "stopped before the run could save", 1
+            return "error: stopped before the run could save", 1
         rank, name = killed[0]
         hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
         return f"error: rank {rank} was ended by {name}{hint}. The other ranks were ended.", 1
-    for causes in (faults, consequences):
-        if causes:
-            _, message, code = min(causes, key=lambda cause: cause[0])
-            return message, code if code > 0 else 1
-    return "", 1
+    if silent:
+        rank, code = silent[0]
+        return _tail(rank, folder / f"{rank}.log", code), code
+    return (str(min(consequences)[1]), 1) if consequences else ("", 1)
 
 
-def _report(path: Path) -> dict[str, object] | None:
+def _report(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        report: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+    return report
 
 
 def _tail(rank: int, log: Path, code: int) -> str:

@@ -66,9 +66,8 @@ def test_bad_files(tmp_path: Path, content: str | None, said: str) -> None:
 
 
 def test_overrides_reach_lists_sections_and_floats(config_file: Path) -> None:
-    config = load_config(
-        config_file, ["data.sources=[{path: a}, {path: b}]", "data.sources.1.weight=3e-1", "eval.every=5", "run.dir=x=y"]
-    )
+    sources = ["data.sources=[{path: a}, {path: b}]", "data.sources.1.weight=3e-1"]
+    config = load_config(config_file, [*sources, "eval.every=5", "run.dir=x=y"])
     assert [source.weight for source in config.data.sources] == [1.0, 0.3]
     assert (config.eval.every, config.train.steps, config.run.dir) == (5, 10, "x=y")
 
@@ -91,12 +90,13 @@ def test_a_dumped_configuration_is_itself() -> None:
 
 
 def test_stages_become_steps(config_file: Path) -> None:
-    stages = "train.stages=[{sequence_length: 100, tokens: 1000}, {sequence_length: 400, tokens: 1700, rope_theta: 5e5}]"
-    whole = spans(load_config(config_file, [stages, "train.global_batch=2", "train.steps=null"]))
+    second = "{sequence_length: 400, tokens: 1700, rope_theta: 5e5}"
+    stages = [f"train.stages=[{{sequence_length: 100, tokens: 1000}}, {second}]", "train.global_batch=2"]
+    whole = spans(load_config(config_file, [*stages, "train.steps=null"]))
     assert [(s.start, s.stop, s.sequence_length) for s in whole] == [(0, 5, 100), (5, 8, 400)]
     assert [s.rope_theta for s in whole] == [10_000.0, 5e5]
-    assert [s.stop for s in spans(load_config(config_file, [stages, "train.global_batch=2", "train.steps=20"]))] == [5, 20]
-    assert [s.stop for s in spans(load_config(config_file, [stages, "train.global_batch=2", "train.steps=4"]))] == [4]
+    assert [s.stop for s in spans(load_config(config_file, [*stages, "train.steps=20"]))] == [5, 20]
+    assert [s.stop for s in spans(load_config(config_file, [*stages, "train.steps=4"]))] == [4]
     with pytest.raises(UsageError, match="train.steps"):
         spans(load_config(config_file, ["train.steps=null"]))
 

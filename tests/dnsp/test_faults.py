@@ -35,6 +35,18 @@ def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str], timeou
     raise AssertionError(f"{run} did not get to step {steps}")
 
 
+def wait_for_ranks(process: subprocess.Popen[str], timeout: float = 60) -> None:
+    """Until the run's first line: its lines of an earlier attempt are dropped by then."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if any(
+            "tensorboard" in str(f.path) for rank in psutil.Process(process.pid).children() for f in rank.open_files()
+        ):
+            return
+        time.sleep(0.01)
+    raise AssertionError("the ranks did not start")
+
+
 def is_one_message(text: str) -> bool:
     return text.startswith("error: ") and len(text.strip().splitlines()) <= 2 and "Traceback" not in text
 
@@ -133,11 +145,11 @@ def test_the_folder_of_another_run_is_left_alone(
 
 
 def test_ranks_that_do_not_fit(workplace: Path, tmp_path: Path, dnsp: Dnsp) -> None:
-    """Several ranks refuse with one voice, and nothing is left."""
+    """Known before a rank is started."""
     began = time.monotonic()
     done = dnsp("train", workplace / "tiny.yaml", "--ranks", 2, "data.sequence_length=500", cwd=tmp_path)
     assert done.returncode == 2
-    assert time.monotonic() - began < BEFORE
+    assert time.monotonic() - began < BEFORE / 2
     assert "500" in done.stderr and "use 256 or 512" in done.stderr and is_one_message(done.stderr), done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -160,34 +172,13 @@ def test_a_loss_that_is_not_finite(workplace: Path, dnsp: Dnsp) -> None:
     assert not list((workplace / "wild").rglob("*.part"))
 
 
-def test_a_killed_rank_ends_the_run_which_resumes_exactly(
+def test_stopped_damaged_killed_and_still_the_same(
     reference: Path, workplace: Path, start: Callable[..., subprocess.Popen[str]], dnsp: Dnsp, losses: Losses
 ) -> None:
-    run = workplace / "killed"
-    process = start("train", "tiny.yaml", "--ranks", 2, "run.dir=killed", "train.steps=5000", cwd=workplace)
-    wait_for_steps(run, 3, process)
-    ranks = psutil.Process(process.pid).children()
-    assert len(ranks) == 2
-    victim = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
-    victim.send_signal(signal.SIGKILL)
-    began = time.monotonic()
-    _, stderr = process.communicate(timeout=LATER)
-    assert time.monotonic() - began < LATER
-    assert process.returncode == 1
-    assert "rank 1 was ended by SIGKILL" in stderr and is_one_message(stderr), stderr
-    assert not any(rank.is_running() for rank in ranks)
-
-    done = dnsp("train", "tiny.yaml", "--ranks", 2, "run.dir=killed", "resume=auto", cwd=workplace)
-    assert done.returncode == 0, done.stderr
-    assert losses(run)[:12] == losses(reference)
-
-
-def test_asked_to_stop_it_saves_and_a_damaged_checkpoint_is_passed_over(
-    reference: Path, workplace: Path, start: Callable[..., subprocess.Popen[str]], dnsp: Dnsp, losses: Losses
-) -> None:
-    run = workplace / "stopped"
-    # no checkpoint by interval is due: the last one is the signal's
-    settings = ("train", "tiny.yaml", "--ranks", 2, "run.dir=stopped", "resume=auto", "checkpoint.every=3")
+    """One run asked to stop, its newest checkpoint damaged, one of its ranks killed: its losses are the reference's."""
+    run = workplace / "mauled"
+    # no checkpoint is due at step 4 or 5: the newest is the signal's
+    settings = ("train", "tiny.yaml", "--ranks", 2, "run.dir=mauled", "resume=auto", "checkpoint.every=3")
     process = start(*settings, "train.steps=5000", cwd=workplace)
     wait_for_steps(run, 4, process)
     process.send_signal(signal.SIGTERM)
@@ -200,10 +191,23 @@ def test_asked_to_stop_it_saves_and_a_damaged_checkpoint_is_passed_over(
     with (saved[-1] / "weights.safetensors").open("r+b") as file:
         file.seek(5000)
         file.write(b"\x55\x55\x55\x55")
-    done = dnsp(*settings, "train.steps=12", cwd=workplace)
+    process = start(*settings, "train.steps=5000", cwd=workplace)
+    wait_for_ranks(process)
+    wait_for_steps(run, int(saved[-2].name.removeprefix("step-")) + 1, process)
+    ranks = psutil.Process(process.pid).children()
+    victim = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
+    victim.send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    stdout, stderr = process.communicate(timeout=LATER)
+    assert time.monotonic() - began < LATER
+    assert process.returncode == 1
+    assert "rank 1 was ended by SIGKILL" in stderr and is_one_message(stderr), stderr
+    assert not any(rank.is_running() for rank in ranks)
+    assert f"{saved[-1].relative_to(workplace)} is damaged: weights.safetensors" in stdout
+    assert f"going on from {saved[-2].name}" in stdout
+
+    done = dnsp(*settings, cwd=workplace)
     assert done.returncode == 0, done.stderr
-    assert f"{saved[-1].relative_to(workplace)} is damaged: weights.safetensors" in done.stdout
-    assert f"going on from {saved[-2].name}" in done.stdout
     assert losses(run)[:12] == losses(reference)
 
 
@@ -237,17 +241,18 @@ def test_killed_at_any_moment_it_resumes_exactly(
     reference: Path, workplace: Path, start: Callable[..., subprocess.Popen[str]], dnsp: Dnsp, losses: Losses
 ) -> None:
     """The whole run is killed, supervisor and all, at moments that fall into checkpoint writing too."""
-    run = workplace / "mauled"
-    settings = ("train", "tiny.yaml", "--ranks", 2, "run.dir=mauled", "resume=auto", "checkpoint.every=1")
+    run = workplace / "hunted"
+    settings = ("train", "tiny.yaml", "--ranks", 2, "run.dir=hunted", "resume=auto", "checkpoint.every=1")
     for round_ in range(4):
         done_before = len(losses(run)) if (run / "metrics.jsonl").exists() else 0
         process = start(*settings, "train.steps=5000", cwd=workplace)
-        wait_for_steps(run, max(2, done_before + 1), process)
+        wait_for_ranks(process)
+        wait_for_steps(run, max(2, done_before), process)
         time.sleep(0.013 * round_)
         ranks = psutil.Process(process.pid).children()
         process.kill()
         process.communicate(timeout=LATER)
-        gone, alive = psutil.wait_procs(ranks, timeout=LATER)
+        _, alive = psutil.wait_procs(ranks, timeout=LATER)
         assert not alive  # ranks do not outlive the process that started them
         if len(losses(run)) >= 12:
             break
@@ -257,9 +262,7 @@ def test_killed_at_any_moment_it_resumes_exactly(
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_given_up(
-    workplace: Path, start: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_a_rank_that_hangs_is_given_up(workplace: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
     process = start(
         *("train", "tiny.yaml", "--ranks", 2, "run.dir=hung", "train.steps=5000", "run.timeout=5"), cwd=workplace
     )
@@ -270,5 +273,5 @@ def test_a_rank_that_hangs_is_given_up(
     _, stderr = process.communicate(timeout=LATER)
     assert process.returncode == 1
     assert is_one_message(stderr) and "rank 0 lost" in stderr, stderr
-    gone, alive = psutil.wait_procs(ranks, timeout=5)
+    _, alive = psutil.wait_procs(ranks, timeout=5)
     assert not alive

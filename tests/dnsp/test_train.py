@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from dnsp.cli import main
+
 # relative differences of a step's loss from the two-rank run's
 TOLERANCE = {"one rank": 2e-5, "zero 1": 2e-5, "data parallel": 2e-5}
 
@@ -61,22 +63,28 @@ def test_what_is_said(reference: Path) -> None:
 
 
 def test_one_process_has_the_same_losses(
-    reference: Path, workplace: Path, dnsp: Dnsp, losses: Callable[[Path], list[float]]
+    reference: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, losses: Callable[[Path], list[float]]
 ) -> None:
-    done = dnsp("train", "tiny.yaml", "run.dir=alone", cwd=workplace)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(workplace)
+    assert main(["train", "tiny.yaml", "run.dir=alone"]) == 0
     assert compared(losses(workplace / "alone"), losses(reference)) < TOLERANCE["one rank"]
 
 
-def test_eval_and_generate(reference: Path, workplace: Path, dnsp: Dnsp) -> None:
-    done = dnsp("eval", "reference", "--json", "eval.json", cwd=workplace)
-    assert done.returncode == 0, done.stderr
+def test_eval_and_generate(
+    reference: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    assert main(["eval", "reference", "--json", "eval.json"]) == 0
     figures, at_end = (json.loads((workplace / name).read_text()) for name in ("eval.json", "figures.json"))
     assert figures["step"] == 12
     assert figures["bits_per_byte"] == pytest.approx(at_end["heldout"]["bits_per_byte"], rel=1e-4)
-    done = dnsp("generate", "reference", "--prompt", "delta ", "--tokens", 10, cwd=workplace)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("delta ") and len(done.stdout) > 10
+    assert f"{figures['loss']:.4f}" in capsys.readouterr().out
+    said = []
+    for _ in range(2):
+        assert main(["generate", "reference/checkpoints/step-00000012", "--prompt", "delta ", "--tokens", "10"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0].startswith("delta ") and len(said[0]) > 10
+    assert said[0] == said[1]
 
 
 @pytest.mark.slow
@@ -106,7 +114,8 @@ def test_zero_1_and_data_parallelism(
 def test_context_grows_within_a_run_and_into_another(
     reference: Path, workplace: Path, dnsp: Dnsp, metrics: Callable[[Path], list[dict[str, Any]]]
 ) -> None:
-    stages = "train.stages=[{sequence_length: 512, tokens: 2048}, {sequence_length: 1024, tokens: 3000, rope_theta: 1e5}]"
+    second = "{sequence_length: 1024, tokens: 3000, rope_theta: 1e5}"
+    stages = f"train.stages=[{{sequence_length: 512, tokens: 2048}}, {second}]"
     settings = ("train", "tiny.yaml", "--ranks", 2, stages, "train.steps=null")
     done = dnsp(*settings, "run.dir=staged", cwd=workplace)
     assert done.returncode == 0, done.stderr
