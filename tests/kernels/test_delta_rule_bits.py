@@ -111,23 +111,24 @@ STARTS = ((0, 64, 100, 192, 300), (0, 30, 31, 250))
 MODEL = Case(350, decays=("weak", "spikes"), starts=STARTS, H=2, HV=4, K=8, V=6)
 
 
-def run(changed: dict[str, Tensor], do: Tensor, case: Case = MODEL) -> dict[str, Tensor]:
+def run(changed: dict[str, Tensor], do: Tensor, tokens: int | None = 64) -> dict[str, Tensor]:
     inputs = {n: x.detach().requires_grad_() for n, x in changed.items()}
-    o, _ = call(case, inputs, segments(case, 64), LocalScan())
+    o, _ = call(MODEL, inputs, segments(MODEL, tokens), LocalScan())
     grads = torch.autograd.grad(o, list(inputs.values()), do)
     return {"o": o.detach()} | {"d" + n: grad for n, grad in zip(inputs, grads, strict=True)}
 
 
 @pytest.mark.parametrize(("row", "start", "stop"), [(0, 0, 64), (0, 64, 100), (0, 100, 192), (1, 30, 31), (1, 31, 250)])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_document_changes_no_bit_of_another(row, start, stop, dtype):
+@pytest.mark.parametrize("tokens", [64, None])
+def test_a_document_changes_no_bit_of_another(row, start, stop, dtype, tokens):
     inputs = {n: x.detach() for n, x in MODEL.inputs(dtype).items()}
     do = MODEL.output_gradients()[0].to(dtype)
-    before = run(inputs, do)
+    before = run(inputs, do, tokens)
     changed = {n: x.clone() for n, x in inputs.items()}
     for x in (*changed.values(), do := do.clone()):
         x[row, start:stop] *= 1.7
-    after = run(changed, do)
+    after = run(changed, do, tokens)
     others = torch.ones(2, MODEL.T, dtype=torch.bool)
     others[row, start:stop] = False
     assert_same_bits({n: x[others] for n, x in after.items()}, {n: x[others] for n, x in before.items()})
@@ -145,15 +146,16 @@ def test_the_future_changes_no_bit_of_the_past():
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta", "do"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_nan_stays_in_its_chunks_and_heads(name, value):
+@pytest.mark.parametrize("tokens", [64, None])
+def test_a_nan_stays_in_its_chunks_and_heads(name, value, tokens):
     """In row 0, document 64..99 ends inside chunk 1 (64..127), where 100..191 begins; that one ends with chunk 2."""
     inputs = {n: x.detach() for n, x in MODEL.inputs(torch.float32).items()}
     inputs["do"] = MODEL.output_gradients()[0]
-    before = run({n: x for n, x in inputs.items() if n != "do"}, inputs["do"])
+    before = run({n: x for n, x in inputs.items() if n != "do"}, inputs["do"], tokens)
     spoilt = inputs[name].clone()
     spoilt[0, 70, 0] = -value if name == "g" else value  # head 0: value heads 0 and 1 where it is a key head's
     changed = inputs | {name: spoilt}
-    after = run({n: x for n, x in changed.items() if n != "do"}, changed["do"])
+    after = run({n: x for n, x in changed.items() if n != "do"}, changed["do"], tokens)
     assert not all(x.isfinite().all() for x in after.values())
     elsewhere = torch.ones(2, MODEL.T, dtype=torch.bool)
     elsewhere[0, 64:192] = False
