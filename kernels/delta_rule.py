@@ -168,8 +168,8 @@ def chunk_gated_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: Tensor | None = None,
     *,
+    cu_seqlens: Tensor | None = None,
     doc_start: Tensor | None = None,
     segment_tokens: int | None = None,
     check_inputs: bool = False,
@@ -250,8 +250,9 @@ def fused_recurrent_gated_delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    beta: Tensor | None = None,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
@@ -259,8 +260,10 @@ def fused_recurrent_gated_delta_rule(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule, token by token, for decoding; arguments, results and errors of
-    :func:`chunk_gated_delta_rule`. States and sums in fp32 (fp64 for fp64 inputs)."""
+    :func:`chunk_gated_delta_rule`. States and sums in fp32 (fp64 for fp64 inputs). ``beta`` None writes with strength
+    1. Behind g flash-linear-attention has two more gates, which this rule does not know, hence the keywords."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    beta = v.new_ones(v.shape[:3]) if beta is None else beta
     check_shapes(q, k, v, g, beta, None if cu_seqlens is not None else initial_state, None)
     bounds = [0, q.shape[1]]
     if cu_seqlens is not None:
