@@ -43,7 +43,9 @@ def test_packed_documents_with_a_state_each(op, dtype):
     """cu_seqlens of N documents: N initial states in, N final states out; each document as if alone."""
     tensors = make()
     initial = torch.randn(4, 2, 8, 6, dtype=torch.float64, requires_grad=True)
-    o, final = op(*tensors[:4], beta=tensors[4], initial_state=initial, output_final_state=True, cu_seqlens=BOUNDS.to(dtype))
+    o, final = op(
+        *tensors[:4], beta=tensors[4], initial_state=initial, output_final_state=True, cu_seqlens=BOUNDS.to(dtype)
+    )
     outputs, finals = [], []
     for n, (a, b) in enumerate(zip(BOUNDS[:-1], BOUNDS[1:], strict=True)):
         alone = [x[:, a:b] for x in tensors]
