@@ -60,6 +60,7 @@ def verified(config: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     return status, json.loads(report.read_text())
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, report = verified(config, "--ranks", "1,2")
     cases = report["cases"]
@@ -213,6 +214,21 @@ def test_what_is_silently_wrong_fails(config: Path, tmp_path: Path) -> None:
     assert not any(case["delta_bitwise_equal"] for case in failed["state restarted at each shard"])
     assert not any(case["delta_bitwise_equal"] for case in failed["state's gradient not sent back"])
     assert all(case["delta_bitwise_equal"] for case in failed["halo missing"])
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_verdict_is_a_table_a_file_and_a_status(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: bool
+) -> None:
+    request = verify.make_request(load_config(config), [2], ["zigzag"], ["p2p", "gather"], "fp32")
+    good = verify.Case(2, "zigzag", "p2p", 5.5, 1e-8, "model.norm.weight", 1e-6, True, True)
+    other = dataclasses.replace(good, transport="gather", delta_bitwise_equal=not wrong, ok=not wrong)
+    assert verify.conclude(request, [good, other], tmp_path / "verdict.json") == int(wrong)
+    report = json.loads((tmp_path / "verdict.json").read_text())
+    assert report["ok"] is not wrong and [case["ok"] for case in report["cases"]] == [True, not wrong]
+    assert all(set(case) == CASE_KEYS for case in report["cases"])
+    shown = capsys.readouterr().out
+    assert "5.500000" in shown and ("other bits" in shown) == wrong and ("FAIL" in shown) == wrong
 
 
 @pytest.mark.parametrize(
