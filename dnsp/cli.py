@@ -37,7 +37,19 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file;
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.steps=10.")]
 Ranks = Annotated[int | None, typer.Option(min=1, help="Start this many local ranks; not under a launcher.")]
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Where rank 0 listens; left out, a free one.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here as JSON.")]
+
+
+def _can_be_written(file: Path | None) -> Path | None:
+    """Said before the work, not after it."""
+    if file is not None and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
+        raise UsageError(f"--json {file}: cannot be written; name a file in a folder that exists and is yours")
+    return file
+
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the figures here as JSON.", callback=_can_be_written),
+]
 
 
 @app.callback()

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from dnsp import doctor
+from dnsp.cli import main
 
 
 def examine(section: str) -> dict[str, doctor.Finding]:
@@ -117,3 +118,10 @@ def test_a_gpu_that_torch_cannot_use_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     rows = examine("devices")
     assert rows["gpu 0"].status == "ok" and rows["gpu 0"].found == "NVIDIA H200, 140 of 141 GiB free, driver 580.1"
     assert rows["torch and CUDA"].status == "warn" and "CUDA_VISIBLE_DEVICES" in rows["torch and CUDA"].cure
+
+
+def test_a_file_that_cannot_be_written_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in (tmp_path, tmp_path / "no folder" / "doctor.json"):
+        assert main(["doctor", "--json", str(file)]) == 2
+        output = capsys.readouterr()
+        assert str(file) in output.err and not output.out
