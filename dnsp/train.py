@@ -323,7 +323,7 @@ def save(
 ) -> None:
     """A checkpoint after ``step``; rank 0 writes, the others wait for it however long it takes."""
     optimizer = engine.optimizer_state()
-    states = watchdog.from_all(checkpoint.random_state(engine.device))
+    states = watchdog.from_all(checkpoint.random_state(engine.device), engine.grid)
     if engine.grid.rank == 0:
         tensors = {
             "weights": checkpoint.weights_of(engine.model),
@@ -338,7 +338,7 @@ def save(
             "config": config.model_dump(mode="json"),
         }
         checkpoint.save(folder, step, tensors, state, config.checkpoint.keep)
-    watchdog.wait_for_all()
+    watchdog.wait_for_first()
 
 
 def sample(model: Decoder, tokenizer: Tokenizer, config: Config) -> str:

@@ -87,16 +87,16 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
-def from_all(value: Any) -> list[Any]:
-    """Every rank's value, in order of the ranks."""
+def from_all(value: Any, grid: Grid | None = None) -> list[Any]:
+    """Every rank's value, in order of the ranks; with a grid, within the time that a collective of the run may take."""
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=grid.everyone if grid else None)
     return values
 
 
-def wait_for_all() -> None:
-    """Until every rank is here, for as long as joining may take: behind what rank 0 does alone."""
-    dist.barrier()
+def wait_for_first() -> None:
+    """Until rank 0, which does not wait itself, is here: for as long as joining may take."""
+    from_first(None)
 
 
 class Watch:
