@@ -173,7 +173,7 @@ def open_checked(path: Path) -> Checkpoint:
 
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, and a word on each damaged one that was passed over."""
-    words = []
+    words: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
             return read(path), words

@@ -15,9 +15,10 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dnsp.config import Config
+from dnsp.model.decoder import Decoder
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.plan import Plan
 
@@ -48,7 +49,7 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Decoder,
         config: Config,
         grid: Grid,
         accumulation: int,

@@ -44,7 +44,9 @@ def start_ranks(arguments: Sequence[str], ranks: int, port: int | None = None) -
         stopping = _forward_signals(processes)
         try:
             for rank in range(ranks):
-                log = None if rank == 0 else Path(folder, f"{rank}.log").open("wb")  # noqa: SIM115 - closed below
+                log: IO[bytes] | None = None
+                if rank > 0:
+                    log = Path(folder, f"{rank}.log").open("wb")  # noqa: SIM115 - closed below
                 logs.append(log)
                 processes.append(
                     subprocess.Popen(
@@ -110,7 +112,9 @@ def first_cause(processes: Sequence[subprocess.Popen[bytes]], folder: Path, stop
     A rank's own report comes before a signal, a signal before a rank that ended without a word, and all of them before
     the reports of those that lost a peer.
     """
-    reported, killed, silent, consequences = [], [], [], []
+    reported: list[tuple[Any, str, int]] = []
+    consequences: list[tuple[Any, str, int]] = []
+    killed, silent = [], []
     for rank, process in enumerate(processes):
         code = process.poll()
         if code is None or code == 0:
@@ -124,7 +128,7 @@ def first_cause(processes: Sequence[subprocess.Popen[bytes]], folder: Path, stop
             silent.append((rank, code))
     if reported:
         _, message, code = min(reported)
-        return str(message), code
+        return message, code
     if killed:
         if stopped:
             return "error: stopped before the run could save", 1
@@ -134,7 +138,7 @@ def first_cause(processes: Sequence[subprocess.Popen[bytes]], folder: Path, stop
     if silent:
         rank, code = silent[0]
         return _tail(rank, folder / f"{rank}.log", code), code
-    return (str(min(consequences)[1]), 1) if consequences else ("", 1)
+    return (min(consequences)[1], 1) if consequences else ("", 1)
 
 
 def _report(path: Path) -> dict[str, Any] | None:
