@@ -202,8 +202,12 @@ def find(where: str | Path) -> tuple[Checkpoint, list[str]]:
 def write_identity(folder: Path, identity: dict[str, Any]) -> None:
     """Record what a run is made of."""
     part = folder / ".run.json.part"
-    part.write_text(json.dumps(identity, indent=1) + "\n")
-    os.replace(part, folder / "run.json")
+    try:
+        part.write_text(json.dumps(identity, indent=1) + "\n")
+        os.replace(part, folder / "run.json")
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def check_identity(folder: Path, identity: dict[str, Any]) -> None:

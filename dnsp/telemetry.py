@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +34,22 @@ class Telemetry:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = folder / "metrics.jsonl"
-        _keep_until(self.path, start)
-        self.file = self.path.open("a")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        # TensorBoard writes in a thread of its own; what fails there is raised by the next write here
+        threading.excepthook = _not_twice
+        with _written(folder):
+            self.path = folder / "metrics.jsonl"
+            _keep_until(self.path, start)
+            self.file = self.path.open("a")
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self.console = Console(highlight=False, soft_wrap=True)
         self.progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=8),
             TextColumn("{task.description}"),
             TextColumn("left"),
             TimeRemainingColumn(compact=True),
             console=self.console,
+            refresh_per_second=2,
             disable=not self.console.is_terminal,
         )
         self.task = self.progress.add_task("", total=steps, completed=start)
@@ -52,30 +59,31 @@ class Telemetry:
         """One optimizer step's figures: step, loss, grad_norm, lr, tokens_per_s, tokens, time, ..."""
         if self.folder is None:
             return
-        self._write(record)
+        with _written(self.folder):
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+            for name in ("loss", "grad_norm", "lr", "tokens_per_s"):
+                self.board.add_scalar(f"train/{name}", record[name], record["step"])
         speed, norm = record["tokens_per_s"], record["grad_norm"]
-        line = f"loss {record['loss']:.4f}  {speed:,.0f} tokens/s  gradient norm {norm:.3f}"
+        line = f"loss {record['loss']:.4f} {speed:,.0f} tokens/s gradient norm {norm:.3f}"
         self.progress.update(self.task, completed=record["step"], description=line)
         now = time.monotonic()
         last = record["step"] == self.steps
         if not self.console.is_terminal and (now - self.last_plain > PLAIN_INTERVAL or last):
             left = (self.steps - record["step"]) * record["step_s"]
-            self.console.print(f"step {record['step']}/{self.steps}  {line}  {left:.0f} s left")
+            self.console.print(f"step {record['step']}/{self.steps} {line} {left:.0f} s left")
             self.last_plain = now
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> None:
         """Held-out figures: ``loss`` and ``by_position`` under the step they belong to."""
         if self.folder is None:
             return
-        path = self.folder / "evaluations.jsonl"
-        try:
-            with path.open("a") as file:
+        with _written(self.folder):
+            with (self.folder / "evaluations.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
-        except OSError as error:
-            raise _cannot_write(path, error) from None
-        self.board.add_scalar("heldout/loss", figures["loss"], step)
-        for span, loss in figures["by_position"].items():
-            self.board.add_scalar(f"heldout_by_position/{span}", loss, step)
+            self.board.add_scalar("heldout/loss", figures["loss"], step)
+            for span, loss in figures["by_position"].items():
+                self.board.add_scalar(f"heldout_by_position/{span}", loss, step)
         self.say(f"step {step}: held-out loss {figures['loss']:.4f}")
 
     def say(self, text: str) -> None:
@@ -83,24 +91,32 @@ class Telemetry:
         if self.folder is not None:
             self.progress.console.print(text, markup=False)
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """End the progress line: the terminal is the caller's again."""
         if self.folder is not None:
             self.progress.stop()
-            self.file.close()
-            self.board.close()
 
-    def _write(self, record: dict[str, Any]) -> None:
-        try:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-        except OSError as error:
-            raise _cannot_write(self.path, error) from None
-        for name in ("loss", "grad_norm", "lr", "tokens_per_s"):
-            self.board.add_scalar(f"train/{name}", record[name], record["step"])
+    def close(self) -> None:
+        self.stop()
+        if self.folder is not None:
+            with _written(self.folder):
+                self.file.close()
+                self.board.close()
 
 
-def _cannot_write(path: Path, error: OSError) -> RunError:
-    return RunError(f"cannot write {path}: {error.strerror}; make room there, then resume=auto continues the run")
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """What cannot be written ends the run: its record would have holes."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"cannot write into {folder}: {error.strerror}"
+        raise RunError(f"{reason}; make room there, then resume=auto continues the run") from None
+
+
+def _not_twice(failure: threading.ExceptHookArgs) -> None:
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -98,6 +98,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     tokens = found.state["tokens"] if found else 0
     loss = float("nan")
     telemetry = Telemetry(folder if first else None, steps, start)
+    watch.at_end = telemetry.stop
     count = sum(p.numel() for p in model.parameters())
     telemetry.say(
         f"{count:,} parameters, {grid.data_size} x {grid.sequence_size} ranks (data x sequence), "
@@ -156,7 +157,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     telemetry.evaluation(steps, figures)
     watchdog.leave()  # what is left concerns rank 0 alone
     if first:
-        telemetry.progress.stop()
+        telemetry.stop()
         telemetry.console.print(table(figures))
         if config.generate.tokens:
             telemetry.console.print(sample(model, tokenizer, config), markup=False, style="cyan")

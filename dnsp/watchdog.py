@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -110,6 +110,7 @@ class Watch:
         self.rank, self.alone = environment.rank, environment.world_size == 1
         self.folder: Path | None = None
         self.stop = False
+        self.at_end: Callable[[], None] = lambda: None  # gives the terminal back, whatever happened
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Watch:
@@ -118,6 +119,7 @@ class Watch:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._restore()
+        self.at_end()
         if self.alone:
             leave()  # with peers it would wait for them
         if error is None or isinstance(error, (Echo, *REFUSALS)):
