@@ -36,13 +36,13 @@ def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str], timeou
 
 
 def wait_for_ranks(process: subprocess.Popen[str], timeout: float = 60) -> None:
-    """Until the run's first line: its lines of an earlier attempt are dropped by then."""
+    """Until rank 0 holds metrics.jsonl open: lines of an earlier attempt that will be written again are gone by then."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        if any(
-            "tensorboard" in str(f.path) for rank in psutil.Process(process.pid).children() for f in rank.open_files()
-        ):
-            return
+        for rank in psutil.Process(process.pid).children():
+            if any(file.path.endswith("/metrics.jsonl") for file in rank.open_files()):
+                return
+        assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     raise AssertionError("the ranks did not start")
 
