@@ -36,7 +36,7 @@ def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str], timeou
 
 
 def wait_for_ranks(process: subprocess.Popen[str], timeout: float = 60) -> None:
-    """Until rank 0 holds metrics.jsonl open: lines of an earlier attempt that will be written again are gone by then."""
+    """Until rank 0 holds metrics.jsonl open: an earlier attempt's lines that will be written again are gone then."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         for rank in psutil.Process(process.pid).children():
