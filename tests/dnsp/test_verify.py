@@ -228,7 +228,7 @@ def test_the_verdict_is_a_table_a_file_and_a_status(
     assert report["ok"] is not wrong and [case["ok"] for case in report["cases"]] == [True, not wrong]
     assert all(set(case) == CASE_KEYS for case in report["cases"])
     shown = capsys.readouterr().out
-    assert "5.500000" in shown and ("other bits" in shown) == wrong and ("FAIL" in shown) == wrong
+    assert "5.500000" in shown and ("differs" in shown) == wrong and ("FAIL" in shown) == wrong
 
 
 @pytest.mark.parametrize(
@@ -247,6 +247,21 @@ def test_what_cannot_be_checked_is_refused_at_once(
     assert main(["verify", str(config), *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and len(error.strip().splitlines()) <= 2
+
+
+def test_bf16_is_judged_over_the_whole_gradient_and_over_tensors() -> None:
+    gradients = {"large": torch.full((10,), 3.0), "middle": torch.ones(5), "two": torch.full((2,), 1e-6)}
+    truth = verify.Truth(1.0, gradients, {"large": 0.01, "middle": 0.01, "two": 0.02}, [], [])
+
+    def near(large: float, middle: float, two: float) -> bool:
+        return verify._as_near_in_bf16(truth, {"large": large, "middle": middle, "two": two})
+
+    assert near(0.01, 0.01, 0.02)
+    assert near(0.011, 0.009, 0.03)  # two numbers more or less
+    assert not near(0.013, 0.01, 0.02)  # the whole
+    assert not near(0.011, 0.015, 0.03)  # most tensors, though the large one keeps the whole near
+    assert not near(0.01, 0.01, 0.9)  # a small one, wrong
+    assert not near(0.01, float("inf"), 0.02)
 
 
 def test_relative_error() -> None:
