@@ -10,9 +10,11 @@ scan is handed in: :class:`~dnsp.kernels.scan.LocalScan` here, one over many ran
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -32,6 +34,9 @@ __all__ = [
 ]
 
 
+Backend = Literal["torch", "triton"]
+
+
 @dataclass(frozen=True)
 class _Call:
     """What the autograd function needs beside tensors."""
@@ -43,11 +48,18 @@ class _Call:
     normalise_qk: bool
     has_initial: bool
     want_final: bool
+    backend: Backend
 
-    def inputs(
+    def passes(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, doc_start: Tensor | None
-    ) -> Inputs:
-        return Inputs(q, k, v, g, beta, doc_start, self.segments, self.scale, self.rule, self.normalise_qk)
+    ) -> tuple[ModuleType, Any]:
+        """The module that holds the four passes, and what they start from."""
+        x = Inputs(q, k, v, g, beta, doc_start, self.segments, self.scale, self.rule, self.normalise_qk)
+        if self.backend == "torch":
+            return chunk_torch, x
+        from . import chunk_triton
+
+        return chunk_triton, chunk_triton.prepare(x)
 
 
 class _DeltaRule(torch.autograd.Function):
@@ -66,44 +78,45 @@ class _DeltaRule(torch.autograd.Function):
         call: _Call,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        with torch.autocast(v.device.type, enabled=False):  # its matrix products would be bf16
-            x = call.inputs(q, k, v, g, beta, doc_start)
+        # Autocast's matrix products would be bf16; Triton launches on the current device.
+        with torch.autocast(v.device.type, enabled=False), torch.cuda.device_of(v):
+            chunks, x = call.passes(q, k, v, g, beta, doc_start)
             segments = call.segments
 
             def summarise_and_scan() -> tuple[Tensor, Tensor, Tensor | None]:
                 each = range(len(segments))
                 need_M = tuple(segments.needs_M(n, call.has_initial, call.want_final) for n in each)
                 need_U = tuple(segments.goes_on(n, call.want_final) for n in each)
-                M, U = chunk_torch.summarise(x, need_M, need_U)
-                start = None if initial is None else initial.to(x.state_dtype)
+                M, U = chunks.summarise(x, need_M, need_U)
+                start = None if initial is None else initial.to(_state_dtype(v))
                 return M, *call.scan.forward(M, U, segments.continues_NB, start, call.want_final)
 
             M, incoming, final = kept.once(summarise_and_scan)
             ctx.save_for_backward(q, k, v, g, beta, doc_start, M, incoming)
             ctx.call = call
             ctx.initial_dtype = None if initial is None else initial.dtype
-            return chunk_torch.apply(x, incoming), final
+            return chunks.apply(x, incoming), final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
         *tensors, M, incoming = ctx.saved_tensors
-        with torch.autocast(M.device.type, enabled=False):
+        with torch.autocast(M.device.type, enabled=False), torch.cuda.device_of(M):
             call: _Call = ctx.call
             segments = call.segments
-            x = call.inputs(*tensors)
-            do = torch.zeros_like(x.v) if do is None else do
+            chunks, x = call.passes(*tensors)
+            do = torch.zeros_like(tensors[2]) if do is None else do
             need_D = tuple(segments.comes_in(n, call.has_initial) for n in range(len(segments)))
-            D = chunk_torch.summarise_backward(x, do, need_D)
+            D = chunks.summarise_backward(x, do, need_D)
             outgoing, dinitial = call.scan.reverse(
                 M,
                 D,
                 segments.continues_NB,
-                None if dfinal is None else dfinal.to(x.state_dtype),
+                None if dfinal is None else dfinal.to(M.dtype),
                 call.has_initial,
                 call.want_final,
             )
-            grads = chunk_torch.apply_backward(x, incoming, do, outgoing)
+            grads = chunks.apply_backward(x, incoming, do, outgoing)
             if dinitial is not None and ctx.initial_dtype is not None:
                 dinitial = dinitial.to(ctx.initial_dtype)
             return grads.q, grads.k, grads.v, grads.g, grads.beta, dinitial, None, None
@@ -124,6 +137,7 @@ def delta_rule(
     output_final_state: bool = False,
     rule: Rule = Rule(),  # noqa: B008 (frozen)
     normalise_qk: bool = False,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The delta rule over the local segments of a sequence, with the scan that joins them to the rest.
 
@@ -142,6 +156,7 @@ def delta_rule(
         output_final_state: return the state behind the last token, on the rank that holds it.
         rule: erase or not, and which state the error is taken from.
         normalise_qk: l2-normalise q and k (eps 1e-6).
+        backend: ``"triton"``, the kernels, taken by itself on a GPU; ``"torch"``, taken by itself elsewhere.
 
     Returns:
         outputs ``[B, T, HV, V]`` in v's dtype, and the final state ``[B, HV, K, V]`` in fp32 (fp64 for fp64 values).
@@ -154,8 +169,29 @@ def delta_rule(
     if held != T:
         raise ValueError(f"T={T}, but the local segments hold {held} tokens; pass the tokens of whole segments")
     has_initial = initial_state_BHKV is not None
-    call = _Call(segments, scan, scale, rule, normalise_qk, has_initial, output_final_state)
-    return _DeltaRule.apply(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT, call)
+    backend = _backend(backend, v_BTHV)
+    width = v_BTHV.shape[3]
+    if backend == "triton":
+        from . import chunk_triton
+
+        if width == 1:  # the normaliser's sum of keys: the narrowest kernel, its other columns zero
+            v_BTHV = F.pad(v_BTHV, (0, chunk_triton.WIDTHS[0] - 1))
+            if initial_state_BHKV is not None:
+                initial_state_BHKV = F.pad(initial_state_BHKV, (0, chunk_triton.WIDTHS[0] - 1))
+        chunk_triton.refuse(k_BTHK, v_BTHV)
+    call = _Call(segments, scan, scale, rule, normalise_qk, has_initial, output_final_state, backend)
+    o, final = _DeltaRule.apply(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT, call)
+    if width != v_BTHV.shape[3]:
+        o, final = o[..., :width], None if final is None else final[..., :width]
+    return o, final
+
+
+def _backend(asked: str | None, v: Tensor) -> Backend:
+    if asked not in (None, "torch", "triton"):
+        raise ValueError(f"backend={asked!r}: give 'triton' (a GPU), 'torch' (any device), or None to choose by device")
+    if asked is not None:
+        return "torch" if asked == "torch" else "triton"
+    return "triton" if v.is_cuda else "torch"
 
 
 def chunk_gated_delta_rule(
@@ -173,6 +209,7 @@ def chunk_gated_delta_rule(
     doc_start: Tensor | None = None,
     segment_tokens: int | None = None,
     check_inputs: bool = False,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule, chunked; names, shapes and meaning of flash-linear-attention's op of this name.
 
@@ -188,8 +225,10 @@ def chunk_gated_delta_rule(
         cu_seqlens: ``[N + 1]`` integers from 0 to T, the documents of one packed row (B = 1).
         doc_start: instead of ``cu_seqlens``, for any B: the index of the first token of each token's document,
             ``[B, T]``; one incoming state a row.
-        segment_tokens: length of the segments, a multiple of 64; fixes the bits. None: one segment.
+        segment_tokens: length of the segments, a multiple of 64; fixes the bits. None: one segment, or on a GPU as
+            many as fill its multiprocessors.
         check_inputs: look at values too (g > 0, cu_seqlens out of order); on a GPU this waits for the device.
+        backend: ``"triton"`` or ``"torch"``; None: Triton's kernels on a GPU, else torch operations.
 
     Returns:
         ``(o, final_state)``: ``[B, T, HV, V]`` in v's dtype, and fp32 states (fp64 for fp64) or None.
@@ -208,7 +247,7 @@ def chunk_gated_delta_rule(
     if cu_seqlens is not None and (initial_state is not None or output_final_state):
         return _by_document(
             q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens,
-            segment_tokens,
+            segment_tokens, backend,
         )  # fmt: skip
     T = v.shape[1]
     if T == 0:
@@ -218,16 +257,15 @@ def chunk_gated_delta_rule(
         return torch.zeros_like(v), state if output_final_state else None
     if cu_seqlens is not None:
         doc_start = document_starts(cu_seqlens, T)
-    tokens = -(-T // CHUNK) * CHUNK if segment_tokens is None else segment_tokens
+    tokens = _segment_tokens(v, _backend(backend, v)) if segment_tokens is None else segment_tokens
     check_segment_tokens(tokens)
     starts = tuple(range(0, T, tokens))
     if doc_start is not None and initial_state is not None:  # the first document goes on from the initial state
         doc_start = torch.where(doc_start == 0, -1, doc_start)
     continues = None
     if doc_start is not None and len(starts) > 1:
-        lasts = torch.tensor([min(s + tokens, T) - 1 for s in starts], device=doc_start.device)
-        first = torch.tensor(starts, device=doc_start.device)
-        continues = (doc_start[:, lasts] < first).T
+        first = torch.arange(0, T, tokens, device=doc_start.device)  # made there: a copy would wait for the device
+        continues = (doc_start[:, (first + tokens).clamp(max=T) - 1] < first).T
     elif doc_start is not None and (initial_state is not None or output_final_state):
         continues = (doc_start[:, -1:] < 0).T
     return delta_rule(
@@ -243,7 +281,20 @@ def chunk_gated_delta_rule(
         initial_state_BHKV=initial_state,
         output_final_state=output_final_state,
         normalise_qk=use_qk_l2norm_in_kernel,
+        backend=backend,
     )
+
+
+def _segment_tokens(v: Tensor, backend: Backend) -> int:
+    """Segments for speed alone: one, or on a GPU as many as make four programs a multiprocessor."""
+    B, T, HV, V = v.shape
+    chunks = -(-T // CHUNK)
+    segments = 1
+    if backend == "triton" and v.is_cuda:
+        programs = B * HV * max(1, V // 64)
+        segments = 4 * torch.cuda.get_device_properties(v.device).multi_processor_count // programs
+        segments = max(1, min(segments, chunks // 16))  # a segment costs a state's worth of work: 16 chunks pay for it
+    return -(-chunks // segments) * CHUNK
 
 
 def fused_recurrent_gated_delta_rule(
@@ -311,6 +362,7 @@ def _by_document(
     normalise_qk: bool,
     cu_seqlens: Tensor,
     segment_tokens: int | None,
+    backend: Backend | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Documents with a state each: every one starts on a chunk boundary of its own."""
     bounds = cu_seqlens.tolist()
@@ -329,6 +381,7 @@ def _by_document(
             output_final_state,
             normalise_qk,
             segment_tokens=segment_tokens,
+            backend=backend,
         )
         outputs.append(o)
         if final is not None:

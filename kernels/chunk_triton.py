@@ -1,0 +1,284 @@
+"""The chunked delta rule in Triton kernels: the four functions of :mod:`.chunk_torch`, for any number of segments.
+
+    prepare   the tiles A and P of every chunk, and the scales of their rows          (triton_prepare)
+    forward   the state through a segment: its summary, its outputs, or what the backward pass needs (triton_states)
+    reverse   the state's gradient through a segment, right to left                   (triton_reverse)
+    gradients of a chunk's inputs, from its states                                    (triton_gradients)
+
+Nothing here waits for the device, and no launch depends on how many segments are here: not on T, not on N.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from .segments import CHUNK, Gradients, Inputs
+from .triton_gradients import keys_kernel, queries_kernel
+from .triton_prepare import ROWS, invert_kernel, prepare_kernel
+from .triton_reverse import reverse_kernel
+from .triton_states import states_kernel
+
+WIDTHS = (16, 32, 64, 128, 256)  # of K and V
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Columns of V a program (at most), warps, and stages of its loop's loads."""
+
+    columns: int
+    warps: int
+    stages: int
+
+
+LAUNCHES = {
+    "prepare": Launch(0, 4, 1),
+    "invert": Launch(0, 1, 1),
+    "summarise": Launch(64, 4, 2),
+    "apply": Launch(64, 4, 2),
+    "keep": Launch(64, 4, 3),
+    "reverse_summary": Launch(64, 4, 2),
+    "reverse": Launch(64, 4, 2),
+    "queries": Launch(64, 4, 3),
+    "keys": Launch(64, 4, 3),
+}
+# The backward pass keeps two states a chunk; it goes through the heads in groups, so that these stay within this.
+BACKWARD_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Pass 1's results, and the arguments that passes 2 to 4 share."""
+
+    x: Inputs
+    A: Tensor
+    P: Tensor
+    rows: Tensor
+    through: Tensor
+    chunks: int
+
+    @property
+    def value_heads(self) -> int:
+        return self.x.v.shape[0] * self.x.v.shape[2]
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """[N, B, HV, K, V]"""
+        return len(self.x.segments), self.x.v.shape[0], self.x.v.shape[2], self.x.k.shape[3], self.x.v.shape[3]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        s = self.x.segments
+        return self.x.v.shape[1], self.chunks, s.tokens // CHUNK, self.x.v.shape[0], len(s)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        return _shape(self.x) | {"V": self.x.v.shape[3], "ERASE": self.x.rule.erase, "DOT": _dot(self.x)}
+
+
+def _shape(x: Inputs) -> dict[str, int]:
+    H, K = x.k.shape[2:]
+    return {"H": H, "G": x.v.shape[2] // H, "K": K}
+
+
+def _flags(x: Inputs) -> dict[str, bool]:
+    return {
+        "HAS_G": x.g is not None,
+        "HAS_DOC": x.doc_start is not None,
+        "ERASE": x.rule.erase,
+        "PREVIOUS": x.rule.error_decay == "previous",
+        "NORM": x.normalise_qk,
+    }
+
+
+def _dot(x: Inputs) -> str:
+    """How products of fp32 operands are formed; those of bf16 and fp16 have one way."""
+    return "tf32x3" if x.v.dtype == torch.float32 else "tf32"
+
+
+def _constants(use: str, x: Inputs) -> dict[str, Any]:
+    """The constants of a pass 4 kernel."""
+    how, V = LAUNCHES[use], x.v.shape[3]
+    K = x.k.shape[3]
+    constants = {"V": V, "BV": min(V, how.columns), "BK": K // 2 if K > 64 else K, "DOT": _dot(x), "STAGES": how.stages}
+    return _shape(x) | constants | {"num_warps": how.warps}
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+@lru_cache(maxsize=256)
+def _on_device(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small table on the device, copied there once: the copy would wait for the device in every call."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _documents(x: Inputs) -> Tensor:
+    return x.beta if x.doc_start is None else x.doc_start.contiguous()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x as the kernels read it, 16 bytes at a time: its last axis contiguous, the others in steps of 16 numbers."""
+    apart = all(stride % 16 == 0 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1)
+    fits = apart and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def refuse(k: Tensor, v: Tensor) -> None:
+    """Say what has no kernel here, and the way out."""
+    for name, width in {"K": k.shape[-1], "V": v.shape[-1]}.items():
+        if width not in WIDTHS:
+            raise ValueError(
+                f"{name}={width}: the Triton kernels have widths {WIDTHS}; pad to one of them, or pass "
+                f"backend='torch' for the (much slower) path in torch operations"
+            )
+    if v.dtype not in DTYPES:
+        raise TypeError(
+            f"q, k and v are {v.dtype}: the Triton kernels take bf16, fp16 and fp32; cast them, or pass "
+            f"backend='torch' for the (much slower) path in torch operations"
+        )
+    if not v.is_cuda and not isinstance(states_kernel, InterpretedFunction):
+        raise ValueError(
+            f"backend='triton' on {v.device}: the kernels run on a GPU (or slowly anywhere, with TRITON_INTERPRET=1 "
+            f"set before they are imported); move the inputs there, or pass backend='torch'"
+        )
+
+
+def prepare(x: Inputs) -> Prepared:
+    """Pass 1 over all chunks; what the other functions start from."""
+    x = replace(x, q=_aligned(x.q), k=_aligned(x.k), v=_aligned(x.v))
+    B, T, HV, _ = x.v.shape
+    NC, device = -(-T // CHUNK), x.v.device
+    tiles = (B * HV, NC, CHUNK, CHUNK)
+    A, P = (torch.empty(tiles, dtype=x.v.dtype, device=device) for _ in range(2))
+    N = torch.empty(tiles if x.rule.erase else 0, dtype=torch.float32, device=device)
+    rows = torch.empty(B * HV, NC, len(ROWS), CHUNK, dtype=torch.float32, device=device)
+    through = torch.empty(B * HV, NC, dtype=torch.float32, device=device)
+    g = x.beta if x.g is None else x.g
+    doc = _documents(x)
+    starts = _on_device(x.segments.starts, torch.int64, device)
+    prepare_kernel[(B * HV, NC)](
+        x.q, x.k, g, x.beta, doc, starts, N, P, rows, through,
+        T, NC, x.segments.tokens // CHUNK, x.scale,
+        *_strides(x.q), *_strides(x.k), *_strides(g), *_strides(x.beta),
+        **_shape(x), **_flags(x), DOT=_dot(x), num_warps=LAUNCHES["prepare"].warps,
+    )  # fmt: skip
+    if x.rule.erase:
+        invert_kernel[(B * HV * NC,)](N, A, 16, DOT=_dot(x), num_warps=LAUNCHES["invert"].warps)
+    return Prepared(x, A, P, rows, through, NC)
+
+
+def _forward(
+    p: Prepared, use: str, heads: slice | None = None, *, need: Tensor | None = None, incoming: Tensor | None = None,
+    o: Tensor | None = None, states: Tensor | None = None, errors: Tensor | None = None,
+    M: Tensor | None = None, U: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Pass 2 over some value heads of all rows (all unless told), for one of its uses."""
+    x, launch = p.x, LAUNCHES[use]
+    K, V = x.k.shape[3], x.v.shape[3]
+    BV = min(V, K, launch.columns) if use == "summarise" else min(V, launch.columns)
+    blocks = V // BV + (K // BV if use == "summarise" else 0)
+    heads = slice(0, p.value_heads) if heads is None else heads
+    unused = x.v
+    states_kernel[(blocks, len(x.segments), heads.stop - heads.start)](
+        x.q, x.k, x.v, p.A, p.P, p.rows, p.through,
+        *(unused if y is None else y for y in (need, incoming, o, states, errors, M, U)),
+        *p.sizes, heads.start, *_strides(x.q), *_strides(x.k), *_strides(x.v), *_strides(unused if o is None else o),
+        **p.shape, BV=BV, SUMMARY=use == "summarise", OUTPUT=use == "apply", KEEP=use == "keep",
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+
+
+def _reverse(
+    p: Prepared, do: Tensor, use: str, heads: slice | None = None, *, need: Tensor | None = None,
+    outgoing: Tensor | None = None, d_states: Tensor | None = None, dv: Tensor | None = None, D: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Pass 3, as :func:`_forward`."""
+    x, launch = p.x, LAUNCHES[use]
+    V = x.v.shape[3]
+    BV = min(V, launch.columns)
+    heads = slice(0, p.value_heads) if heads is None else heads
+    unused = x.v
+    reverse_kernel[(V // BV, len(x.segments), heads.stop - heads.start)](
+        x.q, x.k, do, p.A, p.P, p.rows, p.through,
+        *(unused if y is None else y for y in (need, outgoing, d_states, dv, D)),
+        *p.sizes, heads.start, *_strides(x.q), *_strides(x.k), *_strides(do), *_strides(unused if dv is None else dv),
+        **p.shape, BV=BV, SUMMARY=use == "reverse_summary", num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+
+
+def summarise(p: Prepared, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+    """What each segment does to a state, ``S_out = M S_in + U``; what is not needed is left unwritten.
+
+    Returns:
+        ``M [N, B, HV, K, K]`` and ``U [N, B, HV, K, V]``, fp32.
+    """
+    N, B, HV, K, V = p.state_shape
+    M = torch.empty(N, B, HV, K, K, dtype=torch.float32, device=p.rows.device)
+    U = torch.empty(N, B, HV, K, V, dtype=torch.float32, device=p.rows.device)
+    if any(need_M) or any(need_U):
+        need = _on_device(tuple(zip(need_U, need_M, strict=True)), torch.int32, p.rows.device)
+        _forward(p, "summarise", need=need, M=M, U=U)
+    return M, U
+
+
+def apply(p: Prepared, incoming_NBHKV: Tensor) -> Tensor:
+    """Outputs ``[B, T, HV, V]`` in v's dtype, from the state that enters each segment."""
+    o = torch.empty(p.x.v.shape, dtype=p.x.v.dtype, device=p.x.v.device)
+    _forward(p, "apply", incoming=incoming_NBHKV.contiguous(), o=o)
+    return o
+
+
+def summarise_backward(p: Prepared, do_BTHV: Tensor, need_D: tuple[bool, ...]) -> Tensor:
+    """``D [N, B, HV, K, V]``: the gradient of the state that enters each segment, were that of the state which
+    leaves it zero."""
+    D = torch.empty(p.state_shape, dtype=torch.float32, device=p.rows.device)
+    if any(need_D):
+        need = _on_device(need_D, torch.int32, p.rows.device)
+        _reverse(p, _aligned(do_BTHV), "reverse_summary", need=need, D=D)
+    return D
+
+
+def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoing_grad_NBHKV: Tensor) -> Gradients:
+    """Gradients of the inputs; arguments as of :func:`.chunk_torch.apply_backward`."""
+    x, do = p.x, _aligned(do_BTHV)
+    incoming, outgoing = incoming_NBHKV.contiguous(), outgoing_grad_NBHKV.contiguous()
+    B, T, H, K = x.k.shape
+    HV, V = x.v.shape[2:]
+    G, flags = HV // H, _flags(x)
+    like: dict[str, Any] = {"dtype": x.v.dtype, "device": x.v.device}
+    dq, dk = (torch.empty(B, T, H, K, **like) for _ in range(2))
+    dv = torch.empty(B, T, HV, V, **like)
+    dg = None if x.g is None else torch.empty(B, T, HV, dtype=x.g.dtype, device=x.v.device)
+    dbeta = torch.empty(B, T, HV, dtype=x.beta.dtype, device=x.v.device)
+    doc = _documents(x)
+
+    held = 2 * G * p.chunks * K * V * x.v.element_size()  # both states of every chunk, for one key head
+    together = min(B * H, max(1, BACKWARD_BYTES // held))
+    states, d_states = (torch.empty(together * G, p.chunks, V, K, **like) for _ in range(2))
+    errors = torch.empty(together * G, p.chunks, CHUNK, V, **like)
+    parts = torch.empty(together * G, p.chunks, 2, CHUNK, dtype=torch.float32, device=x.v.device)  # of dbeta and dg
+    for first in range(0, B * H, together):
+        last = min(first + together, B * H)
+        heads = slice(first * G, last * G)
+        _forward(p, "keep", heads, incoming=incoming, states=states, errors=errors)
+        _reverse(p, do, "reverse", heads, outgoing=outgoing, d_states=d_states, dv=dv)
+        grid, sizes = (p.chunks, last - first), (T, p.chunks, B, heads.start, G)
+        queries_kernel[grid](
+            x.q, x.k, do, doc, p.rows, states, errors, p.P, parts, dq, *sizes, x.scale,
+            *_strides(x.q), *_strides(x.k), *_strides(do),
+            HAS_G=flags["HAS_G"], HAS_DOC=flags["HAS_DOC"], NORM=flags["NORM"], **_constants("queries", x),
+        )  # fmt: skip
+        keys_kernel[grid](
+            x.q, x.k, doc, p.rows, p.through, states, errors, d_states, dv, p.P, parts, dk,
+            dbeta if dg is None else dg, dbeta, *sizes, *_strides(x.q), *_strides(x.k), *_strides(dv),
+            **flags, **_constants("keys", x),
+        )  # fmt: skip
+    return Gradients(dq, dk, dv, dg, dbeta)

@@ -1,0 +1,81 @@
+"""Triton pass 3: the reverse recurrence, dS the gradient of the state that leaves the chunk.
+
+    dV' = P^T dO + exp(b_C - b) * (K dS)     dV = A^T (beta * dV')     dS <- exp(b_C) dS + Q^T (e * dO) - K^T (e' * dV)
+
+with pass 1's tiles and scales. The last dS from zero is the segment's D. As in pass 2 the state lies transposed.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["T", "NC", "segment_chunks", "B", "N", "row0", "sqb", "skb", "sob", "svb"])
+def reverse_kernel(
+    q, k, do, A, P, rows, through, need, outgoing, d_states, dv, D,
+    T, NC, segment_chunks, B, N, row0,
+    sqb, sqt: tl.constexpr, sqh: tl.constexpr, skb, skt: tl.constexpr, skh: tl.constexpr,
+    sob, sot: tl.constexpr, soh: tl.constexpr, svb, svt: tl.constexpr, svh: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, ERASE: tl.constexpr,
+    SUMMARY: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(1)
+    local = tl.program_id(2).to(tl.int64)
+    row = row0 + local
+    HV: tl.constexpr = H * G
+    ib, hv = row // HV, row % HV
+    ck = tl.arange(0, K)
+    cv = tl.program_id(0) * BV + tl.arange(0, BV)
+    r = tl.arange(0, 64)
+    state_row = (n.to(tl.int64) * B + ib) * HV + hv
+    at_state = state_row * K * V + ck[None, :] * V + cv[:, None]
+    if SUMMARY:
+        if tl.load(need + n) == 0:
+            return
+        dS = tl.zeros((BV, K), tl.float32)
+    else:
+        dS = tl.load(outgoing + at_state)
+    dtype = k.dtype.element_ty
+    q += tl.multiple_of(ib * sqb, 16) + (hv // G) * sqh
+    k += tl.multiple_of(ib * skb, 16) + (hv // G) * skh
+    do += tl.multiple_of(ib * sob, 16) + hv * soh
+    dv += tl.multiple_of(ib * svb, 16) + hv * svh
+    first = n.to(tl.int64) * segment_chunks
+    last = tl.minimum(first + segment_chunks, NC)
+    for i in range(0, last - first):
+        c = last - 1 - i
+        t0 = c * 64
+        inside = r < tl.minimum(T - t0, 64).to(tl.int32)
+        at_row = rows + (row * NC + c) * 512 + r
+        of_q = tl.load(at_row)[None, :]
+        of_out = tl.load(at_row + 128)[None, :]
+        bt = tl.load(at_row + 192)[None, :]
+        kt = tl.load(k + t0 * skt + r[:, None] * skt + ck[None, :], mask=inside[:, None], other=0.0)
+        qt = tl.load(q + t0 * sqt + r[:, None] * sqt + ck[None, :], mask=inside[:, None], other=0.0)
+        grad = tl.load(do + t0 * sot + r[None, :] * sot + cv[:, None], mask=inside[None, :], other=0.0)
+        Pt = tl.load(P + (row * NC + c) * 4096 + r[:, None] * 64 + r[None, :])
+        low = dS.to(dtype)
+        if not SUMMARY:
+            tl.store(d_states + (local * NC + c) * K * V + cv[:, None] * K + ck[None, :], low)
+        dnew = tl.dot(low, tl.trans(kt), input_precision=DOT)
+        dnew = tl.where(of_out != 0.0, of_out * dnew, 0.0)
+        dnew = tl.dot(grad, Pt, acc=dnew, input_precision=DOT) * bt
+        if ERASE:
+            At = tl.load(A + (row * NC + c) * 4096 + r[:, None] * 64 + r[None, :])
+            dnew = tl.dot(dnew.to(dtype), At, input_precision=DOT)
+        if not SUMMARY:
+            at = dv + t0 * svt + r[None, :] * svt + cv[:, None]
+            tl.store(at, dnew.to(dv.dtype.element_ty), mask=inside[None, :])
+        passes = tl.load(through + row * NC + c)
+        dS = tl.where(passes != 0.0, dS * passes, 0.0)
+        seen = tl.where(of_q != 0.0, of_q * grad.to(tl.float32), 0.0).to(dtype)
+        dS = tl.dot(seen, qt, acc=dS, input_precision=DOT)
+        if ERASE:
+            of_k = tl.load(at_row + 64)[None, :]
+            erased = tl.where(of_k != 0.0, -of_k * dnew, 0.0).to(dtype)
+            dS = tl.dot(erased, kt, acc=dS, input_precision=DOT)
+        # Where no token sees the incoming state, nothing in the chunk, not even 0 * nan, reaches its gradient.
+        dS = tl.where(tl.load(rows + (row * NC + c) * 512 + 64) != 0.0, dS, 0.0)
+    if SUMMARY:
+        tl.store(D + at_state, dS)

@@ -1,0 +1,99 @@
+"""Triton pass 2: the recurrence over the chunks of each segment, for a block of the state's columns.
+
+With the tiles and scales of pass 1, in a chunk:
+
+    errors = A [V - e' * (K S)]     V' = beta * errors
+    O = e * (Q S) + P V'            S <- exp(b_C) S + K^T (exp(b_C - b) * V')
+
+One kernel, three uses: *summarise* keeps the last state alone (of the values from zero: U; of no values from the
+identity: M), *apply* writes outputs, and the backward pass keeps each chunk's incoming state and errors.
+
+The state is held transposed, ``[BV, K]``: then every product has its freshly made operand on the left, where it goes to
+the matrix units from registers, and the operand from memory on the right.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["T", "NC", "segment_chunks", "B", "N", "row0", "sqb", "skb", "svb", "sob"])
+def states_kernel(
+    q, k, v, A, P, rows, through, need, incoming, o, states, errors, M, U,
+    T, NC, segment_chunks, B, N, row0,
+    sqb, sqt: tl.constexpr, sqh: tl.constexpr, skb, skt: tl.constexpr, skh: tl.constexpr,
+    svb, svt: tl.constexpr, svh: tl.constexpr, sob, sot: tl.constexpr, soh: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, ERASE: tl.constexpr,
+    SUMMARY: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    n = tl.program_id(1)
+    local = tl.program_id(2).to(tl.int64)  # row of the arrays of this launch alone; row0 is the launch's first
+    row = row0 + local
+    HV: tl.constexpr = H * G
+    ib, hv = row // HV, row % HV
+    ck = tl.arange(0, K)
+    r = tl.arange(0, 64)
+    state_row = (n.to(tl.int64) * B + ib) * HV + hv
+    is_M = False
+    column = block * BV
+    if SUMMARY:
+        is_M = block >= V // BV
+        if is_M:
+            column = column - V
+        if tl.load(need + n * 2 + is_M.to(tl.int32)) == 0:
+            return
+    cv = column + tl.arange(0, BV)
+    if SUMMARY:
+        S = tl.where((ck[None, :] == cv[:, None]) & is_M, 1.0, 0.0)
+    else:
+        S = tl.load(incoming + state_row * K * V + ck[None, :] * V + cv[:, None])
+    dtype = k.dtype.element_ty
+    q += tl.multiple_of(ib * sqb, 16) + (hv // G) * sqh
+    k += tl.multiple_of(ib * skb, 16) + (hv // G) * skh
+    v += tl.multiple_of(ib * svb, 16) + hv * svh
+    first = n.to(tl.int64) * segment_chunks
+    for c in range(first, tl.minimum(first + segment_chunks, NC)):
+        t0 = c * 64
+        inside = r < tl.minimum(T - t0, 64).to(tl.int32)
+        at_row = rows + (row * NC + c) * 512 + r
+        bt = tl.load(at_row + 192)
+        of_out = tl.load(at_row + 128)
+        kt = tl.load(k + t0 * skt + r[:, None] * skt + ck[None, :], mask=inside[:, None], other=0.0)
+        wanted = inside[None, :]
+        if SUMMARY:
+            wanted = wanted & (not is_M)
+        error = tl.load(v + t0 * svt + r[None, :] * svt + cv[:, None], mask=wanted, other=0.0).to(tl.float32)
+        low = S.to(dtype)
+        if KEEP:
+            at = states + (local * NC + c) * K * V + cv[:, None] * K + ck[None, :]
+            tl.store(at, low)
+        if ERASE:
+            of_k = tl.load(at_row + 64)[None, :]
+            held = tl.dot(low, tl.trans(kt), input_precision=DOT)
+            error -= tl.where(of_k != 0.0, of_k * held, 0.0)  # select: 0 * inf must not leak
+            At = tl.load(A + (row * NC + c) * 4096 + r[:, None] * 64 + r[None, :])
+            error = tl.dot(error.to(dtype), tl.trans(At), input_precision=DOT)
+        if KEEP:
+            at = errors + ((local * NC + c) * 64 + r[None, :]) * V + cv[:, None]
+            tl.store(at, error.to(dtype))
+        new = bt[None, :] * error
+        if OUTPUT:
+            of_q = tl.load(at_row)[None, :]
+            qt = tl.load(q + t0 * sqt + r[:, None] * sqt + ck[None, :], mask=inside[:, None], other=0.0)
+            Pt = tl.load(P + (row * NC + c) * 4096 + r[:, None] * 64 + r[None, :])
+            ot = tl.dot(low, tl.trans(qt), input_precision=DOT)
+            ot = tl.where(of_q != 0.0, of_q * ot, 0.0)
+            ot = tl.dot(new.to(dtype), tl.trans(Pt), acc=ot, input_precision=DOT)
+            at = o + tl.multiple_of(ib * sob, 16) + hv * soh + t0 * sot + r[None, :] * sot + cv[:, None]
+            tl.store(at, ot.to(o.dtype.element_ty), mask=inside[None, :])
+        passes = tl.load(through + row * NC + c)
+        S = tl.where(passes != 0.0, S * passes, 0.0)
+        left = tl.where(of_out[None, :] != 0.0, of_out[None, :] * new, 0.0).to(dtype)
+        S = tl.dot(left, kt, acc=S, input_precision=DOT)
+    if SUMMARY:
+        if is_M:
+            tl.store(M + state_row * K * K + ck[None, :] * K + cv[:, None], S)
+        else:
+            tl.store(U + state_row * K * V + ck[None, :] * V + cv[:, None], S)

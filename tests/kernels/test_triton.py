@@ -1,0 +1,268 @@
+"""The Triton kernels: the cases of the torch path, under Triton's interpreter, compiled for GPUs, and on a GPU.
+
+The interpreter is chosen by an environment variable before Triton's kernels are defined, so its cases run in a process
+of their own: this file, ``python -m tests.kernels.test_triton NAME ...``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dnsp.kernels.chunk_triton import LAUNCHES
+from dnsp.kernels.delta_rule import chunk_gated_delta_rule, delta_rule
+from dnsp.kernels.reference import Rule
+from dnsp.kernels.scan import LocalScan
+from dnsp.kernels.segments import Inputs, Segments
+from tests.kernels.cases import Case, errors, segments, truth
+
+# |error| / |truth|, per tensor, in the worst row of the batch: of outputs and states, of gradients.
+TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (5e-3, 1e-2), torch.float16: (5e-3, 1e-2)}
+INTERPRETED = 5e-6  # fp32, everything
+
+WEAK, PACKED = ("weak", "mixed"), ((0, 33, 97, 150), (0, 1, 2, 64))
+CASES = {
+    "one chunk": (Case(50, decays=("weak",), HV=1, V=16), None),
+    "previous": (Case(130, decays=WEAK, V=16, rule=Rule(error_decay="previous")), 64),
+    "no erase": (Case(130, decays=("weak", "any"), V=16, rule=Rule(erase=False)), 64),
+    "no decay": (Case(100, decays=("none",), V=16, g=False, l2norm=True, initial=True, final=True), 128),
+    "two halves of K": (Case(70, decays=("weak",), K=128, V=32, H=1, HV=1, l2norm=True), 64),
+    "documents": (Case(200, decays=WEAK, V=32, K=32, starts=PACKED, initial=True, final=True, l2norm=True), 64),
+    "decays": (Case(200, decays=("weak", "strong", "mixed"), H=2, HV=4, V=32), 64),
+    "previous, documents": (
+        Case(200, decays=WEAK, V=16, starts=PACKED, rule=Rule(error_decay="previous"), initial=True, final=True),
+        64,
+    ),
+    "beta over 2": (Case(130, decays=("spikes",), V=16, beta=(2.0, 2.4)), 64),
+}
+SLOW = {"documents", "decays", "previous, documents", "beta over 2"}
+
+
+def results(case: Case, dtype: torch.dtype, tokens: int | None, device: str) -> dict[str, Tensor]:
+    """Outputs, final state and gradients through the Triton kernels."""
+    inputs = {name: x.detach().to(device).requires_grad_() for name, x in case.inputs(dtype).items()}
+    doc_start, part = case.doc_start(), segments(case, tokens)
+    if part.continues_NB is not None:
+        part = replace(part, continues_NB=part.continues_NB.to(device))
+    o, final = delta_rule(
+        *(inputs.get(name) for name in ("q", "k", "v", "g", "beta")),
+        scale=case.scale,
+        segments=part,
+        scan=LocalScan(),
+        doc_start_BT=None if doc_start is None else doc_start.to(device),
+        initial_state_BHKV=inputs.get("initial"),
+        output_final_state=case.final,
+        rule=case.rule,
+        normalise_qk=case.l2norm,
+        backend="triton",
+    )
+    on_host = {name: x.detach().cpu() for name, x in (("o", o), ("final", final)) if x is not None}
+    do, dfinal = (d.to(device) for d in case.output_gradients())
+    wanted = [(o, do.to(o.dtype))] + ([(final, dfinal)] if final is not None else [])
+    grads = torch.autograd.grad([y for y, _ in wanted], list(inputs.values()), [d for _, d in wanted])
+    return on_host | {"d" + name: grad.cpu() for name, grad in zip(inputs, grads, strict=True)}
+
+
+def assert_right(found: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> None:
+    outputs, gradients = TOLERANCE[dtype]
+    limits = {name: outputs if name in ("o", "final") else gradients for name in found}
+    wrong = {name: f"{e:.2e}" for name, e in errors(found, exact).items() if not e < limits[name]}
+    assert not wrong, wrong
+
+
+def interpret(names: list[str]) -> dict[str, dict[str, float]]:
+    """Errors of some cases, from a process with Triton's interpreter."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.kernels.test_triton", *names]
+    run = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def check_interpreted(names: list[str]) -> None:
+    for name, found in interpret(names).items():
+        assert max(found.values()) < INTERPRETED, (name, found)
+
+
+def test_interpreted():
+    check_interpreted([name for name in CASES if name not in SLOW])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_interpreted_slow():
+    check_interpreted([name for name in CASES if name in SLOW])
+
+
+# Bytes of local memory a thread, as compiled by Triton 3.6 and 3.7; more means that a change spills registers.
+SPILLED = {
+    90: {"reverse": 16, "queries": 128, "keys": 352},
+    80: {"prepare": 32, "keep": 32, "apply": 448, "reverse_summary": 480, "reverse": 896, "queries": 448, "keys": 1024},
+}
+
+
+@pytest.mark.parametrize("use", ["apply", "invert"])
+def test_compiles(use):
+    check_compiled(use, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SPILLED)
+@pytest.mark.parametrize("use", LAUNCHES)
+def test_compiles_everywhere(use, capability):
+    check_compiled(use, capability)
+
+
+def check_compiled(use: str, capability: int) -> None:
+    from tests.kernels.triton_compile import compiled
+
+    binary = compiled(use, capability)
+    assert binary.spilled <= SPILLED[capability].get(use, 0)
+    # The blocks of 16 that are inverted are below a warp group's size.
+    assert binary.matrix == ({"HGMMA"} if capability == 90 and use != "invert" else {"HMMA"})
+
+
+def test_what_has_no_kernel_is_refused():
+    def make(K: int, V: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        q, k, v = (torch.zeros(1, 64, 1, width, dtype=dtype) for width in (K, K, V))
+        return q, k, v, torch.zeros(1, 64, 1), torch.zeros(1, 64, 1)
+
+    with pytest.raises(ValueError, match=r"K=48.*\(16, 32, 64, 128, 256\).*backend='torch'"):
+        chunk_gated_delta_rule(*make(48, 16), backend="triton")
+    with pytest.raises(ValueError, match=r"V=24.*backend='torch'"):
+        chunk_gated_delta_rule(*make(16, 24), backend="triton")
+    with pytest.raises(TypeError, match=r"float64.*backend='torch'"):
+        chunk_gated_delta_rule(*make(16, 16, torch.float64), backend="triton")
+    with pytest.raises(ValueError, match="backend='cuda'"):
+        chunk_gated_delta_rule(*make(16, 16), backend="cuda")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        chunk_gated_delta_rule(*make(16, 16), backend="triton")
+
+
+# On a GPU.
+
+GPU = {
+    "grouped heads": (Case(1000, decays=("weak", "strong", "mixed", "any"), H=2, HV=4, K=64, V=128, l2norm=True), 256),
+    "K over V": (Case(500, decays=WEAK, H=1, HV=2, K=128, V=32), 128),
+    "wide": (Case(300, decays=WEAK, H=1, HV=1, K=256, V=256, l2norm=True), 128),
+    "normaliser": (Case(300, decays=("none",), K=16, V=1, HV=1, g=False, rule=Rule(erase=False), initial=True), 128),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*CASES, *GPU])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_on_gpu(name, dtype):
+    case, tokens = (CASES | GPU)[name]
+    if case.beta[1] > 2 and dtype != torch.float32:
+        pytest.skip("values grow by a power of the length: no rounded operands")
+    assert_right(results(case, dtype, tokens, "cuda"), truth(case, dtype), dtype)
+
+
+def random(T: int, H: int = 2, HV: int = 4, D: int = 128, decay: float = -1e-4) -> list[Tensor]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(1, T, h, D, device="cuda", generator=generator, dtype=torch.bfloat16) for h in (H, H, HV))
+    return [q, k, v, torch.full((1, T, HV), decay, device="cuda"), torch.rand(1, T, HV, device="cuda")]
+
+
+def with_gradients(inputs: list[Tensor], do: Tensor, **options: object) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    o, _ = chunk_gated_delta_rule(*leaves, use_qk_l2norm_in_kernel=True, **options)
+    return [o.detach(), *torch.autograd.grad(o, leaves, do)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", [-1e-4, -20.0])
+def test_long_on_gpu(decay):
+    inputs = random(16384, decay=decay)
+    do = torch.randn_like(inputs[2])
+    found = with_gradients(inputs, do, segment_tokens=4096)
+    exact = with_gradients([x.double() for x in inputs], do.double(), backend="torch")
+    for name, a, b in zip(("o", "dq", "dk", "dv", "dg", "dbeta"), found, exact, strict=True):
+        error = ((a.double() - b).norm() / b.norm()).item()
+        assert error < TOLERANCE[torch.bfloat16][name != "o"], (name, error)
+
+
+@pytest.mark.gpu
+def test_bits_on_gpu():
+    """Two runs, and a segment alone or among others: the same bits."""
+    from dnsp.kernels import chunk_triton
+
+    inputs = random(2048 + 40, decay=-0.05)
+    do = torch.randn_like(inputs[2])
+    first, second = (with_gradients(inputs, do, segment_tokens=512) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    T, tokens = 2088, 512
+    starts = tuple(range(0, T, tokens))
+
+    def passes(held: tuple[int, ...]) -> tuple[Tensor, ...]:
+        part = slice(held[0], min(held[-1] + tokens, T))
+        q, k, v, g, beta = (x[:, part] for x in inputs)
+        x = Inputs(q, k, v, g, beta, None, Segments(tokens, held, T), 0.1, Rule(), True)
+        p = chunk_triton.prepare(x)
+        yes = (True,) * len(held)
+        M, U = chunk_triton.summarise(p, yes, yes)
+        state = torch.ones_like(U) / 8
+        D = chunk_triton.summarise_backward(p, do[:, part], yes)
+        o, grads = chunk_triton.apply(p, state), chunk_triton.apply_backward(p, state, do[:, part], state)
+        return M, U, D, o, grads.q, grads.k, grads.v, grads.g, grads.beta
+
+    whole = passes(starts)
+    alone = [passes((start,)) for start in starts]
+    for i, a in enumerate(whole):
+        assert torch.equal(a, torch.cat([one[i] for one in alone], dim=0 if i < 3 else 1)), i
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_and_graph_capture():
+    inputs = random(1000)
+    bounds = torch.tensor([0, 100, 555, 1000], device="cuda", dtype=torch.int32)
+    do = torch.randn_like(inputs[2])
+    expected = with_gradients(inputs, do, cu_seqlens=bounds)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with_gradients(inputs, do, cu_seqlens=bounds)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = with_gradients(inputs, do, cu_seqlens=bounds)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_beyond_32_bit_offsets():
+    """2^32 elements of v: the last tokens are those of a run restarted from the state before them."""
+    inputs = random(2**20, H=16, HV=32, decay=-0.02)
+    with torch.no_grad():
+        o, _ = chunk_gated_delta_rule(*inputs, use_qk_l2norm_in_kernel=True, segment_tokens=2**17)
+        before, after = ([x[:, part] for x in inputs] for part in (slice(0, 2**20 - 4096), slice(2**20 - 4096, None)))
+        _, state = chunk_gated_delta_rule(
+            *before, output_final_state=True, use_qk_l2norm_in_kernel=True, segment_tokens=2**17
+        )
+        last, _ = chunk_gated_delta_rule(*after, initial_state=state, use_qk_l2norm_in_kernel=True)
+        error = (o[:, -4096:].float() - last.float()).norm() / last.float().norm()
+    assert error < 5e-3
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    found = {}
+    for chosen in sys.argv[1:]:
+        case, tokens = CASES[chosen]
+        found[chosen] = errors(results(case, torch.float32, tokens, "cpu"), truth(case))
+    print(json.dumps(found))

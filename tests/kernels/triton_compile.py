@@ -1,0 +1,83 @@
+"""The Triton kernels compiled for a GPU that need not be there: registers' spills and matrix instructions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dnsp.kernels import triton_gradients, triton_prepare, triton_reverse, triton_states
+from dnsp.kernels.chunk_triton import LAUNCHES
+
+KERNELS = {
+    "prepare": triton_prepare.prepare_kernel,
+    "invert": triton_prepare.invert_kernel,
+    "summarise": triton_states.states_kernel,
+    "apply": triton_states.states_kernel,
+    "keep": triton_states.states_kernel,
+    "reverse_summary": triton_reverse.reverse_kernel,
+    "reverse": triton_reverse.reverse_kernel,
+    "queries": triton_gradients.queries_kernel,
+    "keys": triton_gradients.keys_kernel,
+}
+FP32 = {"g", "beta", "N", "rows", "through", "incoming", "outgoing", "M", "U", "D", "parts", "dg", "dbeta"}
+INTEGERS = {"T", "NC", "segment_chunks", "B", "N", "row0", "group", "size"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    spilled: int  # bytes of local memory a thread
+    matrix: set[str]  # matrix instructions
+
+    @staticmethod
+    def of(cubin: bytes) -> Compiled:
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            usage, code = (
+                subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+                for flag in ("-res-usage", "-sass")
+            )
+        found = re.search(r"STACK:(\d+)", usage)
+        assert found, usage
+        return Compiled(int(found[1]), set(re.findall(r"\b(HGMMA|HMMA)\b", code)))
+
+
+def compiled(use: str, capability: int, *, K: int = 128, V: int = 128, H: int = 16, G: int = 2) -> Compiled:
+    """The kernel as ``chunk_triton`` launches it for bf16 operands, decay and normalised keys, no documents."""
+    kernel, launch = KERNELS[use], LAUNCHES[use]
+    constants: dict[str, Any] = {
+        **{"H": H, "G": G, "K": K, "V": V, "BV": min(V, launch.columns), "BK": K // 2 if K > 64 else K},
+        **{"sqt": H * K, "sqh": K, "skt": H * K, "skh": K, "svt": H * G * V, "svh": V, "sot": H * G * V, "soh": V},
+        **{"sgt": H * G, "sgh": 1, "sbt": H * G, "sbh": 1, "DOT": "tf32", "STAGES": launch.stages},
+        **{"ERASE": True, "HAS_G": True, "HAS_DOC": False, "PREVIOUS": False, "NORM": True},
+        **{"SUMMARY": "summar" in use, "OUTPUT": use == "apply", "KEEP": use == "keep"},
+    }
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types, attributes = {}, {}
+    tiles = use in ("prepare", "invert")  # there N is a pointer, elsewhere the number of segments
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            types[name] = "constexpr"
+        elif (name in INTEGERS and not (tiles and name == "N")) or re.fullmatch("s[qkvogb]b", name):
+            types[name] = "i32"
+        elif name == "scale":
+            types[name] = "fp32"
+        else:
+            special = {"doc": "*i32", "need": "*i32", "starts": "*i64"}
+            types[name] = special.get(name, "*fp32" if name in FP32 else "*bf16")
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    binary = triton.compile(
+        ASTSource(kernel, types, constants, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": launch.warps, "num_stages": max(launch.stages, 1)},
+    )
+    return Compiled.of(binary.asm["cubin"])
