@@ -26,6 +26,13 @@ from .triton_states import states_kernel
 
 WIDTHS = (16, 32, 64, 128, 256)  # of K and V
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# (K, V) whose outputs and gradients were right on an H200 with Triton 3.6, the others being compiled to something else:
+# in bf16 (16, 32) and (32, 32) gave wrong gradients there, from kernels that are right in fp32 and when interpreted.
+PROVEN: dict[torch.dtype, set[tuple[int, int]]] = {
+    torch.bfloat16: {(16, 16), (128, 128)},
+    torch.float16: set(),
+    torch.float32: {(16, 16), (16, 32), (32, 32), (64, 128)},
+}
 
 
 @dataclass(frozen=True)
@@ -36,10 +43,15 @@ class Launch:
     warps: int
     stages: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
+
+# On an H200 with Triton 3.6, K = V = 128, bf16: each was compared with the fp64 recurrence.
 LAUNCHES = {
-    "prepare": Launch(0, 4, 1),
-    "invert": Launch(0, 1, 1),
+    "prepare": Launch(64, 4, 1),
+    "invert": Launch(64, 1, 1),
     "summarise": Launch(64, 4, 2),
     "apply": Launch(64, 4, 2),
     "keep": Launch(64, 4, 3),
@@ -48,8 +60,6 @@ LAUNCHES = {
     "queries": Launch(64, 4, 3),
     "keys": Launch(64, 4, 3),
 }
-# The backward pass keeps two states a chunk; it goes through the heads in groups, so that these stay within this.
-BACKWARD_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -102,12 +112,17 @@ def _dot(x: Inputs) -> str:
     return "tf32x3" if x.v.dtype == torch.float32 else "tf32"
 
 
+def _launch(use: str, x: Inputs) -> Launch:
+    """Loads are fetched ahead where a multiprocessor's shared memory holds them."""
+    how = LAUNCHES[use]
+    return how if x.k.shape[3] * x.k.element_size() <= 256 else replace(how, stages=1)
+
+
 def _constants(use: str, x: Inputs) -> dict[str, Any]:
     """The constants of a pass 4 kernel."""
-    how, V = LAUNCHES[use], x.v.shape[3]
-    K = x.k.shape[3]
+    how, K, V = _launch(use, x), x.k.shape[3], x.v.shape[3]
     constants = {"V": V, "BV": min(V, how.columns), "BK": K // 2 if K > 64 else K, "DOT": _dot(x), "STAGES": how.stages}
-    return _shape(x) | constants | {"num_warps": how.warps}
+    return _shape(x) | constants | how.options
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
@@ -144,6 +159,12 @@ def refuse(k: Tensor, v: Tensor) -> None:
             f"q, k and v are {v.dtype}: the Triton kernels take bf16, fp16 and fp32; cast them, or pass "
             f"backend='torch' for the (much slower) path in torch operations"
         )
+    widths = k.shape[-1], v.shape[-1]
+    if v.is_cuda and widths not in PROVEN[v.dtype]:
+        raise ValueError(
+            f"K, V={widths} in {v.dtype}: proven on a GPU so far are {sorted(PROVEN[v.dtype])}; use one of these, or "
+            f"take the (much slower) torch path: backend='torch', or DNSP_DELTA_RULE=torch for a whole program"
+        )
     if not v.is_cuda and not isinstance(states_kernel, InterpretedFunction):
         raise ValueError(
             f"backend='triton' on {v.device}: the kernels run on a GPU (or slowly anywhere, with TRITON_INTERPRET=1 "
@@ -168,10 +189,10 @@ def prepare(x: Inputs) -> Prepared:
         x.q, x.k, g, x.beta, doc, starts, N, P, rows, through,
         T, NC, x.segments.tokens // CHUNK, x.scale,
         *_strides(x.q), *_strides(x.k), *_strides(g), *_strides(x.beta),
-        **_shape(x), **_flags(x), DOT=_dot(x), num_warps=LAUNCHES["prepare"].warps,
+        **_shape(x), **_flags(x), DOT=_dot(x), **LAUNCHES["prepare"].options,
     )  # fmt: skip
     if x.rule.erase:
-        invert_kernel[(B * HV * NC,)](N, A, 16, DOT=_dot(x), num_warps=LAUNCHES["invert"].warps)
+        invert_kernel[(B * HV * NC,)](N, A, 16, DOT=_dot(x), **LAUNCHES["invert"].options)
     return Prepared(x, A, P, rows, through, NC)
 
 
@@ -181,7 +202,7 @@ def _forward(
     M: Tensor | None = None, U: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Pass 2 over some value heads of all rows (all unless told), for one of its uses."""
-    x, launch = p.x, LAUNCHES[use]
+    x, launch = p.x, _launch(use, p.x)
     K, V = x.k.shape[3], x.v.shape[3]
     BV = min(V, K, launch.columns) if use == "summarise" else min(V, launch.columns)
     blocks = V // BV + (K // BV if use == "summarise" else 0)
@@ -192,7 +213,7 @@ def _forward(
         *(unused if y is None else y for y in (need, incoming, o, states, errors, M, U)),
         *p.sizes, heads.start, *_strides(x.q), *_strides(x.k), *_strides(x.v), *_strides(unused if o is None else o),
         **p.shape, BV=BV, SUMMARY=use == "summarise", OUTPUT=use == "apply", KEEP=use == "keep",
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options,
     )  # fmt: skip
 
 
@@ -201,7 +222,7 @@ def _reverse(
     outgoing: Tensor | None = None, d_states: Tensor | None = None, dv: Tensor | None = None, D: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Pass 3, as :func:`_forward`."""
-    x, launch = p.x, LAUNCHES[use]
+    x, launch = p.x, _launch(use, p.x)
     V = x.v.shape[3]
     BV = min(V, launch.columns)
     heads = slice(0, p.value_heads) if heads is None else heads
@@ -210,7 +231,7 @@ def _reverse(
         x.q, x.k, do, p.A, p.P, p.rows, p.through,
         *(unused if y is None else y for y in (need, outgoing, d_states, dv, D)),
         *p.sizes, heads.start, *_strides(x.q), *_strides(x.k), *_strides(do), *_strides(unused if dv is None else dv),
-        **p.shape, BV=BV, SUMMARY=use == "reverse_summary", num_warps=launch.warps, num_stages=launch.stages,
+        **p.shape, BV=BV, SUMMARY=use == "reverse_summary", **launch.options,
     )  # fmt: skip
 
 
@@ -260,8 +281,9 @@ def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoin
     dbeta = torch.empty(B, T, HV, dtype=x.beta.dtype, device=x.v.device)
     doc = _documents(x)
 
-    held = 2 * G * p.chunks * K * V * x.v.element_size()  # both states of every chunk, for one key head
-    together = min(B * H, max(1, BACKWARD_BYTES // held))
+    # Two states a chunk are kept, 2 K / 64 times the size of v: for all heads together that would be the most of the
+    # backward pass's memory. It takes the heads in groups whose states are as large as two v.
+    together = -(-B * H * CHUNK // max(K, CHUNK))
     states, d_states = (torch.empty(together * G, p.chunks, V, K, **like) for _ in range(2))
     errors = torch.empty(together * G, p.chunks, CHUNK, V, **like)
     parts = torch.empty(together * G, p.chunks, 2, CHUNK, dtype=torch.float32, device=x.v.device)  # of dbeta and dg

@@ -9,6 +9,7 @@ scan is handed in: :class:`~dnsp.kernels.scan.LocalScan` here, one over many ran
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
@@ -156,7 +157,8 @@ def delta_rule(
         output_final_state: return the state behind the last token, on the rank that holds it.
         rule: erase or not, and which state the error is taken from.
         normalise_qk: l2-normalise q and k (eps 1e-6).
-        backend: ``"triton"``, the kernels, taken by itself on a GPU; ``"torch"``, taken by itself elsewhere.
+        backend: ``"triton"``, the kernels, taken by itself on a GPU; ``"torch"``, taken by itself elsewhere. The
+            environment's DNSP_DELTA_RULE chooses where this is None.
 
     Returns:
         outputs ``[B, T, HV, V]`` in v's dtype, and the final state ``[B, HV, K, V]`` in fp32 (fp64 for fp64 values).
@@ -187,6 +189,8 @@ def delta_rule(
 
 
 def _backend(asked: str | None, v: Tensor) -> Backend:
+    """What was asked for here, or else by DNSP_DELTA_RULE for the whole program, or else by the device."""
+    asked = os.environ.get("DNSP_DELTA_RULE") if asked is None else asked
     if asked not in (None, "torch", "triton"):
         raise ValueError(f"backend={asked!r}: give 'triton' (a GPU), 'torch' (any device), or None to choose by device")
     if asked is not None:

@@ -53,6 +53,8 @@ def fold(M_BHKK: Tensor, U_BHKV: Tensor, S_BHKV: Tensor | None, continues_B: Ten
     """``fl(M S + U)``, the state behind one segment; U alone where S is structurally zero (None) or does not pass."""
     if S_BHKV is None:
         return U_BHKV
+    if on_gpu(U_BHKV):
+        return _one_segment(M_BHKK, U_BHKV, S_BHKV, continues_B, reverse=False)
     through = torch.matmul(M_BHKK, S_BHKV) + U_BHKV
     if continues_B is None:
         return through
@@ -61,7 +63,24 @@ def fold(M_BHKK: Tensor, U_BHKV: Tensor, S_BHKV: Tensor | None, continues_B: Ten
 
 def reverse_fold(M_BHKK: Tensor, D_BHKV: Tensor, dS_BHKV: Tensor | None, continues_B: Tensor | None) -> Tensor:
     """``fl(M^T dS + D)``, the gradient of the state before one segment."""
+    if dS_BHKV is not None and on_gpu(D_BHKV):
+        return _one_segment(M_BHKK, D_BHKV, dS_BHKV, continues_B, reverse=True)
     return fold(M_BHKK.mT, D_BHKV, dS_BHKV, continues_B)
+
+
+def on_gpu(U: Tensor) -> bool:
+    """Whether the fold's kernel takes these summaries."""
+    if not U.is_cuda:
+        return False
+    from . import triton_scan
+
+    return triton_scan.takes(U)
+
+
+def _one_segment(M: Tensor, U: Tensor, S: Tensor, continues: Tensor | None, reverse: bool) -> Tensor:
+    from . import triton_scan
+
+    return triton_scan.fold(M[None], U[None], S, None if continues is None else continues[None], 1, reverse)[1]
 
 
 def stack_states(states: list[Tensor | None], like_NBHKV: Tensor) -> Tensor:
@@ -80,6 +99,12 @@ class LocalScan:
         initial_BHKV: Tensor | None,
         want_final: bool,
     ) -> tuple[Tensor, Tensor | None]:
+        if on_gpu(U_NBHKV):
+            from . import triton_scan
+
+            steps = len(U_NBHKV) - (not want_final)
+            incoming_NBHKV, final = triton_scan.fold(M_NBHKK, U_NBHKV, initial_BHKV, continues_NB, steps, False)
+            return incoming_NBHKV, final if want_final else None
         state, incoming, last = initial_BHKV, [], len(U_NBHKV) - 1
         for n in range(len(U_NBHKV)):
             incoming.append(state)
@@ -97,6 +122,14 @@ class LocalScan:
         want_final: bool,
     ) -> tuple[Tensor, Tensor | None]:
         del want_final  # all is here: a missing final gradient is a zero one
+        if on_gpu(D_NBHKV):
+            from . import triton_scan
+
+            steps = len(D_NBHKV) - (not has_initial)
+            outgoing_NBHKV, first = triton_scan.fold(
+                M_NBHKK, D_NBHKV, final_grad_BHKV, continues_NB, steps, reverse=True
+            )
+            return outgoing_NBHKV, first if has_initial else None
         grad, outgoing = final_grad_BHKV, []
         for n in reversed(range(len(D_NBHKV))):
             outgoing.append(grad)

@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dnsp.kernels.chunk_triton import LAUNCHES
+from dnsp.kernels import chunk_triton
 from dnsp.kernels.delta_rule import chunk_gated_delta_rule, delta_rule
 from dnsp.kernels.reference import Rule
-from dnsp.kernels.scan import LocalScan
+from dnsp.kernels.scan import LocalScan, fold, reverse_fold
 from dnsp.kernels.segments import Inputs, Segments
 from tests.kernels.cases import Case, errors, segments, truth
 
@@ -44,6 +44,13 @@ CASES = {
     "beta over 2": (Case(130, decays=("spikes",), V=16, beta=(2.0, 2.4)), 64),
 }
 SLOW = {"documents", "decays", "previous, documents", "beta over 2"}
+
+
+@pytest.fixture(autouse=True)
+def _prove(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here every width runs: these tests are the proof."""
+    everything = {(K, V) for K in chunk_triton.WIDTHS for V in chunk_triton.WIDTHS}
+    monkeypatch.setattr(chunk_triton, "PROVEN", dict.fromkeys(chunk_triton.DTYPES, everything))
 
 
 def results(case: Case, dtype: torch.dtype, tokens: int | None, device: str) -> dict[str, Tensor]:
@@ -118,7 +125,7 @@ def test_compiles(use):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SPILLED)
-@pytest.mark.parametrize("use", LAUNCHES)
+@pytest.mark.parametrize("use", chunk_triton.LAUNCHES)
 def test_compiles_everywhere(use, capability):
     check_compiled(use, capability)
 
@@ -161,11 +168,29 @@ GPU = {
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*CASES, *GPU])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_on_gpu(name, dtype):
+def test_on_gpu(name):
+    # With beta over 2 values grow by a power of the length: no rounded operands there.
+    check_on_gpu(name, torch.float32 if name == "beta over 2" else torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["documents", "previous", "no decay"])
+def test_dtypes_on_gpu(name, dtype):
+    check_on_gpu(name, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", GPU)
+def test_fp32_on_gpu(name):
+    """Minutes of compilation: three products for one."""
+    check_on_gpu(name, torch.float32)
+
+
+def check_on_gpu(name: str, dtype: torch.dtype) -> None:
     case, tokens = (CASES | GPU)[name]
-    if case.beta[1] > 2 and dtype != torch.float32:
-        pytest.skip("values grow by a power of the length: no rounded operands")
     assert_right(results(case, dtype, tokens, "cuda"), truth(case, dtype), dtype)
 
 
@@ -196,8 +221,6 @@ def test_long_on_gpu(decay):
 @pytest.mark.gpu
 def test_bits_on_gpu():
     """Two runs, and a segment alone or among others: the same bits."""
-    from dnsp.kernels import chunk_triton
-
     inputs = random(2048 + 40, decay=-0.05)
     do = torch.randn_like(inputs[2])
     first, second = (with_gradients(inputs, do, segment_tokens=512) for _ in range(2))
@@ -222,6 +245,29 @@ def test_bits_on_gpu():
     alone = [passes((start,)) for start in starts]
     for i, a in enumerate(whole):
         assert torch.equal(a, torch.cat([one[i] for one in alone], dim=0 if i < 3 else 1)), i
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_first", [False, True])
+def test_fold_on_gpu(has_first):
+    """All segments in one launch, or one by one: the same bits, and those of the products in fp64."""
+    N, B, HV, K, V = 5, 2, 3, 128, 64
+    M, U, first = (torch.randn(*shape, device="cuda") for shape in ((N, B, HV, K, K), (N, B, HV, K, V), (B, HV, K, V)))
+    M, continues = M / K**0.5, torch.rand(N, B, device="cuda") > 0.3
+    M[:, 1][~continues[:, 1]] = torch.nan  # never read
+    start = first if has_first else None
+    for together, alone, order in (
+        (LocalScan().forward(M, U, continues, start, True), fold, range(N)),
+        (LocalScan().reverse(M, U, continues, start, True, True), reverse_fold, reversed(range(N))),
+    ):
+        state, exact = start, None if start is None else start.double()
+        for n in order:
+            if state is not None:
+                assert torch.equal(together[0][n], state)
+            state = alone(M[n], U[n], state, continues[n])
+            exact = alone(M[n].double(), U[n].double(), exact, continues[n])
+        assert torch.equal(together[1], state)
+        assert (state.double() - exact).norm() < 1e-6 * exact.norm()
 
 
 @pytest.mark.gpu

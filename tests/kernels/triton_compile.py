@@ -78,6 +78,6 @@ def compiled(use: str, capability: int, *, K: int = 128, V: int = 128, H: int = 
     binary = triton.compile(
         ASTSource(kernel, types, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.warps, "num_stages": max(launch.stages, 1)},
+        options=launch.options,
     )
     return Compiled.of(binary.asm["cubin"])
