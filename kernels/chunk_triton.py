@@ -26,8 +26,9 @@ from .triton_states import states_kernel
 
 WIDTHS = (16, 32, 64, 128, 256)  # of K and V
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# (K, V) whose outputs and gradients were right on an H200 with Triton 3.6, the others being compiled to something else:
-# in bf16 (16, 32) and (32, 32) gave wrong gradients there, from kernels that are right in fp32 and when interpreted.
+# (K, V) whose outputs and gradients were right on an H200 with Triton 3.6. In bf16 (16, 32) and (32, 32) had wrong
+# gradients there, from kernels that are right in fp32 and when interpreted. Why is not known; until it is, nothing takes
+# these kernels unasked.
 PROVEN: dict[torch.dtype, set[tuple[int, int]]] = {
     torch.bfloat16: {(16, 16), (128, 128)},
     torch.float16: set(),
@@ -163,7 +164,7 @@ def refuse(k: Tensor, v: Tensor) -> None:
     if v.is_cuda and widths not in PROVEN[v.dtype]:
         raise ValueError(
             f"K, V={widths} in {v.dtype}: proven on a GPU so far are {sorted(PROVEN[v.dtype])}; use one of these, or "
-            f"take the (much slower) torch path: backend='torch', or DNSP_DELTA_RULE=torch for a whole program"
+            f"take the (much slower) torch path: backend='torch', and DNSP_DELTA_RULE unset"
         )
     if not v.is_cuda and not isinstance(states_kernel, InterpretedFunction):
         raise ValueError(

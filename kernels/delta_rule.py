@@ -9,7 +9,6 @@ scan is handed in: :class:`~dnsp.kernels.scan.LocalScan` here, one over many ran
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from . import chunk_torch, kept
 from .checks import check_cu_seqlens, check_shapes, check_values
 from .reference import Rule, recurrence
 from .scan import LocalScan, Scan
-from .segments import CHUNK, Inputs, Segments, check_segment_tokens
+from .segments import CHUNK, Inputs, Segments, check_segment_tokens, kernels_for_program
 
 __all__ = [
     "Rule",
@@ -157,8 +156,8 @@ def delta_rule(
         output_final_state: return the state behind the last token, on the rank that holds it.
         rule: erase or not, and which state the error is taken from.
         normalise_qk: l2-normalise q and k (eps 1e-6).
-        backend: ``"triton"``, the kernels, taken by itself on a GPU; ``"torch"``, taken by itself elsewhere. The
-            environment's DNSP_DELTA_RULE chooses where this is None.
+        backend: ``"torch"`` operations, right on any device, or Triton's kernels, ``"triton"``, for what of them is
+            proven. None: what the environment's DNSP_DELTA_RULE says, or torch.
 
     Returns:
         outputs ``[B, T, HV, V]`` in v's dtype, and the final state ``[B, HV, K, V]`` in fp32 (fp64 for fp64 values).
@@ -171,7 +170,7 @@ def delta_rule(
     if held != T:
         raise ValueError(f"T={T}, but the local segments hold {held} tokens; pass the tokens of whole segments")
     has_initial = initial_state_BHKV is not None
-    backend = _backend(backend, v_BTHV)
+    backend = _backend(backend)
     width = v_BTHV.shape[3]
     if backend == "triton":
         from . import chunk_triton
@@ -188,14 +187,12 @@ def delta_rule(
     return o, final
 
 
-def _backend(asked: str | None, v: Tensor) -> Backend:
-    """What was asked for here, or else by DNSP_DELTA_RULE for the whole program, or else by the device."""
-    asked = os.environ.get("DNSP_DELTA_RULE") if asked is None else asked
-    if asked not in (None, "torch", "triton"):
-        raise ValueError(f"backend={asked!r}: give 'triton' (a GPU), 'torch' (any device), or None to choose by device")
-    if asked is not None:
-        return "torch" if asked == "torch" else "triton"
-    return "triton" if v.is_cuda else "torch"
+def _backend(asked: str | None) -> Backend:
+    """What was asked for here, or else for the whole program, or else torch."""
+    asked = asked or kernels_for_program() or "torch"
+    if asked not in ("torch", "triton"):
+        raise ValueError(f"backend={asked!r}: give 'triton' (a GPU) or 'torch' (any device, the default)")
+    return "triton" if asked == "triton" else "torch"
 
 
 def chunk_gated_delta_rule(
@@ -232,7 +229,7 @@ def chunk_gated_delta_rule(
         segment_tokens: length of the segments, a multiple of 64; fixes the bits. None: one segment, or on a GPU as
             many as fill its multiprocessors.
         check_inputs: look at values too (g > 0, cu_seqlens out of order); on a GPU this waits for the device.
-        backend: ``"triton"`` or ``"torch"``; None: Triton's kernels on a GPU, else torch operations.
+        backend: ``"torch"`` or ``"triton"``; None: what the environment's DNSP_DELTA_RULE says, or torch.
 
     Returns:
         ``(o, final_state)``: ``[B, T, HV, V]`` in v's dtype, and fp32 states (fp64 for fp64) or None.
@@ -261,7 +258,7 @@ def chunk_gated_delta_rule(
         return torch.zeros_like(v), state if output_final_state else None
     if cu_seqlens is not None:
         doc_start = document_starts(cu_seqlens, T)
-    tokens = _segment_tokens(v, _backend(backend, v)) if segment_tokens is None else segment_tokens
+    tokens = _segment_tokens(v, _backend(backend)) if segment_tokens is None else segment_tokens
     check_segment_tokens(tokens)
     starts = tuple(range(0, T, tokens))
     if doc_start is not None and initial_state is not None:  # the first document goes on from the initial state

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .segments import kernels_for_program
+
 
 class Scan(Protocol):
     """What the delta rule asks of a scan: exclusive prefixes over the whole sequence, for the segments held here.
@@ -69,8 +71,8 @@ def reverse_fold(M_BHKK: Tensor, D_BHKV: Tensor, dS_BHKV: Tensor | None, continu
 
 
 def on_gpu(U: Tensor) -> bool:
-    """Whether the fold's kernel takes these summaries."""
-    if not U.is_cuda:
+    """Whether the fold's kernel takes these summaries: on a GPU, where the program asked for Triton's kernels."""
+    if not U.is_cuda or kernels_for_program() != "triton":
         return False
     from . import triton_scan
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,14 @@ from torch import Tensor
 from .reference import Rule
 
 CHUNK = 64
+
+
+def kernels_for_program() -> str | None:
+    """The backend that the environment's DNSP_DELTA_RULE asks for, ``torch`` or ``triton``; None where it is silent.
+
+    Triton's kernels are not taken by themselves on a GPU yet: a launch is used only once it is proven there.
+    """
+    return os.environ.get("DNSP_DELTA_RULE") or None
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ def _prove(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here every width runs: these tests are the proof."""
     everything = {(K, V) for K in chunk_triton.WIDTHS for V in chunk_triton.WIDTHS}
     monkeypatch.setattr(chunk_triton, "PROVEN", dict.fromkeys(chunk_triton.DTYPES, everything))
+    if torch.cuda.is_available():
+        monkeypatch.setenv("DNSP_DELTA_RULE", "triton")
 
 
 def results(case: Case, dtype: torch.dtype, tokens: int | None, device: str) -> dict[str, Tensor]:
