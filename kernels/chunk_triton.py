@@ -27,8 +27,8 @@ from .triton_states import states_kernel
 WIDTHS = (16, 32, 64, 128, 256)  # of K and V
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # (K, V) whose outputs and gradients were right on an H200 with Triton 3.6. In bf16 (16, 32) and (32, 32) had wrong
-# gradients there, from kernels that are right in fp32 and when interpreted. Why is not known; until it is, these kernels
-# run only where they are asked for.
+# gradients there, from kernels that are right in fp32 and when interpreted. Why is not known; until it is, these
+# kernels run only where they are asked for.
 PROVEN: dict[torch.dtype, set[tuple[int, int]]] = {
     torch.bfloat16: {(16, 16), (128, 128)},
     torch.float16: set(),
