@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -19,7 +19,7 @@ from dnsp.errors import UsageError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -77,7 +77,7 @@ LayerKind = Literal["gated_delta", "deltanet", "attention", "linear_attention"]
 class ModelConfig(Section):
     """Widths and pattern. Names are those of transformers' Qwen3.5 text configuration where it has one."""
 
-    vocab_size: int = Field(256, gt=0)
+    vocab_size: int = Field(257, gt=0)  # 256 bytes and the end of a document, as the bytes tokenizer needs
     hidden_size: int = Field(128, gt=0)
     intermediate_size: int = Field(352, gt=0)
     num_hidden_layers: int = Field(4, gt=0)
@@ -167,8 +167,11 @@ class Stage(Section):
     rope_theta: float | None = Field(None, gt=0)  # None: as before the stage
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainConfig(Section):
-    steps: int | None = Field(100, gt=0)  # None: as many as the stages' tokens need
+    steps: int | None = Field(None, gt=0)  # None: as many as the stages' tokens need; 100 without stages
     micro_batch: int = Field(1, gt=0)  # sequences a data-parallel rank holds at once
     global_batch: int = Field(1, gt=0)  # sequences per optimizer step
     lr: float = Field(3e-3, gt=0)
@@ -177,7 +180,7 @@ class TrainConfig(Section):
     schedule: Literal["cosine", "wsd"] = "cosine"
     decay_fraction: float = Field(0.2, ge=0, le=1)  # of the steps, for wsd
     weight_decay: float = Field(0.1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     clip: float = Field(1.0, ge=0)  # of the global gradient norm; 0: none
     seed: int = 0
@@ -292,6 +295,14 @@ def _item(node: list[Any], index: str, override: str) -> Any:
     return node[int(index)]
 
 
+LISTS = {  # how each list is written
+    "model.pattern": "[gated_delta, attention]",
+    "data.sources": "'[{path: python-stdlib}]'",
+    "train.betas": "[0.9, 0.95]",
+    "train.stages": "'[{sequence_length: 8192, tokens: 1000000}]'",
+}
+
+
 def _explain(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
@@ -306,8 +317,10 @@ def _explain(problem: Any) -> str:
         text += f"; did you mean {near_values[0]!r}?" if near_values else ""
     if problem["type"] == "missing":
         return f"{key}: this key is required"
-    if isinstance(problem["input"], dict | BaseModel):  # two keys that do not agree; the text names them
-        return text
+    if problem["type"] in ("list_type", "tuple_type"):
+        return f"{key}={problem['input']!r}: must be a list, for example {key}={LISTS[key]}"
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict | BaseModel):
+        return text  # two keys that do not agree; the text names them
     return f"{key}={problem['input']!r}: {text}"
 
 
@@ -317,9 +330,10 @@ def nearest_key(key: str) -> str | None:
     valid = _keys(Config)
     parent, _, last = plain.rpartition(".")
     siblings = {name.rpartition(".")[2]: name for name in valid if name.rpartition(".")[0] == parent}
+    outermost_last = sorted(reversed(valid), key=lambda name: -name.count("."))  # of equal names it is the one kept
     for names, wanted, cutoff in (
         (siblings, last, 0.6),
-        ({name.rpartition(".")[2]: name for name in valid}, last, 0.8),
+        ({name.rpartition(".")[2]: name for name in outermost_last}, last, 0.8),
         ({name: name for name in valid}, plain, 0.6),
     ):
         match = difflib.get_close_matches(wanted, names, n=1, cutoff=cutoff)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dnsp.config import Config, load_config
+from dnsp.data.tokenizer import load_tokenizer
 from dnsp.errors import UsageError
 from dnsp.schedule import learning_rate, spans
 
@@ -17,6 +18,8 @@ SLIPS = [
     ("train.stpes=3", "unknown key 'train.stpes'; did you mean 'train.steps'?"),
     ("trian.steps=3", "unknown key 'trian'; did you mean 'train'?"),
     ("steps=3", "unknown key 'steps'; did you mean 'train.steps'?"),
+    ("sequence_length=4", "did you mean 'data.sequence_length'?"),
+    ("tokens=4", "did you mean 'generate.tokens'?"),
     ("data.sequence_lenght=64", "did you mean 'data.sequence_length'?"),
     ("data.sources=[{path: a, wieght: 2}]", "did you mean 'data.sources.weight'?"),
     ("train.steps=abc", "train.steps='abc': must be a valid integer"),
@@ -24,6 +27,16 @@ SLIPS = [
     ("train.steps=true", "train.steps=True"),
     ("train.steps=0", "train.steps=0: must be greater than 0"),
     ("train.lr=-1", "train.lr=-1: must be greater than 0"),
+    ("train.lr=.inf", "train.lr=inf: must be a finite number"),
+    ("train.weight_decay=.nan", "train.weight_decay=nan: must be a finite number"),
+    ("train.betas=[2, 3]", "train.betas.0=2: must be less than 1"),
+    ("train.betas=[0.9, .nan]", "train.betas.1=nan: must be a finite number"),
+    ("train.betas=[0.9]", "train.betas"),
+    ("train.betas=0.9", "train.betas=0.9: must be a list, for example train.betas=[0.9, 0.95]"),
+    ("train.stages.0.tokens=5", "train.stages={'0': {'tokens': 5}}: must be a list, for example train.stages='[{"),
+    ("data.sources={path: x}", "must be a list, for example data.sources='[{path: python-stdlib}]'"),
+    ("model.pattern=attention", "model.pattern='attention': must be a list"),
+    ("train.lr={a: 1}", "train.lr={'a': 1}: must be a valid number"),
     ("parallel.layout=zigzagg", "must be 'contiguous' or 'zigzag'; did you mean 'zigzag'?"),
     ("engine.zero_stage=7", "engine.zero_stage=7: must be 0"),
     ("model=3", "model=3: expected a mapping of keys"),
@@ -97,8 +110,13 @@ def test_stages_become_steps(config_file: Path) -> None:
     assert [s.rope_theta for s in whole] == [10_000.0, 5e5]
     assert [s.stop for s in spans(load_config(config_file, [*stages, "train.steps=20"]))] == [5, 20]
     assert [s.stop for s in spans(load_config(config_file, [*stages, "train.steps=4"]))] == [4]
-    with pytest.raises(UsageError, match="train.steps"):
-        spans(load_config(config_file, ["train.steps=null"]))
+    assert [s.stop for s in spans(load_config(config_file, stages[:1]))] == [10]  # the file's, not the stages'
+    assert [s.stop for s in spans(load_config(config_file, ["train.steps=null"]))] == [100]
+    assert Config().train.steps is None
+
+
+def test_the_default_model_holds_the_default_tokenizer() -> None:
+    assert Config().model.vocab_size == load_tokenizer(Config().data.tokenizer).vocab_size
 
 
 def test_learning_rates(config_file: Path) -> None:
