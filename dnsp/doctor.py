@@ -147,7 +147,9 @@ def _package(requirement: Requirement, if_not: Status, cure: str) -> Row:
 def _devices() -> Iterator[Row]:
     import torch
 
-    yield "cpu", "ok", f"{len(os.sched_getaffinity(0))} cores, torch uses {torch.get_num_threads()} threads", ""
+    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    counts = [f"{count} {what}{'' if count == 1 else 's'}" for count, what in ((cores, "core"), (threads, "thread"))]
+    yield "cpu", "ok", f"{counts[0]}, torch uses {counts[1]}", ""
     names = _nvml_devices()
     if isinstance(names, str):
         yield "gpu", "absent", names, "training runs on the CPU; for a GPU install NVIDIA's driver"

@@ -197,11 +197,11 @@ def conclude(request: Request, cases: Sequence[Case], json_path: Path | None) ->
     for case in failed or [worst]:
         console.print(
             f"  worst gradient: {case.worst_param} {case.worst_grad_rel_err:.2e} "
-            f"({case.ranks} ranks, {case.layout}, {case.transport})",
+            f"(ranks {case.ranks}, {case.layout}, {case.transport})",
             soft_wrap=True,
         )
     within = f"within {GRADIENT_TOLERANCE:g} of" if request.dtype == "fp32" else f"as near fp32 (x {BF16_FACTOR:g}) as"
-    count = f"[red]{len(failed)} of {len(cases)} cases fail[/]" if failed else f"[green]All {len(cases)} cases hold[/]"
+    count = f"[{'red' if failed else 'green'}]{len(cases) - len(failed)} of {len(cases)} hold[/]"
     console.print(f"{count}: gradients {within} one process's, the delta rule with its bits.", soft_wrap=True)
     if json_path is not None:
         what = {"dtype": request.dtype, "sequence_length": request.tokens, "segment_tokens": request.segment_tokens}

@@ -228,6 +228,7 @@ def test_the_verdict_is_a_table_a_file_and_a_status(
     assert report["ok"] is not wrong and [case["ok"] for case in report["cases"]] == [True, not wrong]
     assert all(set(case) == CASE_KEYS for case in report["cases"])
     shown = capsys.readouterr().out
+    assert ("1 of 2 hold" if wrong else "2 of 2 hold") in shown
     assert "5.500000" in shown and ("differs" in shown) == wrong and ("FAIL" in shown) == wrong
 
 
