@@ -98,8 +98,6 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
         RunError: when it cannot be written; earlier checkpoints are untouched and nothing half-written stays.
     """
     final = folder / FOLDER / f"step-{step:08d}"
-    if final.exists():
-        return final
     part = final.with_name(f".{final.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -128,6 +126,28 @@ def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = (folder / FOLDER).glob("step-*")
     return sorted((p for p in found if _NAME.match(p.name)), key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def set_aside(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after ``step``, where a run goes on from there: they are damaged, or another course of
+    it, and neither may be taken for this one's. Returns what they are called now."""
+    renamed = []
+    for path in checkpoints(folder):
+        if int(path.name.removeprefix("step-")) > step:
+            aside, number = path.with_name(f"aside-{path.name}"), 1
+            while aside.exists():
+                aside, number = path.with_name(f"aside-{path.name}-{number}"), number + 1
+            path.rename(aside)
+            renamed.append(aside)
+    return renamed
+
+
+def way_on(folder: Path | None) -> str:
+    """How to continue a run that ends now."""
+    saved = checkpoints(folder) if folder else []
+    if saved:
+        return f"run.dir={folder} resume=auto goes on from {saved[-1].name}"
+    return "there is no checkpoint to go on from (checkpoint.every sets how often one is saved)"
 
 
 def clean(folder: Path) -> None:

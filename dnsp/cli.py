@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -94,8 +95,9 @@ def evaluate(
     """Held-out loss of a trained model, whole and by position."""
     from dnsp.evaluate import evaluate_run
 
-    figures = evaluate_run(run, overrides or [], find_environment())
-    if json_file is not None:
+    environment = find_environment()
+    figures = evaluate_run(run, overrides or [], environment)
+    if json_file is not None and environment.rank == 0:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
@@ -166,7 +168,8 @@ def prepare(
 
     done = run(source, out, tokenizer, text_key=text_key, overwrite=overwrite)
     made = done.metadata
-    print(f"{done.prefix}: {made.documents:,} documents, {made.tokens:,} tokens, {done.seconds:.1f} s")
+    empty = f" ({done.empty_documents:,} empty ones left out)" if done.empty_documents else ""
+    print(f"{done.prefix}: {made.documents:,} documents{empty}, {made.tokens:,} tokens, {done.seconds:.1f} s")
 
 
 def check_ranks(config: Config, ranks: int) -> None:
@@ -202,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from dnsp.watchdog import end_with
 
         end_with(int(os.environ[SUPERVISOR]))
+    warnings.formatwarning = _format_warning
     try:
         status = app(standalone_mode=False)
         return status if isinstance(status, int) else 0
@@ -227,6 +231,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # see _end
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Our own warnings are for the user, others' for who looks into them."""
+    if f"{os.sep}dnsp{os.sep}" in filename:
+        return f"warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _end(status: int, message: str, consequence: bool = False, quiet: bool = False) -> int:

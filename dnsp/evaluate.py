@@ -31,7 +31,8 @@ FIRST_BUCKET = 64  # positions 0-63, then powers of two: 64-127, 128-255, ...
 def evaluate(
     model: Decoder, data: Mixture, tokenizer: Tokenizer, config: Config, grid: Grid, length: int
 ) -> dict[str, Any]:
-    """Loss of the first ``eval.sequences`` held-out sequences of ``length`` tokens; every rank calls it, all get it.
+    """Loss of the first ``eval.sequences`` held-out sequences of ``length`` tokens, at most one epoch of them; every
+    rank calls it, all get it.
 
     Returns ``loss`` (nats a predicted token), ``bits_per_byte``, ``tokens`` (predicted) and ``by_position``: the loss
     by the position in the document, in buckets of powers of two (``"64-127"``): what a longer context is worth.
@@ -42,7 +43,9 @@ def evaluate(
     buckets = max(1, math.ceil(math.log2(length / FIRST_BUCKET)) + 1) if length > FIRST_BUCKET else 1
     sums = torch.zeros(2 * buckets + 1, dtype=torch.float64)  # loss and count by bucket, bytes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.engine.dtype == "bf16")
-    step, vocabulary = data.step(data.start, length, config.eval.sequences), config.model.vocab_size
+    # beyond one epoch the same tokens would be counted again
+    sequences = min(config.eval.sequences, max(1, sum(packer.tokens for packer in data.packers) // length))
+    step, vocabulary = data.step(data.start, length, sequences), config.model.vocab_size
     for index in range(grid.data_rank, len(step.sequences), grid.data_size):
         part = batch(step, index, micro_batch=1, data_rank=0, data_size=1, intervals=intervals, vocab_size=vocabulary)
         plan = make_plan(
@@ -94,7 +97,7 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> tuple[Decoder, C
     """
     found, words = checkpoint.find(run)
     for word in words:
-        Console(stderr=True).print(f"{word}; using {found.path.name}", markup=False)
+        Console(stderr=True, soft_wrap=True).print(f"{word}; using {found.path.name}", markup=False)
     config = parse_config(override_tree(found.state["config"], overrides), str(found.path))
     model = Decoder(config.model)
     checkpoint.load_weights(model, found.weights(), str(found.path))
@@ -104,17 +107,22 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> tuple[Decoder, C
 
 def evaluate_run(run: Path, overrides: Sequence[str], environment: Environment) -> dict[str, Any]:
     """``dnsp eval``: held-out figures of a trained model, on one process or on the ranks of a launcher."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(environment.local_rank)
     watchdog.join(environment)
     with watchdog.agreed():
         model, config, found = load_run(run, overrides)
         data = open_data(config.data, vocab_size=config.model.vocab_size, split="heldout")
-        grid_length = config.data.sequence_length
+        chosen = any(override.startswith("data.sequence_length=") for override in overrides)
+        # the length that the run was at, which its stages may have raised
+        grid_length = config.data.sequence_length if chosen else found.state["sequence_length"]
         data.check_length(grid_length)
     grid = make_grid(config.parallel.sequence if environment.world_size > 1 else None, config.run.timeout)
     figures = evaluate(model, data, load_tokenizer(config.data.tokenizer), config, grid, grid_length)
     watchdog.leave()
     if environment.rank == 0:
-        Console(highlight=False).print(f"{found.path}, {figures['tokens']:,} held-out tokens")
+        what = f"{figures['tokens']:,} held-out tokens in sequences of {grid_length:,}"
+        Console(highlight=False, soft_wrap=True).print(f"{found.path}, {what}")
         Console(highlight=False).print(table(figures))
     return {"checkpoint": str(found.path), "step": found.step, **figures}
 

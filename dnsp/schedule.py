@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, replace
 
 from dnsp.config import Config, TrainConfig
-from dnsp.errors import UsageError
+
+DEFAULT_STEPS = 100  # where neither train.steps nor train.stages says
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ def spans(config: Config) -> list[Span]:
     """
     settings, theta = config.train, config.model.rope_theta
     if not settings.stages:
-        if settings.steps is None:
-            raise UsageError("the run has no end: set train.steps, or train.stages with their tokens")
-        return [Span(0, settings.steps, config.data.sequence_length, theta)]
+        return [
+            Span(0, DEFAULT_STEPS if settings.steps is None else settings.steps, config.data.sequence_length, theta)
+        ]
     found: list[Span] = []
     for stage in settings.stages:
         start = found[-1].stop if found else 0

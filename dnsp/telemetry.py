@@ -39,6 +39,7 @@ class Telemetry:
         with _written(folder):
             self.path = folder / "metrics.jsonl"
             _keep_until(self.path, start)
+            _keep_until(folder / "evaluations.jsonl", start)
             self.file = self.path.open("a")
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self.console = Console(highlight=False, soft_wrap=True)

@@ -22,6 +22,7 @@ from dnsp.engine import Engine
 from dnsp.errors import Echo, RunError, UsageError
 from dnsp.evaluate import evaluate, table
 from dnsp.generate import generate_text
+from dnsp.kernels.segments import kernels_for_program
 from dnsp.launch.environment import Environment
 from dnsp.launch.local import cores
 from dnsp.model.decoder import Decoder
@@ -71,19 +72,25 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         for stage in stages:
             data.check_length(stage.sequence_length)
             heldout.check_length(stage.sequence_length)
-            layout_of(config, grid, stage.sequence_length)
+            check_layout(config, grid, stage.sequence_length)
         identity = identity_of(config, tokenizer, data)
         first_step = data.step(data.start, stages[0].sequence_length, config.train.global_batch)
         _micro_batch(config, grid, first_step, 0, stages[0])
         torch.manual_seed(config.train.seed)
+        check_settings(config)
         model = Decoder(config.model, config.engine.activation_checkpointing)
-        initial_weights(model, config)
         chosen = starting_point(config, identity) if first else None
     chosen = watchdog.from_first(chosen)  # rank 0 has read every byte of it against the checksums
     with watchdog.agreed():
         found = checkpoint.open_checked(chosen) if chosen else None
         if found:
             checkpoint.load_weights(model, found.weights(), str(found.path))
+            if found.step > stages[-1].stop:
+                raise UsageError(
+                    f"{found.path} is past train.steps={stages[-1].stop}; raise it to go on, or see dnsp eval"
+                )
+        else:
+            initial_weights(model, config, stages[0].rope_theta, first)
     folder = open_folder(config, identity, name, first)
     watch.folder = folder
     if torch.cuda.is_available():
@@ -94,6 +101,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
 
     steps = stages[-1].stop
     start = found.step if found else 0
+    aside = checkpoint.set_aside(folder, start) if found and first else []
     cursor = Cursor.from_dict(found.state["cursor"]) if found else data.start
     tokens = found.state["tokens"] if found else 0
     loss = float("nan")
@@ -104,6 +112,9 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         f"{count:,} parameters, {grid.data_size} x {grid.sequence_size} ranks (data x sequence), "
         f"{accumulation} micro-batches a step, {steps} steps; {folder}"
     )
+
+    for path in aside:
+        telemetry.say(f"this run goes on from step {start}: a later checkpoint of the folder is now {path.name}")
 
     for stage in stages:
         model.set_rope_theta(stage.rope_theta)
@@ -121,11 +132,11 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                 )
                 if micro + 1 < accumulation:
                     engine.advance()
-            loss, stopping = agree_on_step(local_loss, work.targets, watch.stop, step + 1, grid)
+            loss, stopping = agree_on_step(local_loss, work.targets, watch.stop, step + 1, grid, folder)
             lr = learning_rate(step, steps, config.train)
             grad_norm = engine.step(lr)
             if not grad_norm < float("inf"):
-                raise both_see(first, f"the gradient norm is {grad_norm} at step {step + 1}; {LAST_GOOD}")
+                raise both_see(first, f"the gradient norm is {grad_norm} at step {step + 1}; {cure(folder)}")
 
             cursor, done = work.cursor, step + 1
             tokens += stage.sequence_length * config.train.global_batch
@@ -164,17 +175,18 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         telemetry.say(f"held-out bits per byte {figures['bits_per_byte']:.3f} after {time.monotonic() - began:.0f} s")
         telemetry.say(f"run folder: {folder}")
     telemetry.close()
-    return {"run_dir": str(folder), "step": steps, "loss": loss, "tokens": tokens, "heldout": figures}
+    last = loss if steps > start else None  # nothing was left to train
+    return {"run_dir": str(folder), "step": steps, "loss": last, "tokens": tokens, "heldout": figures}
 
 
-LAST_GOOD = "nothing was saved after it: resume=auto goes on from the last checkpoint; lower train.lr or train.clip"
+def cure(folder: Path) -> str:
+    """What to do about a loss that is not finite."""
+    return f"nothing was saved after it: lower train.lr or train.clip; {checkpoint.way_on(folder)}"
 
 
-def layout_of(config: Config, grid: Grid, length: int) -> Layout:
-    """How sequences of ``length`` tokens lie over the sequence group; refuses what does not divide."""
-    layout = Layout(config.parallel.layout, grid.sequence_size, length)
-    make_plan([[0]], layout, grid, config.parallel.segment_tokens)
-    return layout
+def check_layout(config: Config, grid: Grid, length: int) -> None:
+    """Refuse sequences of ``length`` tokens that the sequence group or the segments do not divide."""
+    make_plan([[0]], Layout(config.parallel.layout, grid.sequence_size, length), grid, config.parallel.segment_tokens)
 
 
 def identity_of(config: Config, tokenizer: Tokenizer, data: Mixture) -> dict[str, Any]:
@@ -256,14 +268,28 @@ def starting_point(config: Config, identity: dict[str, Any]) -> Path | None:
     return found.path
 
 
-def initial_weights(model: Decoder, config: Config) -> None:
-    """The weights of another run (``init_from``), or as they were drawn."""
+def initial_weights(model: Decoder, config: Config, rope_theta: float, first: bool) -> None:
+    """The weights of another run (``init_from``), or as they were drawn. Only where a run begins."""
     if config.init_from is None:
         return
     if not config.init_from.startswith("run:"):
         raise UsageError(f"init_from={config.init_from!r} is not known; write run:PATH of a run or checkpoint folder")
     other, _ = checkpoint.find(config.init_from)
     checkpoint.load_weights(model, other.weights(), str(other.path))
+    if first and other.state["rope_theta"] != rope_theta:
+        was = other.state["rope_theta"]
+        print(f"{other.path} was trained with rope_theta={was:g}, this run begins with {rope_theta:g}", flush=True)
+
+
+def check_settings(config: Config) -> None:
+    """Refuse what would fail only in or behind the first step."""
+    if config.generate.tokens and not config.generate.prompt:
+        raise UsageError("generate.prompt is empty: give it some text, or generate.tokens=0 for no sample")
+    kernels = kernels_for_program()
+    if kernels not in (None, "torch", "triton"):
+        raise UsageError(f"DNSP_DELTA_RULE={kernels}: the delta rule has the backends torch and triton; take one")
+    if kernels == "triton" and not torch.cuda.is_available():
+        raise UsageError("DNSP_DELTA_RULE=triton needs a GPU, and there is none; unset it, or take torch")
 
 
 def _micro_batch(config: Config, grid: Grid, work: Any, micro: int, stage: Span) -> Any:
@@ -289,7 +315,9 @@ def _micro_batch(config: Config, grid: Grid, work: Any, micro: int, stage: Span)
     return rows, plan
 
 
-def agree_on_step(local_loss: Tensor, targets: int, stopping: bool, step: int, grid: Grid) -> tuple[float, bool]:
+def agree_on_step(
+    local_loss: Tensor, targets: int, stopping: bool, step: int, grid: Grid, folder: Path
+) -> tuple[float, bool]:
     """The step's mean loss over all its targets, and whether any rank was asked to stop.
 
     Raises:
@@ -303,7 +331,7 @@ def agree_on_step(local_loss: Tensor, targets: int, stopping: bool, step: int, g
     total, asked, *broken = watchdog.total(shared, grid).tolist()
     if any(broken):
         ranks = ", ".join(str(rank) for rank, flag in enumerate(broken) if flag)
-        raise both_see(grid.rank == 0, f"the loss is not finite at step {step} on rank {ranks}; {LAST_GOOD}")
+        raise both_see(grid.rank == 0, f"the loss is not finite at step {step} on rank {ranks}; {cure(folder)}")
     return total / targets, asked > 0
 
 
@@ -335,6 +363,7 @@ def save(
             "tokens": tokens,
             "cursor": cursor.to_dict(),
             "rope_theta": stage.rope_theta,
+            "sequence_length": stage.sequence_length,
             "identity": identity,
             "config": config.model_dump(mode="json"),
         }

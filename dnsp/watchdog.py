@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dnsp.checkpoint import way_on
 from dnsp.errors import Echo, PeerFailed, RunError, UsageError
 from dnsp.launch.environment import Environment
 from dnsp.parallel.errors import LayoutError, PeerLost, PlanError
@@ -140,7 +141,7 @@ class Watch:
             signal.signal(number, handler)
 
     def _lost(self, message: str) -> RunError:
-        text = f"{message}. The run ends; resume=auto continues it from the last checkpoint."
+        text = f"{message}. The run ends; {way_on(self.folder)}."
         return PeerFailed(text) if self._claim(message) else Echo(text)
 
     def _claim(self, message: str) -> bool:

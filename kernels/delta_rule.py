@@ -255,7 +255,7 @@ def chunk_gated_delta_rule(
         state = initial_state
         if state is None:
             state = v.new_zeros(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=_state_dtype(v))
-        return torch.zeros_like(v), state if output_final_state else None
+        return torch.zeros_like(v), state.to(_state_dtype(v)) if output_final_state else None
     if cu_seqlens is not None:
         doc_start = document_starts(cu_seqlens, T)
     tokens = _segment_tokens(v, _backend(backend)) if segment_tokens is None else segment_tokens

@@ -87,7 +87,6 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["resume=auto"], "run.dir"),
     (["resume=nowhere"], "there is no run folder nowhere"),
     (["data.tokenizer=./nowhere"], "./nowhere"),
-    (["train.steps=null"], "train.steps"),
 ]
 
 
