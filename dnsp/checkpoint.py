@@ -211,11 +211,13 @@ def find(where: str | Path) -> tuple[Checkpoint, list[str]]:
     path = Path(str(where).removeprefix("run:"))
     if _NAME.match(path.name):
         return read(path), []
+    if path.name == FOLDER:
+        path = path.parent
     if not path.is_dir():
-        raise UsageError(f"there is no run folder {path}")
+        raise UsageError(f"there is no run folder {path}; name one that dnsp train made, or a checkpoint in it")
     found, words = latest(path)
     if found is None:
-        raise UsageError("; ".join(words) or f"{path} holds no checkpoint")
+        raise UsageError("; ".join(words) or f"{path} holds no checkpoint; checkpoint.every makes a run save them")
     return found, words
 
 
@@ -253,9 +255,12 @@ def compare(saved: dict[str, Any], ours: dict[str, Any], where: Path) -> None:
         UsageError: naming the field and both values.
     """
     for key, was, now in _differences(saved, json.loads(json.dumps(ours))):
+        if key == "data.sources":
+            what = "on data with other contents or weights than data.sources has"
+        else:
+            what = f"with {key}={was!r}, the configuration has {now!r}"
         raise UsageError(
-            f"{where} is of a run with {key}={was!r}, the configuration has {now!r}; "
-            "take that run's configuration, or choose another run.dir"
+            f"{where} is of a run {what}; take that run's configuration (its config.yaml), or choose another run.dir"
         )
 
 

@@ -260,7 +260,7 @@ def starting_point(config: Config, identity: dict[str, Any]) -> Path | None:
         latest, words = checkpoint.latest(Path(config.run.dir))
         if latest is None:
             if words:
-                raise UsageError(f"{words[0]}, and there is no other; choose another run.dir to begin anew")
+                raise UsageError(f"{'; '.join(words)}; there is no other: choose another run.dir to begin anew")
             return None
         found = latest
     for word in words:
