@@ -59,7 +59,7 @@ def make_grid(sequence: int | None = None, timeout: float = 30.0) -> Grid:
     if size < 1 or world % size:
         ways = " or ".join(str(n) for n in range(1, world + 1) if world % n == 0)
         raise LayoutError(
-            f"a sequence group of {size} does not divide {world} ranks: use {ways} (parallel.sequence), or start more ranks"
+            f"a sequence group of {size} does not divide {world} ranks: use {ways} (parallel.sequence), or more ranks"
         )
     if not dist.is_initialized():
         return Grid(world=1, rank=0, sequence=1)
