@@ -208,7 +208,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.formatwarning = _format_warning
     try:
         status = app(standalone_mode=False)
-        return status if isinstance(status, int) else 0
+        status = status if isinstance(status, int) else 0
+        if (
+            "RANK" in os.environ
+        ):  # no destructors: threads of gloo still winding down have aborted a finished rank there
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
     except (UsageError, LaunchError, LayoutError, PlanError) as error:
         # every rank refuses alike; one a node says it
         return _end(2, str(error), quiet=os.environ.get("LOCAL_RANK", "0") != "0")
