@@ -209,9 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = app(standalone_mode=False)
         status = status if isinstance(status, int) else 0
-        if (
-            "RANK" in os.environ
-        ):  # no destructors: threads of gloo still winding down have aborted a finished rank there
+        if "RANK" in os.environ:  # no destructors: threads of gloo still winding down would abort it
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
