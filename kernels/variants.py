@@ -3,7 +3,7 @@
 | variant                                     | rule             | g                     | beta              |
 |---------------------------------------------|------------------|-----------------------|-------------------|
 | DeltaNet, ``S += beta k (v - S k)``         | DELTA            | None                  | learned_beta      |
-| Gated DeltaNet                              | DELTA            | the layer's own       | learned_beta      |
+| Gated DeltaNet                              | DELTA            | softplus_decay        | learned_beta      |
 | forget gate, ``S = f S + beta k (v - S k)`` | FORGET_GATE      | forget_gate           | learned_beta      |
 | state times 0.9 every 1000 tokens           | any              | periodic_decay of any | any               |
 | fixed write strength; a cap on it           | any              | any                   | fixed_beta; `cap` |
@@ -30,6 +30,11 @@ from .reference import Rule
 DELTA = Rule()
 FORGET_GATE = Rule(error_decay="previous")
 LINEAR_ATTENTION = Rule(erase=False)
+
+
+def softplus_decay(a_BTH: Tensor, A_log_H: Tensor, dt_bias_H: Tensor) -> Tensor:
+    """``g = -exp(A_log) softplus(a + dt_bias)``, Gated DeltaNet's (arXiv:2412.06464); a is ``[..., HV]``."""
+    return -_gate(A_log_H).exp() * F.softplus(_gate(a_BTH) + _gate(dt_bias_H))
 
 
 def forget_gate(logits_BTH: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnsp.kernels.conv import causal_conv1d
-from dnsp.kernels.decode import conv_step, delta_step, normaliser_step
+from dnsp.kernels.decode import conv_step, delta_step, gated_delta_step, normaliser_step
 from dnsp.kernels.delta_rule import Segments, delta_rule
 from dnsp.kernels.reference import Rule
 from dnsp.kernels.scan import LocalScan
@@ -67,6 +67,45 @@ def test_conv_step_has_the_bits_of_the_whole(dtype, width, activation):
     assert tail.data_ptr() == address and torch.equal(tail, x[:, 20 - (width - 1) :])
 
 
+@pytest.mark.parametrize("slots", [(4, 0), (-1, 3), (-1, -1)])
+def test_slots_are_rows_of_tables(slots):
+    """Each row of the batch as it is alone, on its row of the tables; idle ones give zeros; other rows stay."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g, beta = (x[:, 0] for x in make(torch.float32))
+    x, weight = torch.randn(2, 7, generator=generator), torch.randn(7, 3, generator=generator)
+    states, tails = torch.randn(5, 4, 8, 6, generator=generator), torch.randn(5, 2, 7, generator=generator)
+    before = states.clone(), tails.clone()
+    o = delta_step(q, k, v, g, beta, states, slots_B=torch.tensor(slots))
+    y = conv_step(x, tails, weight, slots_B=torch.tensor(slots, dtype=torch.int32))
+    expected = [z.clone() for z in before]
+    for b, slot in enumerate(slots):
+        part, row = slice(b, b + 1), slice(slot, slot + 1)
+        if slot < 0:
+            assert not o[b].any() and not y[b].any()
+            continue
+        assert torch.equal(o[part], delta_step(*(z[part] for z in (q, k, v, g, beta)), expected[0][row]))
+        assert torch.equal(y[part], conv_step(x[part], expected[1][row], weight))
+    assert torch.equal(states, expected[0]) and torch.equal(tails, expected[1])
+
+
+def test_gated_delta_step_is_its_parts():
+    generator = torch.Generator().manual_seed(0)
+    H, HV, K, V = 2, 4, 8, 6
+    D = 2 * H * K + HV * V
+    mixed, a, b, weight = (torch.randn(s, generator=generator) for s in ((3, D), (3, HV), (3, HV), (D, 4)))
+    A_log, dt_bias = torch.randn(2, HV, generator=generator)
+    tails, states = torch.randn(2, 3, 3, D, generator=generator), torch.randn(2, 3, HV, K, V, generator=generator)
+    tails[1], states[1] = tails[0], states[0]
+    o = gated_delta_step(
+        mixed, a, b, tails[0], states[0], weight_DW=weight, A_log_H=A_log, dt_bias_H=dt_bias, scale=0.3
+    )
+    q, k, v = conv_step(mixed, tails[1], weight).split([H * K, H * K, HV * V], -1)
+    g = -A_log.exp() * F.softplus(a + dt_bias)
+    q, k, v = q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (HV, V))
+    assert torch.equal(o, delta_step(q, k, v, g, b.sigmoid(), states[1], scale=0.3, l2norm=True))
+    assert torch.equal(*tails) and torch.equal(*states)
+
+
 def test_normaliser_step():
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 2, 9, 3, 8, generator=generator, dtype=torch.float64)
@@ -91,5 +130,12 @@ def test_refusals():
         delta_step(q, k, v, g, beta, torch.zeros(2, 4, 6, 8))
     with pytest.raises(ValueError, match="3 value heads for 2 key heads"):
         delta_step(q, k, v[:, :3], g[:, :3], beta[:, :3], torch.zeros(2, 3, 8, 6))
+    with pytest.raises(ValueError, match=r"g\[2, 3\]: expected \[2, 4\]"):
+        delta_step(q, k, v, g[:, :3], beta, torch.zeros(2, 4, 8, 6))
+    with pytest.raises(TypeError, match="state is torch.bfloat16"):
+        delta_step(q, k, v, g, beta, torch.zeros(2, 4, 8, 6, dtype=torch.bfloat16))
+    for slots, words in (([1, 1], "live ones must differ"), ([0, 7], "below 7"), ([0, 1, 2], r"slots\[3\]")):
+        with pytest.raises(ValueError, match=words):
+            delta_step(q, k, v, g, beta, torch.zeros(7, 4, 8, 6), slots_B=torch.tensor(slots))
     with pytest.raises(ValueError, match=r"tail \[2, 4, 5\].*\[2, 3, 5\]"):
         conv_step(torch.zeros(2, 5), torch.zeros(2, 4, 5), torch.zeros(5, 4))
