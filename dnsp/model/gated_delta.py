@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnsp.config import ModelConfig
-from dnsp.kernels.decode import conv_step, delta_step
-from dnsp.model.norm import GatedRMSNorm, at_least_fp32
+from dnsp.kernels import variants
+from dnsp.kernels.decode import gated_delta_step
+from dnsp.model.norm import GatedRMSNorm
 from dnsp.model.rotary import Rotary
 from dnsp.model.state import LayerState, conv_tail
 from dnsp.parallel.delta_rule import delta_rule
@@ -59,9 +59,8 @@ class GatedDelta(nn.Module):
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Log-decay and write strength per value head, fp32 whatever the weights are."""
-        rate = at_least_fp32(self.A_log).exp()
-        g = -rate * F.softplus(at_least_fp32(self.in_proj_a(x)) + at_least_fp32(self.dt_bias))
-        return g, at_least_fp32(self.in_proj_b(x)).sigmoid()
+        g = variants.softplus_decay(self.in_proj_a(x), self.A_log, self.dt_bias)
+        return g, variants.learned_beta(self.in_proj_b(x))
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         z = self.in_proj_z(x).unflatten(-1, (self.value_heads, self.value_dim))
@@ -82,10 +81,17 @@ class GatedDelta(nn.Module):
     def step(self, x_BD: Tensor, rotary: Rotary | None, state: LayerState) -> Tensor:
         """One token a row; the state is updated in place."""
         assert state.S_BHKV is not None and state.conv_tail_BWD is not None
-        qkv = conv_step(self.in_proj_qkv(x_BD), state.conv_tail_BWD, self.conv1d.weight.squeeze(1), None, "silu")
-        q, k, v = self._split(qkv)
-        g, beta = self._gates(x_BD)
-        o = delta_step(q, k, v, g, beta, state.S_BHKV, scale=self.scale, l2norm=True)
+        o = gated_delta_step(
+            self.in_proj_qkv(x_BD),
+            self.in_proj_a(x_BD),
+            self.in_proj_b(x_BD),
+            state.conv_tail_BWD,
+            state.S_BHKV,
+            weight_DW=self.conv1d.weight.squeeze(1),
+            A_log_H=self.A_log,
+            dt_bias_H=self.dt_bias,
+            scale=self.scale,
+        )
         return self._output(o, x_BD)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LayerState:
