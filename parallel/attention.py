@@ -11,6 +11,8 @@ the merged o and lse, yields its share of dq, dk, dv; shares are summed in fp32,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from dnsp.kernels import kept
 
-from .attention_backends import Backend, choose
+from .attention_backends import Backend, Edges, Heads, choose
 from .blocks import Block, Range, Round
 from .plan import Plan
 from .transport import Exchange
@@ -54,8 +56,9 @@ def attention(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, plan: Plan, sca
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
-        backend = choose(q, v)
-        o, lse = kept.once(lambda: _forward(q, k, v, plan, scale, backend))
+        with torch.autocast(q.device.type, enabled=False):  # sums of a backend made of matrix products are fp32
+            backend, _ = choose(heads_of(q, k, v), plan.attention_backend)
+            o, lse = kept.once(lambda: _forward(q, k, v, plan, scale, backend))
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.plan, ctx.scale, ctx.backend = plan, scale, backend
         return o.detach()  # what is kept stays free of this graph
@@ -64,19 +67,55 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
         q, k, v, o, lse = ctx.saved_tensors
-        return *_backward(do, q, k, v, o, lse, ctx.plan, ctx.scale, ctx.backend), None, None
+        with torch.autocast(q.device.type, enabled=False):
+            return *_backward(do, q, k, v, o, lse, ctx.plan, ctx.scale, ctx.backend), None, None
+
+
+def heads_of(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Heads:
+    """What the choice of a backend depends on."""
+    return Heads(q_BTHD.device, q_BTHD.dtype, q_BTHD.shape[2], k_BTGD.shape[2], k_BTGD.shape[3], v_BTGD.shape[3])
+
+
+def _one_call(plan: Plan) -> bool:
+    """Whether all rows are one document on one rank: one causal square, nothing to merge or to sum."""
+    (work, *others) = plan.rounds
+    whole = (0, plan.local_tokens)
+    return not others and len(work.blocks) == plan.batch and all(block.query == whole for block in work.blocks)
+
+
+def _calls(work: Round) -> Iterator[tuple[Block, Edges]]:
+    """The blocks of a round as a backend takes them: squares that lie side by side are one call."""
+    for (causal, row, piece), group in groupby(work.blocks, lambda block: (block.causal, block.row, block.piece)):
+        blocks = list(group)
+        if not causal:
+            yield from ((block, ()) for block in blocks)
+            continue
+        first, last = blocks[0], blocks[-1]
+        edges = [block.query[0] - first.query[0] for block in blocks] + [last.query[1] - first.query[0]]
+        query, key = (first.query[0], last.query[1]), (first.key[0], last.key[1])
+        yield Block(row, query, piece, key, True), tuple(edges)
+
+
+def _merges(plan: Plan) -> bool:
+    """Whether queries may see keys of several blocks, here or on another rank; otherwise no sum is wider than what is
+    summed."""
+    return len(plan.rounds) > 1 or any(not block.causal for block in plan.rounds[0].blocks)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, backend: Backend) -> tuple[Tensor, Tensor]:
     """Merged ``o_BTHD`` in q's dtype, and ``lse_BHT`` in fp32 (fp64 for fp64)."""
     wide = _wide(q)
-    o = torch.zeros(*q.shape[:3], v.shape[3], dtype=wide, device=q.device)
-    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=wide, device=q.device)
+    if _one_call(plan):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        o, lse = backend.forward(q, k, v, (0, plan.local_tokens), scale)
+        return o.transpose(1, 2).contiguous(), lse.to(wide)
+    o = torch.empty(*q.shape[:3], v.shape[3], dtype=wide if _merges(plan) else q.dtype, device=q.device)
+    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide, device=q.device)
     keys = _Keys(k, v, plan, "forward")
     for work in plan.rounds:
         pieces = keys.next(work)
-        for block in work.blocks:
-            part, part_lse = backend.forward(_tokens(q, block), *_keys_of(pieces, block), block.causal, scale)
+        for block, edges in _calls(work):
+            part, part_lse = backend.forward(_tokens(q, block), *_keys_of(pieces, block), edges, scale)
             _merge(_tokens(o, block), _sums(lse, block), part, part_lse.to(wide), first=block.causal)
     return o.to(q.dtype), lse
 
@@ -95,7 +134,11 @@ def _merge(o: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, first: bool) 
 def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, plan: Plan, scale: float, backend: Backend
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = _wide(q)
+    if _one_call(plan):
+        do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
+        dq, dk, dv = backend.backward(do, q, k, v, o, lse, (0, plan.local_tokens), scale)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    wide = _wide(q) if _merges(plan) else q.dtype
     dq, dk, dv = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (q, k, v))
     keys = _Keys(k, v, plan, "backward")
     returning: tuple[Exchange, Round, Tensor] | None = None
@@ -104,14 +147,14 @@ def _backward(
         own = work.owner == plan.rank
         buffer = k.new_zeros(0) if own else _buffer(work.pieces, k, v, wide).zero_()
         shares = _cut(dk, dv, work.pieces) if own else _split(buffer, work.pieces, k, v)
-        for block in work.blocks:
+        for block, edges in _calls(work):
             dq_part, dk_part, dv_part = backend.backward(
                 _tokens(do, block),
                 _tokens(q, block),
                 *_keys_of(pieces, block),
                 _tokens(o, block),
                 _sums(lse, block),
-                block.causal,
+                edges,
                 scale,
             )
             _tokens(dq, block).add_(dq_part)

@@ -1,47 +1,287 @@
-"""One block of softmax attention, forward and backward. A backend is two functions:
+"""One call of softmax attention, forward and backward. A backend is two functions:
 
-    forward(q, k, v, causal, scale) -> (o, lse)
-    backward(do, q, k, v, o, lse, causal, scale) -> (dq, dk, dv)
+    forward(q, k, v, edges, scale) -> (o, lse)
+    backward(do, q, k, v, o, lse, edges, scale) -> (dq, dk, dv)
 
-``q_BHSD``, ``k_BGUD``, ``v_BGUD`` with H a multiple of G (query head h reads key head h // (H // G)); causal blocks are
-squares on the diagonal. ``lse_BHS`` is the log of the sum of exponentials, fp32 (fp64 for fp64). The backward is given
-the *merged* output and lse of all blocks of a query; its dq, dk, dv are then the block's share of the whole gradient
-(Dao 2023, FlashAttention-2, section 3.1: P = exp(S - lse), delta = rowsum(dO * O)).
+``q_BHSD``, ``k_BGUD``, ``v_BGUD`` with H a multiple of G (query head h reads key head h // (H // G)). ``edges`` says
+which keys a query sees: ``()``, all of them, a full rectangle; ``(0, S)``, those up to itself, a causal square;
+``(0, a, b, S)``, those of its own document up to itself, squares side by side (B = 1). ``lse_BHS`` is the log of the
+sum of exponentials, fp32 (fp64 for fp64). The backward is given the *merged* output and lse of all calls of a query;
+its dq, dk, dv are then the call's share of the whole gradient (Dao 2023, FlashAttention-2, section 3.1:
+P = exp(S - lse), delta = rowsum(dO * O)).
+
+    cudnn       cuDNN through torch, bf16 and fp16. A plan is built, and kept, for every pair of lengths (a second or
+                so): lengths that are no multiple of 512, and several documents in one call, go to flash instead.
+                Sums dq with atomics: two runs differ in the last bits.
+    flash       FlashAttention through torch, bf16 and fp16. flash_deterministic: the same, dq summed in a fixed order.
+    flash_cpu   torch's own for the CPU.        plain   matrix products of any dtype on any device, by tiles of queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+aten = torch.ops.aten
+
 TILE = 512  # queries that the plain backend works on at a time
+CUDNN_TOKENS = 512  # cuDNN is asked for lengths that are multiples of this
+PROOF_ERROR = 2e-2  # |got - plain| / |plain|, of bf16 operands; a wrong kernel is off by far more
+
+Edges = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Backend:
     name: str
-    forward: Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[[Tensor, Tensor, Tensor, Edges, float], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Edges, float], tuple[Tensor, Tensor, Tensor]]
 
 
-def choose(q_BHSD: Tensor, v_BGUD: Tensor) -> Backend:
-    """torch's flash attention on the CPU; the plain backend elsewhere, and where V is not as wide as K."""
-    return FLASH_CPU if q_BHSD.device.type == "cpu" and q_BHSD.shape[-1] == v_BGUD.shape[-1] else PLAIN
+@dataclass(frozen=True)
+class Heads:
+    """What a choice of backend depends on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    queries: int
+    keys: int
+    width: int  # of queries and keys
+    value_width: int
+
+
+def choose(heads: Heads, asked: str = "auto", deterministic: bool = False) -> tuple[Backend, str]:
+    """The backend for these heads, and in words why those before it were passed over (empty where none was).
+
+    ``auto`` on a CPU: flash_cpu, then plain; on a GPU the first of cudnn, flash and plain that a small problem of these
+    heads proves right, forward and backward; ``deterministic``: the first that repeats its bits. The proof runs once a
+    process, and waits for the device.
+
+    Raises: ValueError for a backend that was asked for by name and cannot be used.
+    """
+    if asked != "auto":
+        reason = unusable(asked, heads)
+        if reason:
+            raise ValueError(f"attention_backend={asked}: {reason}; use auto, or another of {', '.join(BACKENDS)}")
+        if deterministic and asked in REPEATABLE:
+            raise ValueError(
+                f"attention_backend={asked} does not repeat its bits, as deterministic=true asks; use "
+                f"{REPEATABLE[asked]}"
+            )
+        return BACKENDS[asked], ""
+    order = ("flash_cpu", "plain") if heads.device.type == "cpu" else ("cudnn", "flash", "plain")
+    passed = []
+    for name in order:
+        name = REPEATABLE.get(name, name) if deterministic else name
+        reason = unusable(name, heads)
+        if reason is None:
+            return BACKENDS[name], "; ".join(passed)
+        passed.append(f"{name}: {reason}")
+    raise AssertionError("the plain backend takes everything")
+
+
+@functools.cache
+def unusable(name: str, heads: Heads) -> str | None:
+    """Why a backend cannot be used for these heads, in words; None where it can."""
+    if name not in BACKENDS:
+        return f"there is no backend {name!r}"
+    if name == "plain":
+        return None
+    wanted = "cpu" if name == "flash_cpu" else "cuda"
+    if heads.device.type != wanted:
+        return f"it is for {wanted} tensors, these are on {heads.device.type}"
+    if heads.width != heads.value_width:
+        return f"values are {heads.value_width} wide, keys {heads.width}"
+    if name == "flash_cpu":
+        return None
+    if heads.dtype not in (torch.bfloat16, torch.float16):
+        return f"it is for bf16 and fp16, not {str(heads.dtype).removeprefix('torch.')}"
+    if heads.width % 8 or heads.width > 256:
+        return f"heads are {heads.width} wide, it takes multiples of 8 up to 256"
+    return _failed_proof(BACKENDS[name], heads)
+
+
+def _failed_proof(backend: Backend, heads: Heads) -> str | None:
+    """What is wrong with a backend on this device, found on small problems whose answer the plain one knows."""
+    draw = torch.Generator(heads.device).manual_seed(0)
+
+    def normal(count: int, tokens: int) -> Tensor:
+        shape = (1, tokens, count, heads.width)
+        return torch.randn(shape, generator=draw, device=heads.device).to(heads.dtype).transpose(1, 2)
+
+    S, scale = CUDNN_TOKENS, heads.width**-0.5
+    for U, edges in ((S, (0, S)), (2 * S, ()), (S, (0, 100, 101, S))):
+        q, do = normal(heads.queries, S), normal(heads.queries, S)
+        k, v = normal(heads.keys, U), normal(heads.keys, U)
+        try:
+            o, lse = backend.forward(q, k, v, edges, scale)
+            got = (o, lse, *backend.backward(do, q, k, v, o, lse, edges, scale))
+        except RuntimeError as failure:
+            return (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        exact = [x.float() for x in (q, k, v)]
+        wide, wide_lse = PLAIN.forward(*exact, edges, scale)
+        truth = (wide, wide_lse, *PLAIN.backward(do.float(), *exact, wide, wide_lse, edges, scale))
+        for name, mine, want in zip(("o", "lse", "dq", "dk", "dv"), got, truth, strict=True):
+            error = float((mine.float() - want).norm() / want.norm())
+            if not error < PROOF_ERROR:
+                return f"{name} is off by {error:.1e} on {S} queries and {U} keys"
+    return None
+
+
+# cuDNN through torch.
+
+
+def _cudnn_takes(q: Tensor, k: Tensor, edges: Edges) -> bool:
+    return len(edges) <= 2 and q.shape[2] % CUDNN_TOKENS == 0 and k.shape[2] % CUDNN_TOKENS == 0
+
+
+def _dense(x_BHSD: Tensor) -> Tensor:
+    """The same numbers, tokens outermost in memory and no gaps. cuDNN's plans are found again by the strides of q, k
+    and v alone, and expect o, do and all gradients in q's."""
+    x_BSHD = x_BHSD.transpose(1, 2)
+    # a single row's stride is no concern, but is compared all the same
+    x_BSHD = x_BSHD[0].contiguous().unsqueeze(0) if len(x_BSHD) == 1 else x_BSHD.contiguous()
+    return x_BSHD.transpose(1, 2)
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, edges: Edges, scale: float) -> tuple[Tensor, Tensor]:
+    if not _cudnn_takes(q, k, edges):
+        return _flash_forward(q, k, v, edges, scale)
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    o, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, bool(edges), False, scale=scale)
+    return o, lse.squeeze(-1)
+
+
+def _cudnn_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, edges: Edges, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _cudnn_takes(q, k, edges):
+        return _flash_backward(do, q, k, v, o, lse, edges, scale)
+    do, q, k, v, o = (_dense(x) for x in (do, q, k, v, o))
+    unused = torch.empty((), dtype=torch.int64, device=q.device)  # seed and offset of a dropout that there is not
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        do, q, k, v, o, lse.contiguous().unsqueeze(-1), unused, unused, None, None, None, q.shape[2], k.shape[2], 0.0,
+        bool(edges), scale=scale,
+    )  # fmt: skip
+
+
+# FlashAttention through torch: tokens before heads, and several documents as one call.
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, edges: Edges, scale: float) -> tuple[Tensor, Tensor]:
+    if len(edges) <= 2:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        o, lse, *_ = aten._flash_attention_forward(
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, bool(edges), False, scale=scale
+        )
+        return o.transpose(1, 2), lse
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    starts, longest = _starts(edges, q.device), _longest(edges)
+    o, lse, *_ = aten._flash_attention_forward(
+        q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
+    )
+    return o.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0)
+
+
+def _flash_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, edges: Edges, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not
+    unused = torch.empty(0, device=q.device)
+    if len(edges) <= 2:
+        do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
+        grads = aten._flash_attention_backward(
+            do, q, k, v, o, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, bool(edges), state, unused,
+            scale=scale,
+        )  # fmt: skip
+        return tuple(grad.transpose(1, 2) for grad in grads)
+    do, q, k, v, o = (x[0].transpose(0, 1) for x in (do, q, k, v, o))
+    starts, longest = _starts(edges, q.device), _longest(edges)
+    grads = aten._flash_attention_backward(
+        do, q, k, v, o, lse[0].contiguous(), starts, starts, longest, longest, 0.0, True, state, unused, scale=scale
+    )
+    return tuple(grad.transpose(0, 1).unsqueeze(0) for grad in grads)
+
+
+def _longest(edges: Edges) -> int:
+    return max(stop - start for start, stop in pairwise(edges))
+
+
+@functools.lru_cache(maxsize=64)  # every layer of a micro-batch asks for the same ones
+def _starts(edges: Edges, device: torch.device) -> Tensor:
+    """Bounds of the documents where a kernel reads them, int32; the host does not wait for the copy."""
+    return torch.tensor(edges, dtype=torch.int32, pin_memory=True).to(device, non_blocking=True)
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """torch's flash backward sums in a fixed order where the program asks for deterministic algorithms."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic
+    fills = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # nothing is read that was not written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        settings.fill_uninitialized_memory = fills
+
+
+def _flash_backward_repeatable(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, edges: Edges, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    with _repeatable():
+        return _flash_backward(do, q, k, v, o, lse, edges, scale)
+
+
+# One block at a time: the CPU's flash attention, and matrix products.
+
+BlockForward = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
+BlockBackward = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor]
+]
+
+
+def _by_document(name: str, forward: BlockForward, backward: BlockBackward) -> Backend:
+    """A backend from functions of one rectangle or one square."""
+
+    def forward_all(q: Tensor, k: Tensor, v: Tensor, edges: Edges, scale: float) -> tuple[Tensor, Tensor]:
+        if len(edges) <= 2:
+            return forward(q, k, v, bool(edges), scale)
+        parts = [forward(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], True, scale) for a, b in pairwise(edges)]
+        return torch.cat([o for o, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+    def backward_all(
+        do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, edges: Edges, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if len(edges) <= 2:
+            return backward(do, q, k, v, o, lse, bool(edges), scale)
+        parts = []
+        for a, b in pairwise(edges):
+            mine = (x[:, :, a:b] for x in (do, q, k, v, o, lse))
+            parts.append(backward(*mine, True, scale))  # type: ignore[call-arg, arg-type]
+        dq, dk, dv = (torch.cat(grads, 2) for grads in zip(*parts, strict=True))
+        return dq, dk, dv
+
+    return Backend(name, forward_all, backward_all)
 
 
 def _flash_cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
 
 def _flash_cpu_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        do, q, k, v, o, lse, 0.0, causal, scale=scale
-    )
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, causal, scale=scale)
 
 
 def _scores(q: Tensor, k: Tensor, first: int, causal: bool, scale: float) -> Tensor:
@@ -94,5 +334,11 @@ def _plain_backward(
     return torch.cat(dq, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-FLASH_CPU = Backend("flash_cpu", _flash_cpu_forward, _flash_cpu_backward)
-PLAIN = Backend("plain", _plain_forward, _plain_backward)
+CUDNN = Backend("cudnn", _cudnn_forward, _cudnn_backward)
+FLASH = Backend("flash", _flash_forward, _flash_backward)
+FLASH_DETERMINISTIC = Backend("flash_deterministic", _flash_forward, _flash_backward_repeatable)
+FLASH_CPU = _by_document("flash_cpu", _flash_cpu_forward, _flash_cpu_backward)
+PLAIN = _by_document("plain", _plain_forward, _plain_backward)
+
+BACKENDS = {backend.name: backend for backend in (CUDNN, FLASH, FLASH_DETERMINISTIC, FLASH_CPU, PLAIN)}
+REPEATABLE = {"cudnn": "flash_deterministic", "flash": "flash_deterministic"}  # what stands in for one that does not

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dnsp.kernels.delta_rule import Segments
 
+from .attention_backends import BACKENDS
 from .blocks import Round, make_rounds
 from .errors import PlanError
 from .grid import Grid
@@ -44,6 +45,7 @@ class Plan:
     scan: ParallelScan
     rounds: tuple[Round, ...]
     attention_transport: str
+    attention_backend: str  # of parallel/attention_backends.py, or auto
     comm: Transport
     goes_on: bool  # a row's first document goes on from an initial state
     crosses: bool  # somewhere in the group a document reaches from one rank's tokens into another's
@@ -101,6 +103,7 @@ def make_plan(
     *,
     transport: str = "auto",
     attention_transport: str = "auto",
+    attention_backend: str = "auto",
 ) -> Plan:
     """The plan of one rank for B sequences.
 
@@ -113,6 +116,7 @@ def make_plan(
             over all layouts and transports. None: :func:`default_segment_tokens`.
         transport: how states cross ranks, ``p2p`` or ``gather`` (``auto``: p2p).
         attention_transport: how keys and values do, ``ring`` or ``gather`` (``auto``: ring).
+        attention_backend: what computes a block of attention, ``auto`` or one of ``attention_backends.BACKENDS``.
 
     Raises:
         PlanError: naming the value, the rule and the way out.
@@ -126,6 +130,7 @@ def make_plan(
     size = _checked_segments(segment_tokens, layout)
     scan_kind = _one_of(transport, SCAN_TRANSPORTS, "parallel.transport")
     attention_kind = _one_of(attention_transport, ATTENTION_TRANSPORTS, "parallel.attention_transport")
+    backend = _one_of(attention_backend, ("auto", *BACKENDS), "parallel.attention_backend")
     comm = Transport(grid.sequence_group, grid.sequence_ranks, rank)
 
     tokens = np.concatenate([np.arange(start, stop) for start, stop in layout.intervals(rank)])
@@ -155,6 +160,7 @@ def make_plan(
         scan=ParallelScan(layout, rank, comm, scan_kind, per_interval, is_open, torch.from_numpy(continues)),
         rounds=make_rounds([np.maximum(row, 0).tolist() for row in rows], layout, rank),
         attention_transport=attention_kind,
+        attention_backend=backend,
         comm=comm,
         goes_on=any(int(row[0]) < 0 for row in rows),
         crosses=any(cut not in row for cut in _cuts(layout) for row in rows),
@@ -209,5 +215,6 @@ def _one_of(value: str, known: tuple[str, ...], key: str) -> str:
     if value == "auto":
         return known[0]
     if value not in known:
-        raise PlanError(f"{key}={value!r} is unknown: use auto, {' or '.join(known)}")
+        *some, last = [name for name in known if name != "auto"]
+        raise PlanError(f"{key}={value!r} is unknown: use auto, {', '.join(some)} or {last}")
     return value
