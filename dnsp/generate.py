@@ -10,6 +10,7 @@ from torch import Tensor
 from dnsp.data.tokenizer import Tokenizer
 from dnsp.errors import UsageError
 from dnsp.model.decoder import Decoder
+from dnsp.model.state import LayerState
 from dnsp.parallel.plan import local_plan
 
 
@@ -74,13 +75,42 @@ def _generate(
     hidden, states = model.prefill(prompt.to(device), plan)
     with torch.no_grad():
         logits = model.logits(hidden[:, -1])
+    step = Step(model, states, prompt.shape[1] + tokens)
     for made in range(tokens):
         token = sample(logits[0], temperature, top_k, random)
         if token == stop_id:
             return
         yield token
         if made + 1 < tokens:
-            logits = model.step(torch.tensor([token], device=device), states)
+            logits = step(token)
+
+
+class Step:
+    """A decoder's step for one sequence. On a GPU the first call runs as it is, which compiles what it needs; the next
+    one is captured as a CUDA graph, and all from there on replay it: a launch for all layers' kernels."""
+
+    def __init__(self, model: Decoder, states: list[LayerState], capacity: int) -> None:
+        """``states`` are those of a prefill, ``capacity`` the tokens that an attention cache will hold at most."""
+        self.model, self.states = model, states
+        self.token_B = torch.zeros(1, dtype=torch.long, device=model.lm_head.weight.device)
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if self.token_B.is_cuda:
+            for state in states:
+                state.fix(capacity)
+
+    def __call__(self, token: int) -> Tensor:
+        """Logits ``[1, V]``, to be read before the next call."""
+        self.token_B.fill_(token)
+        self.calls += 1
+        if not self.token_B.is_cuda or self.calls == 1:
+            return self.model.step(self.token_B, self.states)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device_of(self.token_B), torch.cuda.graph(self.graph):
+                self.logits = self.model.step(self.token_B, self.states)
+        self.graph.replay()
+        return self.logits
 
 
 def sample(logits_V: Tensor, temperature: float, top_k: int | None, random: torch.Generator) -> int:

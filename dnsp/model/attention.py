@@ -63,12 +63,11 @@ class Attention(nn.Module):
         assert rotary is not None
         q, gate, k, v = self._project(x_BD, rotary)
         keys, values = state.cache(k.unsqueeze(2), v.unsqueeze(2))
-        slot = torch.arange(state.length, device=x_BD.device)
-        seen = slot >= state.length - 1 - state.position_B.unsqueeze(1)  # this document's slots, the new one included
+        # heads that share keys are queries of one head: kernels that take a mask do not take grouped heads
         o = F.scaled_dot_product_attention(
-            q.unsqueeze(2), keys, values, attn_mask=seen[:, None, None], scale=self.scale, enable_gqa=True
+            q.unflatten(1, (self.groups, -1)), keys, values, attn_mask=state.seen()[:, None, None], scale=self.scale
         )
-        return self._output(o.squeeze(2), gate)
+        return self._output(o.flatten(1, 2), gate)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LayerState:
         empty = torch.zeros(batch, self.groups, 0, self.head_dim, dtype=dtype, device=device)

@@ -24,10 +24,26 @@ class LayerState:
     keys_BGTK: Tensor | None = None
     values_BGTK: Tensor | None = None
     length: int = 0
+    end_1: Tensor | None = None  # the length of a cache of fixed size, on its device
+
+    def fix(self, capacity: int) -> None:
+        """Gives an attention cache room for ``capacity`` tokens in all, once: from here on a step writes where ``end``
+        says and sees all slots, those to come masked, so that one CUDA graph holds every step."""
+        if self.keys_BGTK is not None and self.values_BGTK is not None:
+            room = (0, 0, 0, capacity - self.length)
+            self.keys_BGTK = torch.nn.functional.pad(self.keys_BGTK[:, :, : self.length], room)
+            self.values_BGTK = torch.nn.functional.pad(self.values_BGTK[:, :, : self.length], room)
+            self.end_1 = torch.full((1,), self.length, device=self.keys_BGTK.device)
 
     def cache(self, keys_BGTK: Tensor, values_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends keys and values to the attention cache; returns all of them, ``[B, G, length, K]``."""
+        """Appends keys and values to the attention cache (of fixed size: those of one token); returns all of them,
+        ``[B, G, length, K]``, of fixed size with the room behind them."""
         assert self.keys_BGTK is not None and self.values_BGTK is not None
+        if self.end_1 is not None:
+            self.keys_BGTK.index_copy_(2, self.end_1, keys_BGTK)
+            self.values_BGTK.index_copy_(2, self.end_1, values_BGTK)
+            self.end_1 += 1
+            return self.keys_BGTK, self.values_BGTK
         end = self.length + keys_BGTK.shape[2]
         if end > self.keys_BGTK.shape[2]:  # doubling: a step stays O(1) but for the attention itself
             more = max(end, 2 * self.length) - self.keys_BGTK.shape[2]
@@ -37,6 +53,17 @@ class LayerState:
         self.values_BGTK[:, :, self.length : end] = values_BGTK
         self.length = end
         return self.keys_BGTK[:, :, :end], self.values_BGTK[:, :, :end]
+
+    def seen(self) -> Tensor:
+        """Which slots of the cache the newest token sees, ``[B, T]``: its document's, its own included."""
+        assert self.keys_BGTK is not None
+        if self.end_1 is None:
+            newest: int | Tensor = self.length - 1
+            slot = torch.arange(self.length, device=self.position_B.device)
+        else:
+            newest = self.end_1 - 1
+            slot = torch.arange(self.keys_BGTK.shape[2], device=self.position_B.device)
+        return (slot >= newest - self.position_B.unsqueeze(1)) & (slot <= newest)
 
 
 def conv_tail(x_BTD: Tensor, position_BT: Tensor, width: int) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dnsp.config import ModelConfig
+from dnsp.config import DeltaNetConfig, ModelConfig
 from dnsp.data.tokenizer import load_tokenizer
 from dnsp.errors import UsageError
-from dnsp.generate import _decode_stream, generate, generate_text, sample
+from dnsp.generate import Step, _decode_stream, generate, generate_text, sample
 from dnsp.model.decoder import Decoder
 from dnsp.parallel.plan import local_plan
 
@@ -85,3 +85,49 @@ def test_text_streams_in_whole_characters(model: Decoder) -> None:
 def test_refusals(model: Decoder, prompt: list[int], settings: dict, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         generate(model, prompt, 5, **settings)
+
+
+def mixture() -> Decoder:
+    """A layer of every kind; widths that the Triton kernels have."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=41,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        pattern=["gated_delta", "attention", "deltanet", "linear_attention"],
+        head_dim=16,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        initializer_range=0.2,
+        deltanet=DeltaNetConfig(num_heads=2),
+    )
+    return Decoder(config)
+
+
+def test_a_cache_of_fixed_size_gives_the_same_steps() -> None:
+    model, prompt = mixture().double(), torch.randint(41, (2, 9))
+    plan = local_plan([[0], [0, 5]], 9)
+    _, grows = model.prefill(prompt, plan)
+    _, fixed = model.prefill(prompt, plan)
+    for state in fixed:
+        state.fix(9 + 12)
+    addresses = [state.keys_BGTK.data_ptr() for state in fixed if state.keys_BGTK is not None]
+    for token in torch.randint(41, (12, 2)):
+        assert torch.allclose(model.step(token, fixed), model.step(token, grows), rtol=1e-12, atol=1e-12)
+    assert addresses == [state.keys_BGTK.data_ptr() for state in fixed if state.keys_BGTK is not None] != []
+
+
+@pytest.mark.gpu
+def test_steps_by_graph_are_those_of_the_model() -> None:
+    model, prompt = mixture().cuda(), torch.randint(41, (1, 9), device="cuda")
+    plan = local_plan([[0]], 9).to("cuda")
+    _, states = model.prefill(prompt, plan)
+    _, captured = model.prefill(prompt, plan)
+    step = Step(model, captured, 9 + 20)
+    for token in range(20):
+        expected = model.step(torch.tensor([token], device="cuda"), states)
+        assert ((step(token) - expected).norm() / expected.norm()).item() < 1e-5, token
+    assert step.graph is not None
+    on_host = list(generate(mixture(), prompt[0].tolist(), 20, temperature=0))
+    assert list(generate(model, prompt[0].tolist(), 20, temperature=0)) == on_host
