@@ -78,19 +78,22 @@ def delta_step_kernel(
             return
     at = state + (slot * HV + hv) * (K * V) + ck[:, None] * V + cv[None, :]
     whole: tl.constexpr = (K == BK) and (V % BV == 0)
+    qt = tl.load(q + b * sqb + (hv // G) * K + ck, mask=k_inside, other=0.0)
+    kt = tl.load(k + b * skb + (hv // G) * K + ck, mask=k_inside, other=0.0)
     S = tl.load(at) if whole else tl.load(at, mask=k_inside[:, None] & v_inside[None, :], other=0.0)
-    qt = tl.load(q + b * sqb + (hv // G) * K + ck, mask=k_inside, other=0.0).to(tl.float32)
-    kt = tl.load(k + b * skb + (hv // G) * K + ck, mask=k_inside, other=0.0).to(tl.float32)
     error = tl.load(v + b * svb + hv * V + cv, mask=v_inside, other=0.0).to(tl.float32)
     strength = tl.load(beta + b * sbb + hv).to(tl.float32)
-    if GATES:
-        strength = tl.sigmoid(strength)
+    if HAS_G:
+        decay = tl.load(g + b * sgb + hv).to(tl.float32)
+    tl.debug_barrier()  # without it ptxas waits for the query before it asks for the state
+    qt, kt = qt.to(tl.float32), kt.to(tl.float32)
     if NORM:
         qt *= tl.rsqrt(tl.sum(qt * qt, 0) + 1e-6)
         kt *= tl.rsqrt(tl.sum(kt * kt, 0) + 1e-6)
     qt *= scale
+    if GATES:
+        strength = tl.sigmoid(strength)
     if HAS_G:
-        decay = tl.load(g + b * sgb + hv).to(tl.float32)
         if GATES:
             rate = tl.exp(tl.load(A_log + hv).to(tl.float32))
             decay = -rate * softplus(decay + tl.load(dt_bias + hv).to(tl.float32))
