@@ -2,7 +2,7 @@
 
 The vocabulary is the widest axis of a model: logits of 32,768 tokens by 248,320 words in fp32 are 30 GiB. So tokens go
 through the output projection a chunk at a time, and each chunk's gradient is taken while its logits are at hand
-(Hsu et al., Liger Kernel, arXiv:2410.10989).
+(Hsu et al., Liger Kernel, arXiv:2410.10989). On a GPU the softmax of a chunk and its gradient are one kernel of theirs.
 """
 
 from __future__ import annotations
@@ -14,29 +14,36 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dnsp.model import liger
+from dnsp.products import add_product, product_dtype
+
 IGNORE = -100  # the target of a token that predicts nothing: a document's last
 CHUNK_LOGITS = 2**23  # logits that exist at once: 32 MiB in fp32
+GPU_CHUNK_LOGITS = 2**27  # 256 MiB in bf16: the weight's gradient is read and written once a chunk
 
 
 def cross_entropy_sum(hidden: Tensor, weight_VD: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
     """``sum_t -log softmax(W h_t)[target_t]`` over the targets that are not -100, a scalar, fp32 (fp64 for fp64).
 
     hidden ``[..., D]``, weight ``[V, D]``, targets ``[...]`` int64. ``chunk`` tokens at a time; None chooses from V.
-    Differentiable once, in hidden and weight. Under autocast the products run in its dtype, the softmax in fp32.
+    Differentiable once, in hidden and weight. Under autocast the products run in its dtype, the softmax in fp32; the
+    weight's gradient is summed in fp32, and rounded once, to the weight's dtype.
     """
-    h, w = _operands(hidden, weight_VD)
     chunk = chunk or _chunk_tokens(weight_VD)
-    return _CrossEntropySum.apply(h, w, targets.flatten(), chunk, torch.is_grad_enabled())
+    return _CrossEntropySum.apply(hidden.flatten(0, -2), weight_VD, targets.flatten(), chunk, torch.is_grad_enabled())
 
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight_VD: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
     """Each token's own loss, in the shape of targets, 0 where the target is -100; without gradient."""
-    h, w = _operands(hidden, weight_VD)
+    h, w = _operands(hidden.flatten(0, -2), weight_VD)
     flat = targets.flatten()
     losses = h.new_zeros(flat.shape, dtype=torch.promote_types(h.dtype, torch.float32))
     with torch.autocast(h.device.type, enabled=False):
         for part in _parts(len(flat), chunk or _chunk_tokens(weight_VD)):
+            if liger.takes(h):
+                losses[part] = liger.cross_entropy(h[part] @ w.T, flat[part], IGNORE, with_grad=False)
+                continue
             logits, at, kept = _logits(h[part], w, flat[part])
             losses[part] = torch.where(kept, logits.logsumexp(-1) - logits.gather(-1, at).squeeze(-1), 0)
     return losses.view(targets.shape)
@@ -44,28 +51,23 @@ def token_losses(hidden: Tensor, weight_VD: Tensor, targets: Tensor, chunk: int 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, w: Tensor, targets: Tensor, chunk: int, with_grad: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, with_grad: bool) -> Tensor:
         need_h, need_w = (with_grad and needed for needed in ctx.needs_input_grad[:2])
+        h, w = _operands(hidden, weight)
         exact = torch.promote_types(h.dtype, torch.float32)
         dh = torch.empty_like(h) if need_h else None
         dw = torch.zeros_like(w, dtype=exact) if need_w else None
         total = torch.zeros((), dtype=torch.float64, device=h.device)  # a million terms lose digits in fp32
         with torch.autocast(h.device.type, enabled=False):
             for part in _parts(len(targets), chunk):
-                logits, at, kept = _logits(h[part], w, targets[part])
-                norm = logits.logsumexp(-1, keepdim=True)
-                total += torch.where(kept, (norm - logits.gather(-1, at)).squeeze(-1), 0).sum(dtype=torch.float64)
-                if dh is None and dw is None:
-                    continue
-                # d loss / d logits = softmax - one at the target
-                dlogits = logits.sub_(norm).exp_().scatter_add_(-1, at, logits.new_full(at.shape, -1.0))
-                dlogits = torch.where(kept.unsqueeze(-1), dlogits, 0).to(w.dtype)
+                losses, dlogits = _losses(h[part], w, targets[part], need_h or need_w)
+                total += losses.sum(dtype=torch.float64)
                 if dh is not None:
-                    dh[part] = dlogits @ w
+                    torch.mm(dlogits, w, out=dh[part])
                 if dw is not None:
-                    dw += dlogits.T @ h[part]
+                    add_product(dw, dlogits.T, h[part])
         ctx.save_for_backward(dh, dw)
-        ctx.weight_dtype = w.dtype
+        ctx.dtypes = hidden.dtype, weight.dtype
         return total.to(exact)
 
     @staticmethod
@@ -73,8 +75,8 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dh, dw = ctx.saved_tensors
         return (
-            None if dh is None else (dh * grad).to(dh.dtype),
-            None if dw is None else (dw * grad).to(ctx.weight_dtype),
+            None if dh is None else (dh * grad).to(ctx.dtypes[0]),
+            None if dw is None else (dw * grad).to(ctx.dtypes[1]),
             None,
             None,
             None,
@@ -82,10 +84,25 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens as rows, and both factors in the dtype of the product."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return hidden.flatten(0, -2).to(dtype), weight.to(dtype)
+    """Both factors in the dtype of the product."""
+    dtype = product_dtype(hidden)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _losses(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
+    """Each token's loss, and the gradient of their sum with respect to the logits in the weight's dtype (where it is
+    wanted: otherwise anything)."""
+    if liger.takes(h_ND):
+        logits = h_ND @ w_VD.T
+        return liger.cross_entropy(logits, targets_N, IGNORE, with_grad), logits
+    logits, at, kept = _logits(h_ND, w_VD, targets_N)
+    norm = logits.logsumexp(-1, keepdim=True)
+    losses = torch.where(kept, (norm - logits.gather(-1, at)).squeeze(-1), 0)
+    if not with_grad:
+        return losses, logits
+    # d loss / d logits = softmax - one at the target
+    dlogits = logits.sub_(norm).exp_().scatter_add_(-1, at, logits.new_full(at.shape, -1.0))
+    return losses, torch.where(kept.unsqueeze(-1), dlogits, 0).to(w_VD.dtype)
 
 
 def _logits(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,6 +114,8 @@ def _logits(h_ND: Tensor, w_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tens
 
 
 def _chunk_tokens(weight_VD: Tensor) -> int:
+    if weight_VD.is_cuda:
+        return max(128, GPU_CHUNK_LOGITS // len(weight_VD) // 128 * 128)
     return max(16, CHUNK_LOGITS // len(weight_VD))
 
 

@@ -75,20 +75,23 @@ def _next(fn: Callable[[], T]) -> T:
     """The current tape's next entry; made and put there where it records."""
     assert _current.tape is not None
     if _current.position is None:
-        _current.tape.append(fn())
-        return cast(T, _current.tape[-1])
+        value = fn()
+        _current.tape.append(value)
+        return value
     if _current.position >= len(_current.tape):
         raise RuntimeError(f"the recomputation asks for result {_current.position}, the first pass kept that many")
     _current.position += 1
     return cast(T, _current.tape[_current.position - 1])
 
 
-def checkpoint(fn: Callable[..., T], *args: Any) -> T:
+def checkpoint(fn: Callable[..., T], *args: Any, tape: list[Any] | None = None) -> T:
     """``fn(*args)`` with its activations recomputed in the backward pass, all but what passed through :func:`once`.
 
-    Non-reentrant :func:`torch.utils.checkpoint.checkpoint` with a tape of its own; random states are preserved. Inside
-    another checkpoint the tape is on the outer one's, so that the outer's recomputation replays it.
+    Non-reentrant :func:`torch.utils.checkpoint.checkpoint` with a tape of its own (or the list that is given, which may
+    keep its entries elsewhere); random states are preserved. Inside another checkpoint the tape is on the outer one's,
+    so that the outer's recomputation replays it.
     """
-    tape: list[Any] = [] if _current.tape is None else _next(list)
+    if tape is None or _current.tape is not None:
+        tape = [] if _current.tape is None else _next(list)
     forward = recording if _current.position is None else replaying
     return torch_checkpoint(fn, *args, use_reentrant=False, context_fn=lambda: (forward(tape), replaying(tape)))

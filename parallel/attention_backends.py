@@ -77,7 +77,7 @@ def choose(heads: Heads, asked: str = "auto", deterministic: bool = False) -> tu
             )
         return BACKENDS[asked], ""
     order = ("flash_cpu", "plain") if heads.device.type == "cpu" else ("cudnn", "flash", "plain")
-    passed = []
+    passed: list[str] = []
     for name in order:
         name = REPEATABLE.get(name, name) if deterministic else name
         reason = unusable(name, heads)
@@ -125,9 +125,9 @@ def _failed_proof(backend: Backend, heads: Heads) -> str | None:
             got = (o, lse, *backend.backward(do, q, k, v, o, lse, edges, scale))
         except RuntimeError as failure:
             return (str(failure).strip() or type(failure).__name__).splitlines()[0]
-        exact = [x.float() for x in (q, k, v)]
-        wide, wide_lse = PLAIN.forward(*exact, edges, scale)
-        truth = (wide, wide_lse, *PLAIN.backward(do.float(), *exact, wide, wide_lse, edges, scale))
+        do, q, k, v = do.float(), q.float(), k.float(), v.float()
+        wide, wide_lse = PLAIN.forward(q, k, v, edges, scale)
+        truth = (wide, wide_lse, *PLAIN.backward(do, q, k, v, wide, wide_lse, edges, scale))
         for name, mine, want in zip(("o", "lse", "dq", "dk", "dv"), got, truth, strict=True):
             error = float((mine.float() - want).norm() / want.norm())
             if not error < PROOF_ERROR:

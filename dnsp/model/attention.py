@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dnsp.config import ModelConfig
 from dnsp.model.norm import RMSNorm
-from dnsp.model.rotary import Rotary, rotate
+from dnsp.model.rotary import Rotary, rotate_both
 from dnsp.model.state import LayerState
 from dnsp.parallel.attention import attention
 from dnsp.parallel.plan import Plan
@@ -45,7 +45,8 @@ class Attention(nn.Module):
         q, gate = self.q_proj(x).unflatten(-1, (self.heads, 2 * self.head_dim)).chunk(2, dim=-1)
         k = self.k_proj(x).unflatten(-1, (self.groups, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.groups, self.head_dim))
-        return rotate(self.q_norm(q), rotary), gate, rotate(self.k_norm(k), rotary), v
+        q, k = rotate_both(self.q_norm(q), self.k_norm(k), rotary)
+        return q, gate, k, v
 
     def _output(self, o: Tensor, gate: Tensor) -> Tensor:
         return self.o_proj((o * gate.sigmoid()).flatten(-2))

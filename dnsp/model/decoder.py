@@ -6,6 +6,7 @@ A rank holds some intervals of a sequence; which ones, and whose documents, only
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -19,11 +20,13 @@ from dnsp.model.attention import Attention
 from dnsp.model.deltanet import DeltaNet
 from dnsp.model.gated_delta import GatedDelta
 from dnsp.model.linear_attention import LinearAttention
-from dnsp.model.mlp import MLP
+from dnsp.model.mlp import MLP, feed_forward_tiled
 from dnsp.model.norm import RMSNorm
+from dnsp.model.offload import Offload
 from dnsp.model.rotary import Rotary, rotary_angles
 from dnsp.model.state import LayerState
 from dnsp.parallel.plan import Plan
+from dnsp.products import product_dtype
 
 
 class Mixer(Protocol):
@@ -48,10 +51,16 @@ MIXERS: dict[str, tuple[str, Any]] = {
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm, mixer, residual; pre-norm, SwiGLU, residual."""
+    """Pre-norm, mixer, residual; pre-norm, SwiGLU, residual.
 
-    def __init__(self, config: ModelConfig, kind: str) -> None:
+    ``recompute``: keep x before each half and no more for the backward pass, and what passes through ``kept`` (onto
+    ``tape``, where one is given).
+    ``tile``: tokens that are in the SwiGLU at once where there are more of them.
+    """
+
+    def __init__(self, config: ModelConfig, kind: str, recompute: bool = False, tile: int | None = None) -> None:
         super().__init__()
+        self.recompute, self.tile = recompute, tile
         self.mixer_name, mixer = MIXERS[kind]
         self.add_module(self.mixer_name, mixer(config))
         # a deltanet block chooses its norm and whether it feeds forward; the others are as Qwen3.5 has them
@@ -74,8 +83,17 @@ class DecoderLayer(nn.Module):
             self.mlp.reset_parameters(std)
             self.post_attention_layernorm.reset_parameters()
 
-    def forward(self, x_BTD: Tensor, plan: Plan, rotary: Rotary | None, state: LayerState | None = None) -> Tensor:
-        x_BTD = x_BTD + self.mixer(self.input_layernorm(x_BTD), plan, rotary, state)
+    def forward(
+        self,
+        x_BTD: Tensor,
+        plan: Plan,
+        rotary: Rotary | None,
+        state: LayerState | None = None,
+        tape: list[Any] | None = None,
+    ) -> Tensor:
+        if self.recompute and torch.is_grad_enabled() and state is None:
+            return self._feed_forward(kept.checkpoint(self._mix, x_BTD, plan, rotary, tape=tape), recompute=True)
+        x_BTD = self._mix(x_BTD, plan, rotary, state)
         if state is not None:
             state.position_B.copy_(plan.position_BT[:, -1] + 1)
         return self._feed_forward(x_BTD)
@@ -85,33 +103,54 @@ class DecoderLayer(nn.Module):
         state.position_B += 1
         return self._feed_forward(x_BD)
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.post_attention_layernorm(x)) if self.feeds_forward else x
+    def _mix(self, x_BTD: Tensor, plan: Plan, rotary: Rotary | None, state: LayerState | None = None) -> Tensor:
+        return x_BTD + self.mixer(self.input_layernorm(x_BTD), plan, rotary, state)
+
+    def _feed_forward(self, x: Tensor, recompute: bool = False) -> Tensor:
+        if not self.feeds_forward:
+            return x
+        tokens = x.numel() // x.shape[-1]
+        tile = min(self.tile or tokens, tokens)
+        if recompute or tile < tokens:
+            return feed_forward_tiled(x, self.post_attention_layernorm, self.mlp, tile)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Trunk(nn.Module):
     """All but the output projection; a module of its own for the sake of checkpoints' names, ``model.*``."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, recompute: bool, tile: int | None) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, kind) for kind in config.layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, kind, recompute, tile) for kind in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Decoder(nn.Module):
     """A language model over this rank's part of a sequence, and its recurrent form.
 
-    ``forward(tokens_BT, targets_BT, plan)`` is what training calls. ``activation_checkpointing`` recomputes every layer
-    in the backward pass; scans, halos and attention are kept from the first pass (``dnsp.kernels.kept``).
+    ``forward(tokens_BT, targets_BT, plan)`` is what training calls; with ``autocast`` set it runs under torch.autocast
+    of that dtype (set here, for DeepSpeed turns off one that is around its engine).
+
+    ``activation_checkpointing`` recomputes every layer in the backward pass; scans, halos and attention are kept from
+    the first pass (``dnsp.kernels.kept``). ``activation_offloading`` has what is kept wait in the host's memory.
+    ``mlp_tile``: tokens that are in a feed-forward at once; None for all.
     """
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        activation_checkpointing: bool = False,
+        *,
+        activation_offloading: bool = False,
+        mlp_tile: int | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.activation_offloading = activation_checkpointing, activation_offloading
+        self.autocast: torch.dtype | None = None
         self.rope_theta = config.rope_theta
-        self.model = Trunk(config)
+        self.model = Trunk(config, activation_checkpointing, mlp_tile)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -133,18 +172,20 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, plan: Plan) -> Tensor:
         """The loss in fp32, summed over local targets that are not -100; the caller divides by all of the step's."""
-        return cross_entropy_sum(self.hidden(tokens_BT, plan), self.lm_head.weight, targets_BT)
+        with nullcontext() if self.autocast is None else torch.autocast(tokens_BT.device.type, self.autocast):
+            return cross_entropy_sum(self.hidden(tokens_BT, plan), self.lm_head.weight, targets_BT)
 
     def hidden(self, tokens_BT: Tensor, plan: Plan, states: list[LayerState] | None = None) -> Tensor:
         """What the output projection reads, ``[B, T, D]``. Fresh ``states`` are filled with what each layer keeps."""
-        x = self.model.embed_tokens(tokens_BT)
+        x = self._embedded(tokens_BT)
         rotary = self._rotary(plan.position_BT, x.dtype)
-        recompute = self.activation_checkpointing and torch.is_grad_enabled() and states is None
+        offload = Offload() if self.activation_offloading and torch.is_grad_enabled() and x.is_cuda else None
         for i, layer in enumerate(self._layers()):
-            if recompute:
-                x = kept.checkpoint(layer, x, plan, rotary)
-            else:
+            if offload is None or i + 1 == len(self.config.layers):  # the last layer's are wanted back at once
                 x = layer(x, plan, rotary, None if states is None else states[i])
+                continue
+            with offload.saving():
+                x = layer(x, plan, rotary, tape=offload.tape())
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -178,7 +219,7 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def step(self, tokens_B: Tensor, states: list[LayerState]) -> Tensor:
         """Logits ``[B, V]`` after one more token a row; the states are updated in place."""
-        x = self.model.embed_tokens(tokens_B)
+        x = self._embedded(tokens_B)
         rotary = self._rotary(states[0].position_B, x.dtype)
         for layer, state in zip(self._layers(), states, strict=True):
             x = layer.step(x, rotary, state)
@@ -197,6 +238,11 @@ class Decoder(nn.Module):
 
     def _layers(self) -> list[DecoderLayer]:
         return list(self.model.layers)  # type: ignore[arg-type]
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """The residual stream's first values; under autocast the stream is in its dtype, from the first layer on."""
+        x = self.model.embed_tokens(tokens)
+        return x.to(product_dtype(x))
 
     def _rotary(self, position: Tensor, dtype: torch.dtype) -> Rotary | None:
         """Angles for all attention layers at once."""

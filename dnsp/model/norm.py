@@ -1,4 +1,5 @@
-"""Norms with parameters named and centred as checkpoints have them; the arithmetic is ``dnsp.kernels.norm``'s."""
+"""Norms with parameters named and centred as checkpoints have them; the arithmetic is ``dnsp.kernels.norm``'s, on a GPU
+liger-kernel's where it is the same."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dnsp.kernels.norm import gated_rms_norm, rms_norm
+from dnsp.model import liger
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -26,6 +28,8 @@ class RMSNorm(nn.Module):
         nn.init.constant_(self.weight, 0.0 if self.zero_centred else 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        if liger.takes(x):
+            return liger.rms_norm(x, self.weight, self.eps, self.zero_centred)
         return rms_norm(x, self.weight, self.eps, self.zero_centred)
 
 

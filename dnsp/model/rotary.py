@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from dnsp.model import liger
+
 Rotary = tuple[Tensor, Tensor]  # cosine and sine, [..., rotary_dim // 2]
 
 
@@ -28,3 +30,11 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
+def rotate_both(q: Tensor, k: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    """:func:`rotate` of queries ``[..., H, K]`` and keys ``[..., G, K]``, which are not needed afterwards: on a GPU
+    whole sequences are rotated where they lie."""
+    if q.dim() == 4 and rotary[0].shape[-1] > 0 and liger.takes(q):
+        return liger.rotate(q, k, *rotary)
+    return rotate(q, rotary), rotate(k, rotary)

@@ -79,3 +79,24 @@ def test_refusals():
         kept.once(lambda: 1)
     with kept.replaying([]), torch.no_grad(), pytest.raises(RuntimeError, match="asks for result 0"):
         kept.once(lambda: 1)
+
+
+def test_a_tape_that_keeps_its_entries_elsewhere():
+    class Away(list):
+        """Entries are packed; each is unpacked only in the recomputation."""
+
+        unpacked = 0
+
+        def append(self, value):
+            super().append(("packed", value))
+
+        def __getitem__(self, at):
+            self.unpacked += 1
+            return super().__getitem__(at)[1]
+
+    x, tape = torch.randn(5, requires_grad=True), Away()
+    y = kept.checkpoint(layer, x, tape=tape)
+    assert len(tape) == 2 and tape.unpacked == 0
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert tape.unpacked == Counted.made == 2
+    assert torch.equal(grad, torch.autograd.grad(expected(x, 1, 2).sum(), x)[0])
