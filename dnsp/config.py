@@ -150,6 +150,7 @@ class ParallelConfig(Section):
     layout: Literal["contiguous", "zigzag"] = "zigzag"
     transport: Literal["auto", "p2p", "gather"] = "auto"
     attention_transport: Literal["auto", "ring", "gather"] = "auto"
+    attention_backend: Literal["auto", "cudnn", "flash", "flash_deterministic", "flash_cpu", "plain"] = "auto"
     segment_tokens: int | None = Field(None, gt=0)  # None: chosen from the layout
 
 
@@ -157,6 +158,18 @@ class EngineConfig(Section):
     zero_stage: Literal[0, 1] = 0
     dtype: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
+    activation_offloading: bool = False  # what checkpointing keeps waits in the host's memory
+    mlp_tile: int = Field(8192, ge=0)  # local tokens that are in a feed-forward at once; 0: all
+    deterministic: bool = False  # attention repeats its bits
+
+    @model_validator(mode="after")
+    def _offloading_needs_checkpoints(self) -> EngineConfig:
+        if self.activation_offloading and not self.activation_checkpointing:
+            raise ValueError(
+                "engine.activation_offloading=true moves what activation checkpointing keeps, and "
+                "engine.activation_checkpointing=false keeps everything; set it to true, or do not offload"
+            )
+        return self
 
 
 class Stage(Section):

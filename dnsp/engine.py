@@ -58,16 +58,22 @@ class Engine:
         warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning)
         logger.setLevel(logging.WARNING)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # DeepSpeed would compile a shared-memory all-reduce with the machine's C++ compiler; gloo does the same
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if not torch.cuda.is_available():
+            # DeepSpeed would compile a shared-memory all-reduce with the machine's C++ compiler; gloo does the same
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists; a single process has no launcher to set it
         settings = config.train
         self.model, self.grid, self.zero = model, grid, config.engine.zero_stage > 0
         self.clip, self.accumulation = settings.clip, accumulation
-        self.autocast = config.engine.dtype == "bf16"
+        # in the model: DeepSpeed turns off a CUDA autocast that is around its engine
+        model.autocast = torch.bfloat16 if config.engine.dtype == "bf16" else None
         self.device = next(model.parameters()).device
         optimizer = torch.optim.AdamW(
-            model.param_groups(settings.weight_decay), lr=settings.lr, betas=settings.betas, eps=settings.eps
+            model.param_groups(settings.weight_decay),
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=self.device.type == "cuda",
         )
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -86,8 +92,7 @@ class Engine:
 
         Returns the loss summed over the local targets, fp32, detached.
         """
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            loss_sum = self.deepspeed(tokens_BT, targets_BT, plan)
+        loss_sum = self.deepspeed(tokens_BT, targets_BT, plan)
         self.deepspeed.backward(loss_sum * (self.grid.data_size / step_targets), scale_wrt_gas=False)
         return loss_sum.detach()
 
@@ -134,7 +139,8 @@ class Engine:
         base = self._base()
         for group in base.param_groups:
             for p in group["params"]:
-                base.state[p] = {"step": torch.tensor(0.0), **{moment: torch.zeros_like(p) for moment in MOMENTS}}
+                step = torch.zeros((), device=p.device if group["fused"] else "cpu")  # where AdamW itself has it
+                base.state[p] = {"step": step, **{moment: torch.zeros_like(p) for moment in MOMENTS}}
         if self.zero:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -164,4 +170,5 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device, twice a micro-batch
     }

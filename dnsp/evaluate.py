@@ -55,6 +55,7 @@ def evaluate(
             config.parallel.segment_tokens,
             transport=config.parallel.transport,
             attention_transport=config.parallel.attention_transport,
+            attention_backend=config.parallel.attention_backend,
         ).to(device)
         with autocast:
             hidden = model.hidden(part.tokens_BT.to(device), plan)

@@ -13,7 +13,7 @@ import yaml
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from dnsp import checkpoint, watchdog
+from dnsp import checkpoint, choices, watchdog
 from dnsp.config import Config
 from dnsp.data.batch import batch, micro_batches
 from dnsp.data.mix import Cursor, Mixture, open_data
@@ -25,12 +25,13 @@ from dnsp.generate import generate_text
 from dnsp.kernels.segments import kernels_for_program
 from dnsp.launch.environment import Environment
 from dnsp.launch.local import cores
+from dnsp.model import liger
 from dnsp.model.decoder import Decoder
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
 from dnsp.schedule import Span, learning_rate, spans
-from dnsp.telemetry import Telemetry
+from dnsp.telemetry import Telemetry, peak_memory
 
 
 def train(config: Config, environment: Environment, name: str) -> dict[str, Any]:
@@ -78,11 +79,16 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         _micro_batch(config, grid, first_step, 0, stages[0])
         torch.manual_seed(config.train.seed)
         check_settings(config)
-        model = Decoder(config.model, config.engine.activation_checkpointing)
-        chosen = starting_point(config, identity) if first else None
-    chosen = watchdog.from_first(chosen)  # rank 0 has read every byte of it against the checksums
+        model = Decoder(
+            config.model,
+            config.engine.activation_checkpointing,
+            activation_offloading=config.engine.activation_offloading,
+            mlp_tile=config.engine.mlp_tile or None,
+        )
+        begin = starting_point(config, identity) if first else None
+    begin = watchdog.from_first(begin)  # rank 0 has read every byte of it against the checksums
     with watchdog.agreed():
-        found = checkpoint.open_checked(chosen) if chosen else None
+        found = checkpoint.open_checked(begin) if begin else None
         if found:
             checkpoint.load_weights(model, found.weights(), str(found.path))
             if found.step > stages[-1].stop:
@@ -91,10 +97,13 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                 )
         else:
             initial_weights(model, config, stages[0].rope_theta, first)
-    folder = open_folder(config, identity, name, first)
-    watch.folder = folder
     if torch.cuda.is_available():
         model.cuda()
+    with watchdog.agreed():
+        chosen = choices.attention(config, found) if first else None
+    backend, why = watchdog.from_first(chosen)
+    folder = open_folder(config, identity, name, first)
+    watch.folder = folder
     engine = Engine(model, config, grid, accumulation, found.optimizer() if found else None)
     if found:
         checkpoint.set_random_state(found.random(), rank, engine.device)
@@ -113,6 +122,11 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         f"{accumulation} micro-batches a step, {steps} steps; {folder}"
     )
 
+    if "attention" in config.model.layers:
+        telemetry.say(f"attention: {backend}" + (f" ({why})" if why else ""))
+    if engine.device.type == "cuda":
+        telemetry.say(f"norms, SwiGLU, rotary positions, cross entropy: {liger.described()}")
+
     for path in aside:
         telemetry.say(f"this run goes on from step {start}: a later checkpoint of the folder is now {path.name}")
 
@@ -125,11 +139,9 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             work = data.step(cursor, stage.sequence_length, config.train.global_batch)
             local_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
             for micro in range(accumulation):
-                rows, plan = _micro_batch(config, grid, work, micro, stage)
-                plan = plan.to(engine.device)
-                local_loss += engine.backward(
-                    rows.tokens_BT.to(engine.device), rows.targets_BT.to(engine.device), plan, work.targets
-                )
+                rows, plan = _micro_batch(config, grid, work, micro, stage, backend)
+                tokens_BT, targets_BT = rows.to(engine.device)
+                local_loss += engine.backward(tokens_BT, targets_BT, plan.to(engine.device), work.targets)
                 if micro + 1 < accumulation:
                     engine.advance()
             loss, stopping = agree_on_step(local_loss, work.targets, watch.stop, step + 1, grid, folder)
@@ -152,10 +164,11 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                     "sequence_length": stage.sequence_length,
                     "step_s": seconds,
                     "time": time.time(),
+                    **peak_memory(engine.device),
                 }
             )
             if stopping or done == steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
-                save(engine, folder, config, identity, done, tokens, cursor, stage)
+                save(engine, folder, config, identity, done, tokens, cursor, stage, backend)
             if stopping and done < steps:
                 telemetry.say(f"stopped after step {done} as asked; resume=auto continues {folder}")
                 telemetry.close()
@@ -290,9 +303,11 @@ def check_settings(config: Config) -> None:
         raise UsageError(f"DNSP_DELTA_RULE={kernels}: the delta rule has the backends torch and triton; take one")
     if kernels == "triton" and not torch.cuda.is_available():
         raise UsageError("DNSP_DELTA_RULE=triton needs a GPU, and there is none; unset it, or take torch")
+    if torch.cuda.is_available() and liger.wanted() and liger.missing():
+        raise UsageError(f"{liger.missing()}, or set DNSP_LIGER=0 for torch's slower operations")
 
 
-def _micro_batch(config: Config, grid: Grid, work: Any, micro: int, stage: Span) -> Any:
+def _micro_batch(config: Config, grid: Grid, work: Any, micro: int, stage: Span, backend: str = "auto") -> Any:
     """This rank's part of a micro-batch, and its plan."""
     layout = Layout(config.parallel.layout, grid.sequence_size, stage.sequence_length)
     rows = batch(
@@ -311,6 +326,7 @@ def _micro_batch(config: Config, grid: Grid, work: Any, micro: int, stage: Span)
         config.parallel.segment_tokens,
         transport=config.parallel.transport,
         attention_transport=config.parallel.attention_transport,
+        attention_backend=backend,
     )
     return rows, plan
 
@@ -349,6 +365,7 @@ def save(
     tokens: int,
     cursor: Cursor,
     stage: Span,
+    backend: str,
 ) -> None:
     """A checkpoint after ``step``; rank 0 writes, the others wait for it however long it takes."""
     optimizer = engine.optimizer_state()
@@ -364,6 +381,7 @@ def save(
             "cursor": cursor.to_dict(),
             "rope_theta": stage.rope_theta,
             "sequence_length": stage.sequence_length,
+            "attention_backend": backend,
             "identity": identity,
             "config": config.model_dump(mode="json"),
         }

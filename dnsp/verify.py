@@ -397,4 +397,5 @@ def _plan(request: Request, grid: Grid, doc_starts: list[list[int]], layout: str
         request.segment_tokens,
         transport=transport,
         attention_transport=chosen,
+        attention_backend=request.config.parallel.attention_backend,
     ).to(device())

@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import PlanError
+
 aten = torch.ops.aten
 
 TILE = 512  # queries that the plain backend works on at a time
@@ -64,14 +66,14 @@ def choose(heads: Heads, asked: str = "auto", deterministic: bool = False) -> tu
     heads proves right, forward and backward; ``deterministic``: the first that repeats its bits. The proof runs once a
     process, and waits for the device.
 
-    Raises: ValueError for a backend that was asked for by name and cannot be used.
+    Raises: PlanError for a backend that was asked for by name and cannot be used.
     """
     if asked != "auto":
         reason = unusable(asked, heads)
         if reason:
-            raise ValueError(f"attention_backend={asked}: {reason}; use auto, or another of {', '.join(BACKENDS)}")
+            raise PlanError(f"attention_backend={asked}: {reason}; use auto, or another of {', '.join(BACKENDS)}")
         if deterministic and asked in REPEATABLE:
-            raise ValueError(
+            raise PlanError(
                 f"attention_backend={asked} does not repeat its bits, as deterministic=true asks; use "
                 f"{REPEATABLE[asked]}"
             )

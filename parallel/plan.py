@@ -79,15 +79,22 @@ class Plan:
         return torch.cat([x.narrow(dim, start, stop - start) for start, stop in self.intervals], dim)
 
     def to(self, device: torch.device | str) -> Plan:
-        """The plan with its tensors on a device."""
+        """The plan with its tensors on a device; the host does not wait for the copies."""
         continues = self.segments.continues_NB
         return replace(
             self,
-            doc_start_BT=self.doc_start_BT.to(device),
-            position_BT=self.position_BT.to(device),
-            segments=replace(self.segments, continues_NB=None if continues is None else continues.to(device)),
-            scan=replace(self.scan, continues_all_NB=self.scan.continues_all_NB.to(device)),
+            doc_start_BT=to_device(self.doc_start_BT, device),
+            position_BT=to_device(self.position_BT, device),
+            segments=replace(self.segments, continues_NB=None if continues is None else to_device(continues, device)),
+            scan=replace(self.scan, continues_all_NB=to_device(self.scan.continues_all_NB, device)),
         )
+
+
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on a device; to a GPU through pinned memory, without a wait."""
+    if torch.device(device).type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def local_plan(doc_starts: Sequence[Sequence[int]], tokens: int, segment_tokens: int | None = None) -> Plan:

@@ -12,6 +12,7 @@ from torch import Tensor
 from dnsp.data.mix import Step
 from dnsp.data.pack import check_ids
 from dnsp.errors import UsageError
+from dnsp.parallel.plan import to_device
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class Batch:
     tokens_BT: Tensor  # int64
     targets_BT: Tensor  # int64, -100 where nothing is predicted
     doc_starts: list[list[int]]  # of each row, over the whole sequence: index of each document's first token
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tokens and targets on a device; the host does not wait for the copies."""
+        return to_device(self.tokens_BT, device), to_device(self.targets_BT, device)
 
 
 def micro_batches(global_batch: int, micro_batch: int, data_size: int) -> int:

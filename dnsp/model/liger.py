@@ -74,7 +74,7 @@ def swiglu_backward(dact: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 def rotate(q_BTHK: Tensor, k_BTGK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys with the first 2R channels of every head rotated, channel i with i + R; differentiable.
 
-    They are rotated where they lie: neither may be needed afterwards.
+    They are rotated where they lie, and so are the incoming gradients: none may be needed afterwards.
     """
     from liger_kernel.ops.rope import LigerRopeFunction
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from dnsp.parallel import attention_backends as backends
 from dnsp.parallel.attention import attention
 from dnsp.parallel.attention_backends import BACKENDS, Backend, Edges, Heads, choose, unusable
+from dnsp.parallel.errors import PlanError
 from dnsp.parallel.plan import local_plan
 
 # |got - truth| / |truth| on the same rounded operands
@@ -210,13 +211,13 @@ def test_a_cpu_takes_torchs_flash_attention_where_widths_agree() -> None:
 )
 def test_why_a_backend_cannot_be_used(name: str, heads: Heads, words: str) -> None:
     assert words in (unusable(name, heads) or "")
-    with pytest.raises(ValueError, match=f"attention_backend={name}: .*use auto, or another of cudnn"):
+    with pytest.raises(PlanError, match=f"attention_backend={name}: .*use auto, or another of cudnn"):
         choose(heads, name)
 
 
 def test_what_does_not_repeat_its_bits_is_refused_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "unusable", lambda name, heads: None)
-    with pytest.raises(ValueError, match="cudnn does not repeat its bits.*use flash_deterministic"):
+    with pytest.raises(PlanError, match="cudnn does not repeat its bits.*use flash_deterministic"):
         choose(GPU, "cudnn", deterministic=True)
 
 
