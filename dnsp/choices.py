@@ -2,20 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+from typing import Any
+
 import torch
 
-from dnsp.checkpoint import Checkpoint
 from dnsp.config import Config
 from dnsp.parallel.attention_backends import REPEATABLE, Heads, choose, unusable
+from dnsp.parallel.layout import Layout
+from dnsp.parallel.plan import filling_segment_tokens
+
+MULTIPROCESSORS = 132  # of an H100 or H200; where bits must not depend on the device
 
 
-def attention(config: Config, found: Checkpoint | None) -> tuple[str, str]:
-    """What computes attention in a run, by its name, and in words why nothing faster does.
+@dataclass(frozen=True)
+class Choices:
+    """``attention_backend``: of ``parallel/attention_backends.py``. ``multiprocessors``: that the delta rule's segments
+    are to fill; 0 on a CPU, where one segment an interval is the fewest summaries."""
 
-    That of the checkpoint which the run goes on from, where it works here too and the configuration names no other.
+    attention_backend: str = "auto"
+    multiprocessors: int = 0
 
-    Raises: PlanError where the configuration asks for one that cannot be used.
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def segment_tokens(self, config: Config, layout: Layout) -> int | None:
+        """Tokens of the delta rule's segments; None: one segment an interval."""
+        if config.parallel.segment_tokens is not None or not self.multiprocessors:
+            return config.parallel.segment_tokens
+        model = config.model
+        blocks = max(1, model.linear_value_head_dim // 64)
+        programs = config.train.micro_batch * model.linear_num_value_heads * blocks
+        return filling_segment_tokens(layout, programs, self.multiprocessors)
+
+
+def make_choices(config: Config, before: dict[str, Any] | None = None) -> tuple[Choices, str]:
+    """What this machine is given, and in words why attention is not computed by something faster.
+
+    ``before``: the choices of the run that goes on; they are kept where they work here, too, and the configuration
+    names no others.
+
+    Raises: PlanError where the configuration asks for what cannot be used.
     """
+    before = before or {}
+    backend, why = _attention(config, before.get("attention_backend"))
+    if not torch.cuda.is_available():
+        return Choices(backend), why
+    count = MULTIPROCESSORS if config.engine.deterministic else torch.cuda.get_device_properties().multi_processor_count
+    return Choices(backend, before.get("multiprocessors") or count), why
+
+
+def _attention(config: Config, before: str | None) -> tuple[str, str]:
     model, settings, repeat = config.model, config.parallel, config.engine.deterministic
     if "attention" not in model.layers:
         return settings.attention_backend, ""
@@ -27,8 +64,8 @@ def attention(config: Config, found: Checkpoint | None) -> tuple[str, str]:
         model.head_dim,
         model.head_dim,
     )
-    before = found.state.get("attention_backend") if found and settings.attention_backend == "auto" else None
-    if before and not (repeat and before in REPEATABLE) and unusable(before, heads) is None:
+    keeps = before and settings.attention_backend == "auto" and not (repeat and before in REPEATABLE)
+    if before and keeps and unusable(before, heads) is None:
         return before, ""
     backend, why = choose(heads, settings.attention_backend, repeat)
     return backend.name, why

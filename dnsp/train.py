@@ -13,7 +13,8 @@ import yaml
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from dnsp import checkpoint, choices, watchdog
+from dnsp import checkpoint, watchdog
+from dnsp.choices import Choices, make_choices
 from dnsp.config import Config
 from dnsp.data.batch import batch, micro_batches
 from dnsp.data.mix import Cursor, Mixture, open_data
@@ -100,8 +101,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     if torch.cuda.is_available():
         model.cuda()
     with watchdog.agreed():
-        chosen = choices.attention(config, found) if first else None
-    backend, why = watchdog.from_first(chosen)
+        chosen = make_choices(config, found.state.get("choices") if found else None) if first else None
+    choices, why = watchdog.from_first(chosen)
     folder = open_folder(config, identity, name, first)
     watch.folder = folder
     engine = Engine(model, config, grid, accumulation, found.optimizer() if found else None)
@@ -123,7 +124,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     )
 
     if "attention" in config.model.layers:
-        telemetry.say(f"attention: {backend}" + (f" ({why})" if why else ""))
+        telemetry.say(f"attention: {choices.attention_backend}" + (f" ({why})" if why else ""))
     if engine.device.type == "cuda":
         telemetry.say(f"norms, SwiGLU, rotary positions, cross entropy: {liger.described()}")
 
@@ -139,7 +140,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             work = data.step(cursor, stage.sequence_length, config.train.global_batch)
             local_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
             for micro in range(accumulation):
-                rows, plan = _micro_batch(config, grid, work, micro, stage, backend)
+                rows, plan = _micro_batch(config, grid, work, micro, stage, choices)
                 tokens_BT, targets_BT = rows.to(engine.device)
                 local_loss += engine.backward(tokens_BT, targets_BT, plan.to(engine.device), work.targets)
                 if micro + 1 < accumulation:
@@ -168,7 +169,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                 }
             )
             if stopping or done == steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
-                save(engine, folder, config, identity, done, tokens, cursor, stage, backend)
+                save(engine, folder, config, identity, done, tokens, cursor, stage, choices)
             if stopping and done < steps:
                 telemetry.say(f"stopped after step {done} as asked; resume=auto continues {folder}")
                 telemetry.close()
@@ -307,7 +308,7 @@ def check_settings(config: Config) -> None:
         raise UsageError(f"{liger.missing()}, or set DNSP_LIGER=0 for torch's slower operations")
 
 
-def _micro_batch(config: Config, grid: Grid, work: Any, micro: int, stage: Span, backend: str = "auto") -> Any:
+def _micro_batch(config: Config, grid: Grid, work: Any, micro: int, stage: Span, choices: Choices = Choices()) -> Any:  # noqa: B008 (frozen)
     """This rank's part of a micro-batch, and its plan."""
     layout = Layout(config.parallel.layout, grid.sequence_size, stage.sequence_length)
     rows = batch(
@@ -323,10 +324,10 @@ def _micro_batch(config: Config, grid: Grid, work: Any, micro: int, stage: Span,
         rows.doc_starts,
         layout,
         grid,
-        config.parallel.segment_tokens,
+        choices.segment_tokens(config, layout),
         transport=config.parallel.transport,
         attention_transport=config.parallel.attention_transport,
-        attention_backend=backend,
+        attention_backend=choices.attention_backend,
     )
     return rows, plan
 
@@ -365,7 +366,7 @@ def save(
     tokens: int,
     cursor: Cursor,
     stage: Span,
-    backend: str,
+    choices: Choices,
 ) -> None:
     """A checkpoint after ``step``; rank 0 writes, the others wait for it however long it takes."""
     optimizer = engine.optimizer_state()
@@ -381,7 +382,7 @@ def save(
             "cursor": cursor.to_dict(),
             "rope_theta": stage.rope_theta,
             "sequence_length": stage.sequence_length,
-            "attention_backend": backend,
+            "choices": choices.to_dict(),
             "identity": identity,
             "config": config.model_dump(mode="json"),
         }

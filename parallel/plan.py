@@ -179,6 +179,20 @@ def default_segment_tokens(layout: Layout) -> int:
     return -(-layout.interval_tokens // CHUNK) * CHUNK
 
 
+def filling_segment_tokens(layout: Layout, programs: int, multiprocessors: int) -> int:
+    """Segments that fill a GPU: about four programs a multiprocessor.
+
+    ``programs``: of one segment, a block of the state's columns each (rows * value heads * V / 64). At least 16 chunks
+    a segment, which pay for the work that its summary adds, at most 64 segments in the whole chain or 2 an interval.
+    """
+    chunks = -(-layout.interval_tokens // CHUNK)
+    held = layout.count // layout.ranks
+    wanted = max(1, min(4 * multiprocessors // (programs * held), chunks // 16, max(2, 64 // layout.count)))
+    if layout.count == 1:  # the last segment may be short
+        return -(-chunks // wanted) * CHUNK
+    return chunks // max(n for n in range(1, wanted + 1) if chunks % n == 0) * CHUNK
+
+
 def _cuts(layout: Layout) -> list[int]:
     """The tokens at which another rank's interval begins."""
     return [layout.bounds(i)[0] for i in range(1, layout.count) if layout.owner(i) != layout.owner(i - 1)]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dnsp.kernels.scan import fold, reverse_fold, stack_states
+from dnsp.kernels.scan import LocalScan, fold, reverse_fold, stack_states
 
 from .layout import Layout
 from .transport import Exchange, Message, Transport
@@ -47,6 +47,8 @@ class ParallelScan:
         want_final: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """``(incoming_NBHKV, final_BHKV)``; the final state on the rank with the last interval, elsewhere None."""
+        if self.layout.ranks == 1:  # the same bits in one launch
+            return LocalScan().forward(M_NBHKK, U_NBHKV, continues_NB, initial_BHKV, want_final)
         has_initial = initial_BHKV is not None
         chain = _Chain(self, M_NBHKK, U_NBHKV, continues_NB, fold, has_initial, want_final, backward=False)
         return chain.run(initial_BHKV)
@@ -61,6 +63,8 @@ class ParallelScan:
         want_final: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """``(outgoing_NBHKV, initial_grad_BHKV)``; the initial state's gradient on the rank that holds interval 0."""
+        if self.layout.ranks == 1:
+            return LocalScan().reverse(M_NBHKK, D_NBHKV, continues_NB, final_grad_BHKV, has_initial, want_final)
         chain = _Chain(self, M_NBHKK, D_NBHKV, continues_NB, reverse_fold, want_final, has_initial, backward=True)
         return chain.run(final_grad_BHKV)
 
