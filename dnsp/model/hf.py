@@ -6,7 +6,7 @@ Parameter names are the same on both sides; what differs is the configuration's,
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -134,3 +134,16 @@ def load_pretrained(name_or_path: str | Path) -> Decoder:
     model = Decoder(from_hf_config(hf.config))
     load_state_dict(model, hf.state_dict())
     return model
+
+
+def twin(model: Decoder, max_positions: int) -> Any:
+    """transformers' model with a decoder's weights, on its device and in its dtype, to be compared with it."""
+    from transformers import Qwen3_5ForCausalLM
+
+    weight = model.lm_head.weight
+    with weight.device:
+        hf = Qwen3_5ForCausalLM(to_hf_config(model.config, model.rope_theta, max_positions))
+    for parameter in hf.parameters():  # not .to(): rotary frequencies, which are buffers, stay fp32
+        parameter.data = parameter.data.to(weight.dtype)
+    hf.load_state_dict(model.state_dict())
+    return hf
