@@ -147,3 +147,28 @@ def test_context_grows_within_a_run_and_into_another(
     begun, before = metrics(workplace / "longer"), metrics(reference)
     assert begun[0]["step"] == 1
     assert begun[0]["loss"] < before[5]["loss"]  # it begins from what the other run has learned
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_run_on_a_gpu(
+    stage: int, workplace: Path, dnsp: Dnsp, metrics: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    """bf16 with everything on, stopped and resumed, on one GPU; it learns what it learns without."""
+    widths = ("model.head_dim=64", "model.linear_key_head_dim=64", "model.linear_value_head_dim=64")
+    plain = ("train", "tiny.yaml", *widths, "data.sequence_length=1024", "run.timeout=200")
+    memory = ("engine.activation_checkpointing=true", "engine.activation_offloading=true", "engine.mlp_tile=256")
+    options = (*plain, *memory, "engine.dtype=bf16", f"engine.zero_stage={stage}", f"run.dir=gpu-{stage}")
+    for steps in ("train.steps=6", "train.steps=12"):
+        done = dnsp(*options, steps, "resume=auto", cwd=workplace, timeout=180)
+        assert done.returncode == 0, done.stderr
+        assert "attention: cudnn" in done.stdout and "liger-kernel" in done.stdout
+    done = dnsp(*plain, "run.dir=gpu-plain", f"engine.zero_stage={stage}", "resume=auto", cwd=workplace, timeout=180)
+    assert done.returncode == 0, done.stderr
+    mine, exact = metrics(workplace / f"gpu-{stage}"), metrics(workplace / "gpu-plain")
+    assert len(mine) == 12 and all(record["peak_gib"] > 0 for record in mine)
+    assert mine[-1]["loss"] < 0.8 * mine[0]["loss"]
+    assert compared([r["loss"] for r in mine], [r["loss"] for r in exact]) < 0.05
+    done = dnsp("eval", f"gpu-{stage}", cwd=workplace, timeout=120)
+    assert done.returncode == 0, done.stderr

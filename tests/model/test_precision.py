@@ -71,3 +71,32 @@ def test_gates_and_states_are_fp32(how: str, monkeypatch) -> None:
         assert set(operands) == {torch.bfloat16} and set(gates) == {torch.float32} and state == torch.float32
     assert logits.dtype == torch.float32 and torch.isfinite(logits).all()
     assert all(s.S_BHKV.dtype == torch.float32 for s in states if s.S_BHKV is not None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_gpu_in_bf16_is_as_near_as_a_cpu(recompute: bool) -> None:
+    """Its kernels, cuDNN and flash attention, liger's: loss and gradients against one CPU process in fp32."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=300,
+        hidden_size=256,
+        intermediate_size=320,
+        head_dim=64,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        pattern=["gated_delta", "attention", "gated_delta", "attention"],
+    )
+    model = Decoder(config, activation_checkpointing=recompute, mlp_tile=300)
+    ids, starts = torch.randint(300, (2, 1024)), [[0], [0, 70, 600]]
+    exact = model(ids, ids, local_plan(starts, 1024, 512))
+    exact.backward()
+    truth = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.cuda().autocast = torch.bfloat16
+    loss = model(ids.cuda(), ids.cuda(), local_plan(starts, 1024, 512).to("cuda"))
+    loss.backward()
+    assert abs(loss.cpu() / exact - 1).item() < TOLERANCE["loss"]
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        assert ((parameter.grad.cpu() - truth[name]).norm() / truth[name].norm()).item() < TOLERANCE["gradient"], name
