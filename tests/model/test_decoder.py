@@ -184,6 +184,21 @@ def test_checkpointing_keeps_two_inputs_a_layer_and_what_passes_through_kept(pat
     assert len(over_tokens) == 2 * len(pattern)
 
 
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [
+        ("attention", [(2, 128, 4, 16), (2, 4, 128)]),  # output, log-sum-exp
+        ("gated_delta", [(2, 2, 4, 8, 8), (2, 2, 4, 8, 12)]),  # of two segments: summaries, incoming states
+    ],
+)
+def test_what_is_kept_of_a_mixer(kind: str, shapes: list[tuple[int, ...]]) -> None:
+    model, tape = decoder([kind], activation_checkpointing=True), []
+    _, plan = tokens_and_plan([[0], [0, 70]], 128)
+    x = torch.randn(2, 128, 32, requires_grad=True)
+    model.model.layers[0](x, plan, model._rotary(plan.position_BT, x.dtype), tape=tape)
+    assert [tuple(tensor.shape) for results in tape for tensor in results if tensor is not None] == shapes
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("tile", [1, 32, 77])
