@@ -148,8 +148,19 @@ def verify_ranks(folder: Path) -> None:
 
 
 @app.command()
-def doctor(json_file: JsonFile = None) -> None:
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="With --prove: whose model.")] = None,
+    overrides: Overrides = None,
+    prove: Annotated[bool, typer.Option("--prove", help="Prove the Triton kernels on this GPU, for CONFIG.")] = False,
+    json_file: JsonFile = None,
+) -> None:
     """What this machine can and cannot do, with the cure for each."""
+    if prove:
+        from dnsp.prove import run as prove_kernels
+
+        raise typer.Exit(prove_kernels(None if config is None else load_config(config, overrides or []), json_file))
+    if config is not None:
+        raise UsageError(f"doctor {config}: a configuration goes with --prove; doctor alone looks at the machine")
     from dnsp.doctor import run
 
     raise typer.Exit(run(json_file))
@@ -229,6 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a slip on the command line: click words it
             error.show()
             return int(error.exit_code)
+        if isinstance(status := getattr(error, "exit_status", None), int):  # kernels that fail their proof
+            return _end(status, str(error))
         if "OutOfMemory" in type(error).__name__:
             return _end(1, f"out of memory: {str(error).splitlines()[0]}")
         if "RANK" not in os.environ:

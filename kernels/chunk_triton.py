@@ -12,44 +12,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from . import proof
 from .segments import CHUNK, Gradients, Inputs
-from .triton_gradients import keys_kernel, queries_kernel
+from .triton_gradients import PARTS, keys_kernel, pairs_kernel, queries_kernel
 from .triton_prepare import ROWS, invert_kernel, prepare_kernel
 from .triton_reverse import reverse_kernel
 from .triton_states import states_kernel
 
+if TYPE_CHECKING:
+    from .verdicts import Launches
+
 WIDTHS = (16, 32, 64, 128, 256)  # of K and V
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# (K, V) whose outputs and gradients were right on an H200 with Triton 3.6. In bf16 (16, 32) and (32, 32) had wrong
-# gradients there, from kernels that are right in fp32 and when interpreted. Why is not known; until it is, these
-# kernels run only where they are asked for.
-PROVEN: dict[torch.dtype, set[tuple[int, int]]] = {
-    torch.bfloat16: {(16, 16), (128, 128)},
-    torch.float16: set(),
-    torch.float32: {(16, 16), (16, 32), (32, 32), (64, 128)},
-}
-
 
 @dataclass(frozen=True)
 class Launch:
-    """Columns of V a program (at most), warps, and stages of its loop's loads."""
+    """Columns of V a program (at most), warps, stages of its loop's loads, and registers a thread (None: as many as
+    the compiler likes)."""
 
     columns: int
     warps: int
     stages: int
+    registers: int | None = None
 
     @property
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+    def options(self) -> dict[str, int | None]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
-# On an H200 with Triton 3.6, K = V = 128, bf16: each was compared with the fp64 recurrence.
+# For K = V = 128 in bf16 on an H200 with Triton 3.6.
 LAUNCHES = {
     "prepare": Launch(64, 4, 1),
     "invert": Launch(64, 1, 1),
@@ -58,8 +55,9 @@ LAUNCHES = {
     "keep": Launch(64, 4, 3),
     "reverse_summary": Launch(64, 4, 2),
     "reverse": Launch(64, 4, 2),
-    "queries": Launch(64, 4, 3),
-    "keys": Launch(64, 4, 3),
+    "pairs": Launch(64, 8, 3, 128),
+    "queries": Launch(64, 8, 3, 128),
+    "keys": Launch(64, 8, 3, 128),
 }
 
 
@@ -72,7 +70,15 @@ class Prepared:
     P: Tensor
     rows: Tensor
     through: Tensor
+    bound: Tensor
     chunks: int
+    launches: Launches
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What :func:`prepare` takes back. The backward pass keeps these, together as large as v at V = 128, because to
+        make them again takes a tenth of its time."""
+        return self.A, self.P, self.rows, self.through, self.bound
 
     @property
     def value_heads(self) -> int:
@@ -113,17 +119,22 @@ def _dot(x: Inputs) -> str:
     return "tf32x3" if x.v.dtype == torch.float32 else "tf32"
 
 
-def _launch(use: str, x: Inputs) -> Launch:
-    """Loads are fetched ahead where a multiprocessor's shared memory holds them."""
-    how = LAUNCHES[use]
-    return how if x.k.shape[3] * x.k.element_size() <= 256 else replace(how, stages=1)
+def _launch(launches: Launches, use: str, x: Inputs) -> Launch:
+    """The launch of a kernel at these widths."""
+    how, K, V = launches[use], x.k.shape[3], x.v.shape[3]
+    if min(K, V) < 64:  # a warp group's matrix instructions gave wrong numbers there: two warps use others
+        how = replace(how, warps=min(how.warps, 2), registers=None)
+    elif max(K, V) < 128:
+        how = replace(how, warps=min(how.warps, 4), registers=None)
+    # Loads are fetched ahead where a multiprocessor's shared memory holds them.
+    return how if max(K, V) * x.k.element_size() <= 256 else replace(how, stages=1, registers=None)
 
 
-def _constants(use: str, x: Inputs) -> dict[str, Any]:
+def _constants(use: str, p: Prepared) -> dict[str, Any]:
     """The constants of a pass 4 kernel."""
-    how, K, V = _launch(use, x), x.k.shape[3], x.v.shape[3]
-    constants = {"V": V, "BV": min(V, how.columns), "BK": K // 2 if K > 64 else K, "DOT": _dot(x), "STAGES": how.stages}
-    return _shape(x) | constants | how.options
+    x, V = p.x, p.x.v.shape[3]
+    how = _launch(p.launches, use, x)
+    return _shape(x) | {"V": V, "BV": min(V, how.columns), "DOT": _dot(x), "STAGES": how.stages} | how.options
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
@@ -147,6 +158,11 @@ def _aligned(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
+def _gradient(do_BTHV: Tensor) -> Tensor:
+    """The outputs' gradient, laid out as the outputs are: autograd's layout must not decide a binary."""
+    return _aligned(do_BTHV.contiguous())
+
+
 def refuse(k: Tensor, v: Tensor) -> None:
     """Say what has no kernel here, and the way out."""
     for name, width in {"K": k.shape[-1], "V": v.shape[-1]}.items():
@@ -160,12 +176,6 @@ def refuse(k: Tensor, v: Tensor) -> None:
             f"q, k and v are {v.dtype}: the Triton kernels take bf16, fp16 and fp32; cast them, or pass "
             f"backend='torch' for the (much slower) path in torch operations"
         )
-    widths = k.shape[-1], v.shape[-1]
-    if v.is_cuda and widths not in PROVEN[v.dtype]:
-        raise ValueError(
-            f"K, V={widths} in {v.dtype}: proven on a GPU so far are {sorted(PROVEN[v.dtype])}; use one of these, or "
-            f"take the (much slower) torch path: backend='torch', and DNSP_DELTA_RULE unset"
-        )
     if not v.is_cuda and not isinstance(states_kernel, InterpretedFunction):
         raise ValueError(
             f"backend='triton' on {v.device}: the kernels run on a GPU (or slowly anywhere, with TRITON_INTERPRET=1 "
@@ -173,28 +183,32 @@ def refuse(k: Tensor, v: Tensor) -> None:
         )
 
 
-def prepare(x: Inputs) -> Prepared:
-    """Pass 1 over all chunks; what the other functions start from."""
+def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
+    """Pass 1 over all chunks, or its tensors from an earlier call; what the other functions start from."""
     x = replace(x, q=_aligned(x.q), k=_aligned(x.k), v=_aligned(x.v))
     B, T, HV, _ = x.v.shape
-    NC, device = -(-T // CHUNK), x.v.device
+    NC, device, launches = -(-T // CHUNK), x.v.device, proof.require(x)
+    if tensors is not None:
+        return Prepared(x, *tensors, NC, launches)
     tiles = (B * HV, NC, CHUNK, CHUNK)
     A, P = (torch.empty(tiles, dtype=x.v.dtype, device=device) for _ in range(2))
     N = torch.empty(tiles if x.rule.erase else 0, dtype=torch.float32, device=device)
     rows = torch.empty(B * HV, NC, len(ROWS), CHUNK, dtype=torch.float32, device=device)
-    through = torch.empty(B * HV, NC, dtype=torch.float32, device=device)
+    through, bound = (torch.empty(B * HV, NC, dtype=torch.float32, device=device) for _ in range(2))
     g = x.beta if x.g is None else x.g
     doc = _documents(x)
     starts = _on_device(x.segments.starts, torch.int64, device)
-    prepare_kernel[(B * HV, NC)](
-        x.q, x.k, g, x.beta, doc, starts, N, P, rows, through,
+    proof.launch(
+        prepare_kernel, (B * HV, NC),
+        x.q, x.k, g, x.beta, doc, starts, N, P, rows, through, bound,
         T, NC, x.segments.tokens // CHUNK, x.scale,
         *_strides(x.q), *_strides(x.k), *_strides(g), *_strides(x.beta),
-        **_shape(x), **_flags(x), DOT=_dot(x), **LAUNCHES["prepare"].options,
+        **_shape(x), **_flags(x), DOT=_dot(x), **_launch(launches, "prepare", x).options,
     )  # fmt: skip
     if x.rule.erase:
-        invert_kernel[(B * HV * NC,)](N, A, 16, DOT=_dot(x), **LAUNCHES["invert"].options)
-    return Prepared(x, A, P, rows, through, NC)
+        invert = launches["invert"].options
+        proof.launch(invert_kernel, (B * HV * NC,), N, A, 16, DOT=_dot(x), **invert)
+    return Prepared(x, A, P, rows, through, bound, NC, launches)
 
 
 def _forward(
@@ -203,14 +217,15 @@ def _forward(
     M: Tensor | None = None, U: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Pass 2 over some value heads of all rows (all unless told), for one of its uses."""
-    x, launch = p.x, _launch(use, p.x)
+    x, launch = p.x, _launch(p.launches, use, p.x)
     K, V = x.k.shape[3], x.v.shape[3]
     BV = min(V, K, launch.columns) if use == "summarise" else min(V, launch.columns)
     blocks = V // BV + (K // BV if use == "summarise" else 0)
     heads = slice(0, p.value_heads) if heads is None else heads
     unused = x.v
-    states_kernel[(blocks, len(x.segments), heads.stop - heads.start)](
-        x.q, x.k, x.v, p.A, p.P, p.rows, p.through,
+    proof.launch(
+        states_kernel, (blocks, len(x.segments), heads.stop - heads.start),
+        x.q, x.k, x.v, p.A, p.P, p.rows, p.through, p.bound,
         *(unused if y is None else y for y in (need, incoming, o, states, errors, M, U)),
         *p.sizes, heads.start, *_strides(x.q), *_strides(x.k), *_strides(x.v), *_strides(unused if o is None else o),
         **p.shape, BV=BV, SUMMARY=use == "summarise", OUTPUT=use == "apply", KEEP=use == "keep",
@@ -223,13 +238,14 @@ def _reverse(
     outgoing: Tensor | None = None, d_states: Tensor | None = None, dv: Tensor | None = None, D: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Pass 3, as :func:`_forward`."""
-    x, launch = p.x, _launch(use, p.x)
+    x, launch = p.x, _launch(p.launches, use, p.x)
     V = x.v.shape[3]
     BV = min(V, launch.columns)
     heads = slice(0, p.value_heads) if heads is None else heads
     unused = x.v
-    reverse_kernel[(V // BV, len(x.segments), heads.stop - heads.start)](
-        x.q, x.k, do, p.A, p.P, p.rows, p.through,
+    proof.launch(
+        reverse_kernel, (V // BV, len(x.segments), heads.stop - heads.start),
+        x.q, x.k, do, p.A, p.P, p.rows, p.through, p.bound,
         *(unused if y is None else y for y in (need, outgoing, d_states, dv, D)),
         *p.sizes, heads.start, *_strides(x.q), *_strides(x.k), *_strides(do), *_strides(unused if dv is None else dv),
         **p.shape, BV=BV, SUMMARY=use == "reverse_summary", **launch.options,
@@ -264,13 +280,13 @@ def summarise_backward(p: Prepared, do_BTHV: Tensor, need_D: tuple[bool, ...]) -
     D = torch.empty(p.state_shape, dtype=torch.float32, device=p.rows.device)
     if any(need_D):
         need = _on_device(need_D, torch.int32, p.rows.device)
-        _reverse(p, _aligned(do_BTHV), "reverse_summary", need=need, D=D)
+        _reverse(p, _gradient(do_BTHV), "reverse_summary", need=need, D=D)
     return D
 
 
 def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoing_grad_NBHKV: Tensor) -> Gradients:
     """Gradients of the inputs; arguments as of :func:`.chunk_torch.apply_backward`."""
-    x, do = p.x, _aligned(do_BTHV)
+    x, do = p.x, _gradient(do_BTHV)
     incoming, outgoing = incoming_NBHKV.contiguous(), outgoing_grad_NBHKV.contiguous()
     B, T, H, K = x.k.shape
     HV, V = x.v.shape[2:]
@@ -285,23 +301,34 @@ def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoin
     # Two states a chunk are kept, 2 K / 64 times the size of v: for all heads together that would be the most of the
     # backward pass's memory. It takes the heads in groups whose states are as large as two v.
     together = -(-B * H * CHUNK // max(K, CHUNK))
-    states, d_states = (torch.empty(together * G, p.chunks, V, K, **like) for _ in range(2))
-    errors = torch.empty(together * G, p.chunks, CHUNK, V, **like)
-    parts = torch.empty(together * G, p.chunks, 2, CHUNK, dtype=torch.float32, device=x.v.device)  # of dbeta and dg
+    chunks = together * G, p.chunks
+    states, d_states = (torch.empty(*chunks, V, K, **like) for _ in range(2))
+    errors = torch.empty(*chunks, CHUNK, V, **like)
+    tiles = torch.empty(*chunks, 2, CHUNK, CHUNK, **like)
+    parts = torch.empty(*chunks, len(PARTS), CHUNK, dtype=torch.float32, device=x.v.device)
     for first in range(0, B * H, together):
         last = min(first + together, B * H)
         heads = slice(first * G, last * G)
         _forward(p, "keep", heads, incoming=incoming, states=states, errors=errors)
         _reverse(p, do, "reverse", heads, outgoing=outgoing, d_states=d_states, dv=dv)
-        grid, sizes = (p.chunks, last - first), (T, p.chunks, B, heads.start, G)
-        queries_kernel[grid](
-            x.q, x.k, do, doc, p.rows, states, errors, p.P, parts, dq, *sizes, x.scale,
-            *_strides(x.q), *_strides(x.k), *_strides(do),
-            HAS_G=flags["HAS_G"], HAS_DOC=flags["HAS_DOC"], NORM=flags["NORM"], **_constants("queries", x),
+        sizes = T, p.chunks, B, heads.start
+        proof.launch(
+            pairs_kernel, (p.chunks, heads.stop - heads.start),
+            x.q, x.k, do, dv, doc, p.rows, errors, tiles, parts, *sizes, x.scale,
+            *_strides(x.q), *_strides(x.k), *_strides(do), *_strides(dv),
+            **{name: flag for name, flag in flags.items() if name != "NORM"},
+            BK=min(K, 64), **_constants("pairs", p),
         )  # fmt: skip
-        keys_kernel[grid](
-            x.q, x.k, doc, p.rows, p.through, states, errors, d_states, dv, p.P, parts, dk,
-            dbeta if dg is None else dg, dbeta, *sizes, *_strides(x.q), *_strides(x.k), *_strides(dv),
-            **flags, **_constants("keys", x),
+        proof.launch(
+            queries_kernel, (p.chunks, last - first),
+            x.q, x.k, do, p.rows, states, tiles, parts, dq, *sizes, G,
+            *_strides(x.q), *_strides(x.k), *_strides(do),
+            HAS_G=flags["HAS_G"], NORM=flags["NORM"], **_constants("queries", p),
+        )  # fmt: skip
+        proof.launch(
+            keys_kernel, (p.chunks, last - first),
+            x.q, x.k, p.rows, p.through, states, errors, d_states, dv, tiles, parts, dk,
+            dbeta if dg is None else dg, dbeta, *sizes, G, *_strides(x.q), *_strides(x.k), *_strides(dv),
+            **{name: flag for name, flag in flags.items() if name != "HAS_DOC"}, **_constants("keys", p),
         )  # fmt: skip
     return Gradients(dq, dk, dv, dg, dbeta)

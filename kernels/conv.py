@@ -2,8 +2,9 @@
 
     z_t = bias + sum_{j < W, t-j >= doc_start_t} weight[:, W-1-j] * x_{t-j}        y_t = activation(z_t)
 
-Each tap is one elementwise pass, oldest first, so an output's bits depend on its own W inputs alone: not on how the
-sequence is cut into intervals, nor on what stands in another document. Library convolutions promise neither.
+Taps are summed one by one, oldest first, so an output's bits depend on its own W inputs alone: not on how the sequence
+is cut into intervals, nor on what stands in another document. Library convolutions promise neither. Here are the
+elementwise passes that run anywhere; on a GPU :mod:`.triton_conv` takes one launch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 BLOCK = 1 << 16  # elements
 
 Activation = Literal["silu"] | None
+Backend = Literal["torch", "triton"]
 
 
 def causal_conv1d(
@@ -29,6 +31,7 @@ def causal_conv1d(
     doc_start_BT: Tensor | None = None,
     start: int = 0,
     halo_BWD: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Causal depthwise convolution of one interval: ``y_BTD`` in x's dtype, summed in fp32 (fp64 for fp64).
 
@@ -37,15 +40,34 @@ def causal_conv1d(
         weight_DW: one filter of width W a channel, the current token's tap last (nn.Conv1d's without its middle axis).
         bias_D: one number a channel, or None.
         activation: ``"silu"``, or None for none.
-        doc_start_BT: global index of the first token of each token's document. Below 0, the document began before
-            token 0 and the whole halo belongs to it. None: one document.
+        doc_start_BT: global index of the first token of each token's document, int32 or int64, never falling along a
+            row. Below 0, the document began before token 0 and the whole halo belongs to it. None: one document.
         start: global index of ``x_BTD[:, 0]``.
         halo_BWD: the W-1 tokens before the interval, ``[B, W-1, D]``. None: nothing is there, which needs start 0.
+        backend: ``"torch"`` operations, or Triton's kernels, ``"triton"``, which read x where it lies: any strides of
+            rows and tokens, channels one after another. None: on a GPU Triton for the widths 2 to 4 in bf16, fp16 and
+            fp32, torch for what has no kernel (other widths, fp64), and torch elsewhere.
 
-    Differentiable in x, weight, bias and halo. Raises ValueError where shapes or options do not fit.
+    Differentiable in x, weight, bias and halo. Raises ValueError or TypeError where shapes, dtypes, devices or options
+    do not fit.
     """
     _check(x_BTD, weight_DW, bias_D, activation, doc_start_BT, start, halo_BWD)
-    return _CausalConv.apply(x_BTD, weight_DW, bias_D, halo_BWD, doc_start_BT, start, activation)
+    chosen = _backend(backend, x_BTD, weight_DW, bias_D, halo_BWD)
+    return _CausalConv.apply(x_BTD, weight_DW, bias_D, halo_BWD, doc_start_BT, start, activation, chosen)
+
+
+def _backend(asked: str | None, x: Tensor, weight: Tensor, bias: Tensor | None, halo: Tensor | None) -> Backend:
+    """What was asked for, or what fits; refuses what has no kernel."""
+    if asked not in (None, "torch", "triton"):
+        raise ValueError(f"backend={asked!r}: give 'triton' (a GPU), 'torch' (any device), or None for what fits")
+    if asked == "torch" or (asked is None and not x.is_cuda):
+        return "torch"
+    from . import triton_conv
+
+    if asked is None and not triton_conv.takes(x, weight):
+        return "torch"
+    triton_conv.refuse(x, weight, bias, halo)
+    return "triton" if x.numel() else "torch"  # nothing to launch
 
 
 def silu(z: Tensor) -> Tensor:
@@ -64,9 +86,15 @@ class _CausalConv(torch.autograd.Function):
         doc_start: Tensor | None,
         start: int,
         activation: Activation,
+        backend: Backend,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, halo, doc_start)
-        ctx.start, ctx.activation = start, activation
+        ctx.start, ctx.activation, ctx.backend = start, activation, backend
+        if backend == "triton":
+            from . import triton_conv
+
+            with torch.cuda.device_of(x):  # Triton launches on the current one
+                return triton_conv.forward(x, weight, bias, halo, doc_start, start, activation == "silu")
         width, y = weight.shape[1], torch.empty_like(x)
         extended, taps = _with_halo(x, halo, width), _taps(doc_start, start, width)
         for a, b in _blocks(x):
@@ -78,6 +106,13 @@ class _CausalConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, halo, doc_start = ctx.saved_tensors
+        if ctx.backend == "triton":
+            from . import triton_conv
+
+            with torch.cuda.device_of(x):
+                silu = ctx.activation == "silu"
+                grads = triton_conv.backward(dy, x, weight, bias, halo, doc_start, ctx.start, silu)
+            return *grads, None, None, None, None
         width = weight.shape[1]
         extended, taps = _with_halo(x, halo, width), _taps(doc_start, ctx.start, width)
         dextended = torch.zeros_like(extended)
@@ -100,9 +135,7 @@ class _CausalConv(torch.autograd.Function):
             dweight_WD.mT.to(weight.dtype),
             None if bias is None else dbias.to(bias.dtype),
             None if halo is None else dextended[:, : width - 1].to(halo.dtype),
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 
@@ -176,6 +209,8 @@ def _check(
         raise ValueError(f"activation {activation!r} is not known; give 'silu' or None")
     if doc_start is not None and doc_start.shape != (batch, tokens):
         raise ValueError(f"doc_start {list(doc_start.shape)} must be [B, T] = [{batch}, {tokens}], one entry a token")
+    if doc_start is not None and doc_start.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"doc_start is {doc_start.dtype}: token indices are int32 or int64; cast it")
     wanted = (batch, weight.shape[1] - 1, channels)
     if halo is not None and halo.shape != wanted:
         raise ValueError(f"halo {list(halo.shape)} must be the W-1 tokens before the interval, {list(wanted)}")
@@ -183,3 +218,6 @@ def _check(
         raise ValueError(
             f"start {start} without a halo: inside a sequence the W-1 tokens before an interval are needed"
         )
+    for name, tensor in {"weight": weight, "bias": bias, "doc_start": doc_start, "halo": halo}.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move all inputs to one device")

@@ -51,15 +51,24 @@ class _Call:
     backend: Backend
 
     def passes(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, doc_start: Tensor | None
-    ) -> tuple[ModuleType, Any]:
-        """The module that holds the four passes, and what they start from."""
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        beta: Tensor,
+        doc_start: Tensor | None,
+        *prepared: Tensor,
+    ) -> tuple[ModuleType, Any, tuple[Tensor, ...]]:
+        """The module that holds the four passes, what they start from, and the tensors of that which the backward
+        pass keeps (``prepared``, there)."""
         x = Inputs(q, k, v, g, beta, doc_start, self.segments, self.scale, self.rule, self.normalise_qk)
         if self.backend == "torch":
-            return chunk_torch, x
+            return chunk_torch, x, ()
         from . import chunk_triton
 
-        return chunk_triton, chunk_triton.prepare(x)
+        p = chunk_triton.prepare(x, prepared or None)
+        return chunk_triton, p, p.tensors
 
 
 class _DeltaRule(torch.autograd.Function):
@@ -80,7 +89,7 @@ class _DeltaRule(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Autocast's matrix products would be bf16; Triton launches on the current device.
         with torch.autocast(v.device.type, enabled=False), torch.cuda.device_of(v):
-            chunks, x = call.passes(q, k, v, g, beta, doc_start)
+            chunks, x, prepared = call.passes(q, k, v, g, beta, doc_start)
             segments = call.segments
 
             def summarise_and_scan() -> tuple[Tensor, Tensor, Tensor | None]:
@@ -92,7 +101,7 @@ class _DeltaRule(torch.autograd.Function):
                 return M, *call.scan.forward(M, U, segments.continues_NB, start, call.want_final)
 
             M, incoming, final = kept.once(summarise_and_scan)
-            ctx.save_for_backward(q, k, v, g, beta, doc_start, M, incoming)
+            ctx.save_for_backward(q, k, v, g, beta, doc_start, *prepared, M, incoming)
             ctx.call = call
             ctx.initial_dtype = None if initial is None else initial.dtype
             return chunks.apply(x, incoming), final
@@ -104,7 +113,7 @@ class _DeltaRule(torch.autograd.Function):
         with torch.autocast(M.device.type, enabled=False), torch.cuda.device_of(M):
             call: _Call = ctx.call
             segments = call.segments
-            chunks, x = call.passes(*tensors)
+            chunks, x, _ = call.passes(*tensors)
             do = torch.zeros_like(tensors[2]) if do is None else do
             need_D = tuple(segments.comes_in(n, call.has_initial) for n in range(len(segments)))
             D = chunks.summarise_backward(x, do, need_D)
@@ -156,8 +165,8 @@ def delta_rule(
         output_final_state: return the state behind the last token, on the rank that holds it.
         rule: erase or not, and which state the error is taken from.
         normalise_qk: l2-normalise q and k (eps 1e-6).
-        backend: ``"torch"`` operations, right on any device, or Triton's kernels, ``"triton"``, for what of them is
-            proven. None: what the environment's DNSP_DELTA_RULE says, or torch.
+        backend: ``"torch"`` operations, right on any device, or Triton's kernels, ``"triton"``. None: what the
+            environment's DNSP_DELTA_RULE says, or Triton on a GPU and torch elsewhere.
 
     Returns:
         outputs ``[B, T, HV, V]`` in v's dtype, and the final state ``[B, HV, K, V]`` in fp32 (fp64 for fp64 values).
@@ -170,7 +179,7 @@ def delta_rule(
     if held != T:
         raise ValueError(f"T={T}, but the local segments hold {held} tokens; pass the tokens of whole segments")
     has_initial = initial_state_BHKV is not None
-    backend = _backend(backend)
+    backend = _backend(backend, v_BTHV)
     width = v_BTHV.shape[3]
     if backend == "triton":
         from . import chunk_triton
@@ -187,11 +196,11 @@ def delta_rule(
     return o, final
 
 
-def _backend(asked: str | None) -> Backend:
-    """What was asked for here, or else for the whole program, or else torch."""
-    asked = asked or kernels_for_program() or "torch"
+def _backend(asked: str | None, v: Tensor) -> Backend:
+    """What was asked for here, or else for the whole program, or else what fits the device."""
+    asked = asked or kernels_for_program() or ("triton" if v.is_cuda else "torch")
     if asked not in ("torch", "triton"):
-        raise ValueError(f"backend={asked!r}: give 'triton' (a GPU) or 'torch' (any device, the default)")
+        raise ValueError(f"backend={asked!r}: give 'triton' (the default on a GPU) or 'torch' (any device)")
     return "triton" if asked == "triton" else "torch"
 
 
@@ -229,7 +238,8 @@ def chunk_gated_delta_rule(
         segment_tokens: length of the segments, a multiple of 64; fixes the bits. None: one segment, or on a GPU as
             many as fill its multiprocessors.
         check_inputs: look at values too (g > 0, cu_seqlens out of order); on a GPU this waits for the device.
-        backend: ``"torch"`` or ``"triton"``; None: what the environment's DNSP_DELTA_RULE says, or torch.
+        backend: ``"torch"`` or ``"triton"``; None: what the environment's DNSP_DELTA_RULE says, or Triton's
+            kernels on a GPU and torch operations elsewhere.
 
     Returns:
         ``(o, final_state)``: ``[B, T, HV, V]`` in v's dtype, and fp32 states (fp64 for fp64) or None.
@@ -258,7 +268,7 @@ def chunk_gated_delta_rule(
         return torch.zeros_like(v), state.to(_state_dtype(v)) if output_final_state else None
     if cu_seqlens is not None:
         doc_start = document_starts(cu_seqlens, T)
-    tokens = _segment_tokens(v, _backend(backend)) if segment_tokens is None else segment_tokens
+    tokens = _segment_tokens(v, _backend(backend, v)) if segment_tokens is None else segment_tokens
     check_segment_tokens(tokens)
     starts = tuple(range(0, T, tokens))
     if doc_start is not None and initial_state is not None:  # the first document goes on from the initial state

@@ -71,8 +71,8 @@ def reverse_fold(M_BHKK: Tensor, D_BHKV: Tensor, dS_BHKV: Tensor | None, continu
 
 
 def on_gpu(U: Tensor) -> bool:
-    """Whether the fold's kernel takes these summaries: on a GPU, where the program asked for Triton's kernels."""
-    if not U.is_cuda or kernels_for_program() != "triton":
+    """Whether the fold's kernel takes these summaries: on a GPU, unless the program asked for torch's operations."""
+    if not U.is_cuda or kernels_for_program() == "torch":
         return False
     from . import triton_scan
 

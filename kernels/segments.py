@@ -15,10 +15,7 @@ CHUNK = 64
 
 
 def kernels_for_program() -> str | None:
-    """The backend that the environment's DNSP_DELTA_RULE asks for, ``torch`` or ``triton``; None where it is silent.
-
-    Triton's kernels are not taken by themselves on a GPU yet: a launch is used only once it is proven there.
-    """
+    """The backend that the environment's DNSP_DELTA_RULE asks for, ``torch`` or ``triton``; None where it is silent."""
     return os.environ.get("DNSP_DELTA_RULE") or None
 
 

@@ -1,7 +1,6 @@
-"""Triton pass 4: the gradients of a chunk's inputs, once its states are known. One program a chunk and key head.
+"""Triton pass 4: the gradients of a chunk's inputs, once its states are known. All chunks are independent of each other.
 
-With each chunk's S, errors, dS and dV kept, all chunks are independent of each other. Value heads that share a key head
-are taken in turn, their dq and dk summed in registers. In the words of passes 1 and 2, W_ij = scale rq_i rk_j G_ij:
+With each chunk's S, errors, dS and dV kept, and in the words of passes 1 and 2, W_ij = scale rq_i rk_j G_ij:
 
     dqk = (dO errors^T) * W * beta_j                          dq = e * (dO S^T) + dqk K
     dkk = -strict_lower(dV errors^T) * rk_i rk_j E * beta_j   dk = dqk^T Q + beta * out * (errors dS^T) - e' * (dV S^T)
@@ -11,8 +10,9 @@ are taken in turn, their dq and dk summed in registers. In the words of passes 1
 g_t decays every pair j < t <= i, what the tokens i >= t see of the incoming state, what the tokens j < t leave to the
 outgoing one, and the passage of the whole chunk: sums of just those log gradients, never differences of longer sums.
 
-Two kernels, because dq and dk together do not fit the registers, and each holds the columns of K in two halves for
-the same reason. *queries* leaves dqk (where P was) and its parts of dg and dbeta to *keys*.
+Three kernels, because what all of it needs does not fit the registers. *pairs*, a program a chunk and value head, leaves
+the ``tiles`` dqk^T and dkk + dkk^T; *queries* and then *keys*, a program a chunk and key head, take the value heads that
+share it in turn and sum their dq and dk in registers. ``parts`` holds each chunk's sums on the way to dbeta and dg.
 """
 
 from __future__ import annotations
@@ -22,191 +22,227 @@ import triton.language as tl
 
 from .triton_prepare import decays
 
+PARTS = ("dbeta", "dg", "log_in")  # of the pairs, of the pairs, and what dq's part of the incoming state gives to dg
+
 
 @triton.jit
-def _rows(pointer, stride, K: tl.constexpr, inside):
-    r = tl.arange(0, 64)
-    at = pointer + r[:, None] * stride + tl.arange(0, K)[None, :]
+def _rows(pointer, stride, W: tl.constexpr, inside):
+    """64 rows of W numbers."""
+    at = pointer + tl.arange(0, 64)[:, None] * stride + tl.arange(0, W)[None, :]
     return tl.load(at, mask=inside[:, None], other=0.0)
 
 
 @triton.jit
-def _state(pointer, iv, K: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
-    """Rows iv to iv + BV of some columns of a transposed state."""
-    return tl.load(pointer + (iv + tl.arange(0, BV))[:, None] * K + tl.arange(0, BK)[None, :])
+def _state(pointer, iv, K: tl.constexpr, BV: tl.constexpr):
+    """Rows iv to iv + BV of a transposed state."""
+    return tl.load(pointer + (iv + tl.arange(0, BV))[:, None] * K + tl.arange(0, K)[None, :])
 
 
 @triton.jit
 def _with_state(
     x, sx, inside, state, weight,
-    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``weight * (x S^T)`` for some columns of K."""
-    part = tl.zeros((64, BK), tl.float32)
-    for iv in tl.range(0, V, BV, num_stages=STAGES):
-        S = _state(state, iv, K, BV, BK)
-        part = tl.dot(_rows(x + iv, sx, BV, inside), S, acc=part, input_precision=DOT)
+    """``weight * (x S^T)``"""
+    if BV == V:
+        part = tl.dot(_rows(x, sx, V, inside), _state(state, 0, K, V), input_precision=DOT)
+    else:
+        part = tl.zeros((64, K), tl.float32)
+        for iv in tl.range(0, V, BV, num_stages=STAGES):
+            S = _state(state, iv, K, BV)
+            part = tl.dot(_rows(x + iv, sx, BV, inside), S, acc=part, input_precision=DOT)
     return tl.where(weight[:, None] != 0.0, weight[:, None] * part, 0.0)  # select: 0 * inf must not leak
 
 
 @triton.jit
-def _pairs(
-    x, sx, inside, y, V: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr
+def _products(
+    x, sx, y, sy, inside_x, inside_y,
+    W: tl.constexpr, BW: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x y^T"""
-    pairs = tl.zeros((64, 64), tl.float32)
-    everywhere = tl.arange(0, 64) >= 0
-    for iv in tl.range(0, V, BV, num_stages=STAGES):
-        right = tl.trans(_rows(y + iv, V, BV, everywhere))
-        pairs = tl.dot(_rows(x + iv, sx, BV, inside), right, acc=pairs, input_precision=DOT)
+    """``x y^T``, of 64 rows of W numbers each."""
+    if BW == W:
+        pairs = tl.dot(_rows(x, sx, W, inside_x), tl.trans(_rows(y, sy, W, inside_y)), input_precision=DOT)
+    else:
+        pairs = tl.zeros((64, 64), tl.float32)
+        for iw in tl.range(0, W, BW, num_stages=STAGES):
+            right = tl.trans(_rows(y + iw, sy, BW, inside_y))
+            pairs = tl.dot(_rows(x + iw, sx, BW, inside_x), right, acc=pairs, input_precision=DOT)
     return pairs
-
-
-@triton.jit
-def _products(x, sx, y, sy, inside, K: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
-    """X Y^T over K"""
-    found = tl.dot(_rows(x, sx, BK, inside), tl.trans(_rows(y, sy, BK, inside)), input_precision=DOT)
-    if BK < K:
-        right = tl.trans(_rows(y + BK, sy, BK, inside))
-        found = tl.dot(_rows(x + BK, sx, BK, inside), right, acc=found, input_precision=DOT)
-    return found
 
 
 @triton.jit
 def _inner(x, y, K: tl.constexpr, V: tl.constexpr):
     """The inner product of two states."""
     sums = tl.zeros((16, K), tl.float32)
-    for iv in tl.static_range(0, V, 16):
-        sums += _state(x, iv, K, 16, K).to(tl.float32) * _state(y, iv, K, 16, K).to(tl.float32)
+    for iv in tl.range(0, V, 16, num_stages=1):
+        sums += _state(x, iv, K, 16).to(tl.float32) * _state(y, iv, K, 16).to(tl.float32)
     return tl.sum(tl.sum(sums, 1), 0)
 
 
 @triton.jit
-def _row_sums(x, pointer, stride, inside, BK: tl.constexpr):
-    """sum_k x * y"""
-    return tl.sum(x * _rows(pointer, stride, BK, inside).to(tl.float32), 1)
-
-
-@triton.jit
-def _crossing(rows, pairs, DOT: tl.constexpr):
-    """``sum_i rows_ti pairs_ij``, rows of zeros and ones. Not in fp16: log gradients may pass its range."""
-    if DOT == "tf32x3":
-        return tl.dot(tl.where(rows, 1.0, 0.0), pairs, input_precision=DOT)
-    else:
-        return tl.dot(tl.where(rows, 1.0, 0.0).to(tl.bfloat16), pairs.to(tl.bfloat16))
-
-
-@triton.jit
-def _kept_pairs(doc, t0, T, HAS_DOC: tl.constexpr):
-    """j <= i in one document."""
+def _sum_from(x, strictly: tl.constexpr):
+    """``sum_{i >= t} x_i`` for each t, or of i > t."""
     r = tl.arange(0, 64)
+    if strictly:
+        later = r[None, :] > r[:, None]
+    else:
+        later = r[None, :] >= r[:, None]
+    return tl.sum(tl.where(later, x[None, :], 0.0), 1)
+
+
+@triton.jit
+def _straddling(pairs, strictly: tl.constexpr, DOT: tl.constexpr):
+    """``sum_{j < t <= i} pairs_ij`` for each t, or of j < t < i; pairs strictly lower. By a product with ones, which
+    takes the rows i together. Not in fp16: log gradients may pass its range."""
+    r = tl.arange(0, 64)
+    if strictly:
+        later = r[:, None] < r[None, :]
+    else:
+        later = r[:, None] <= r[None, :]
+    if DOT == "tf32x3":
+        crossing = tl.dot(tl.where(later, 1.0, 0.0), pairs, input_precision=DOT)
+    else:
+        crossing = tl.dot(tl.where(later, 1.0, 0.0).to(tl.bfloat16), pairs.to(tl.bfloat16))
+    return tl.sum(tl.where(r[:, None] > r[None, :], crossing, 0.0), 1)
+
+
+@triton.jit(
+    do_not_specialize=["T", "NC", "B", "row0", "sqb", "skb", "sob", "svb"],
+    do_not_specialize_on_alignment=["doc"],
+)
+def pairs_kernel(
+    q, k, do, dv, doc, rows, errors, tiles, parts,
+    T, NC, B, row0, scale,
+    sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
+    sob: tl.int64, sot: tl.constexpr, soh: tl.constexpr, svb: tl.int64, svt: tl.constexpr, svh: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HAS_G: tl.constexpr, HAS_DOC: tl.constexpr, ERASE: tl.constexpr, PREVIOUS: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0).to(tl.int64)
+    local = tl.program_id(1).to(tl.int64)  # in this launch's arrays
+    row = row0 + local
+    HV: tl.constexpr = H * G
+    ib, hv = row // HV, row % HV
+    r = tl.arange(0, 64)
+    t0 = c * 64
+    inside = r < tl.minimum(T - t0, 64).to(tl.int32)
+    all_rows = r >= 0
+    k += tl.multiple_of(ib * skb, 16) + (hv // G) * skh + t0 * skt
+    q += tl.multiple_of(ib * sqb, 16) + (hv // G) * sqh + t0 * sqt
+    do += tl.multiple_of(ib * sob, 16) + hv * soh + t0 * sot
+    dv += tl.multiple_of(ib * svb, 16) + hv * svh + t0 * svt
+    tile = local * NC + c
+    errors += tile * 64 * V
+    tiles += tile * 8192
+    at_row = rows + (row * NC + c) * 512 + r
+    bt = tl.load(at_row + 192)
+    rk = tl.load(at_row + 448)
     keep = r[:, None] >= r[None, :]
     if HAS_DOC:
-        d = tl.load(doc + tl.minimum(t0 + r, T - 1))
+        d = tl.load(doc + ib * T + tl.minimum(t0 + r, T - 1))
         keep = keep & (d[:, None] == d[None, :])
-    return keep
+    strict = keep & (r[:, None] > r[None, :])
+    low_type = tiles.dtype.element_ty
+
+    pairs = _products(do, sot, errors, V, inside, all_rows, V, BV, DOT, STAGES)
+    if HAS_G:
+        hi = tl.load(at_row + 256)
+        lo = tl.load(at_row + 320)
+        pairs *= decays(hi, lo, hi, lo, keep)
+    rq = tl.load(at_row + 384)
+    pairs = tl.where(keep, pairs * (rq * scale)[:, None] * rk[None, :], 0.0)
+    tl.store(tiles + r[None, :] * 64 + r[:, None], (pairs * bt[None, :]).to(low_type))
+    pairs *= _products(q, sqt, k, skt, inside, inside, K, BK, DOT, STAGES)
+    d_beta = tl.sum(pairs, 0)
+    logs = pairs
+    d_g = d_beta
+    if HAS_G:
+        logs = tl.where(strict, pairs * bt[None, :], 0.0)  # on the diagonal G is 1 throughout
+
+    if ERASE:
+        pairs = _products(dv, svt, errors, V, inside, all_rows, V, BV, DOT, STAGES)
+        if HAS_G:
+            e_hi = hi
+            e_lo = lo
+            if PREVIOUS:  # the decay that an error sees ends one token earlier
+                e_hi = tl.load(at_row + 255, mask=r > 0, other=0.0)
+                e_lo = tl.load(at_row + 319, mask=r > 0, other=0.0)
+            pairs *= decays(e_hi, e_lo, hi, lo, strict)
+        pairs = tl.where(strict, -pairs * rk[:, None] * rk[None, :], 0.0)
+        low = pairs * bt[None, :]
+        tl.store(tiles + 4096 + r[:, None] * 64 + r[None, :], (low + tl.trans(low)).to(low_type))
+        pairs *= _products(k, skt, k, skt, inside, inside, K, BK, DOT, STAGES)
+        d_beta += tl.sum(pairs, 0)
+        if HAS_G:
+            if PREVIOUS:
+                d_g = _straddling(logs, False, DOT) + _straddling(pairs * bt[None, :], True, DOT)
+            else:
+                logs += pairs * bt[None, :]
+    tl.store(parts + tile * 192 + r, d_beta)
+    if HAS_G:
+        if not (ERASE and PREVIOUS):
+            d_g = _straddling(logs, False, DOT)
+        tl.store(parts + tile * 192 + 64 + r, d_g)
 
 
 @triton.jit
-def _write(
-    out, sums0, sums1, x, sx, norm, inside, H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr
-):  # fmt: skip
-    """The sums, both halves of K; of normalised x through y = x r, r = 1 / sqrt(|x|^2 + eps). They hold r dy so far, of
-    which x r^2 (x . r dy) is taken off."""
-    at = tl.arange(0, 64)[:, None] * (H * K) + tl.arange(0, BK)[None, :]
+def _write(out, sums, x, norm, inside, H: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):
+    """The sums; of normalised x through y = x r, r = 1 / sqrt(|x|^2 + eps). They hold r dy so far, of which
+    x r^2 (x . r dy) is taken off."""
     if NORM:
         r = tl.load(norm + tl.arange(0, 64))
-        along = _row_sums(sums0, x, sx, inside, BK)
-        if BK < K:
-            along += _row_sums(sums1, x + BK, sx, inside, BK)
-        along = (r * r * along)[:, None]
-        sums0 -= along * _rows(x, sx, BK, inside).to(tl.float32)
-        if BK < K:
-            sums1 -= along * _rows(x + BK, sx, BK, inside).to(tl.float32)
-    tl.store(out + at, sums0.to(out.dtype.element_ty), mask=inside[:, None])
-    if BK < K:
-        tl.store(out + BK + at, sums1.to(out.dtype.element_ty), mask=inside[:, None])
+        x = x.to(tl.float32)
+        sums -= (r * r * tl.sum(sums * x, 1))[:, None] * x
+    at = tl.arange(0, 64)[:, None] * (H * K) + tl.arange(0, K)[None, :]
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "NC", "B", "row0", "group", "sqb", "skb", "sob"])
 def queries_kernel(
-    q, k, do, doc, rows, states, errors, dqk, parts, dq,
-    T, NC, B, row0, group, scale,
-    sqb, sqt: tl.constexpr, sqh: tl.constexpr, skb, skt: tl.constexpr, skh: tl.constexpr,
-    sob, sot: tl.constexpr, soh: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
-    HAS_G: tl.constexpr, HAS_DOC: tl.constexpr, NORM: tl.constexpr,
-    DOT: tl.constexpr, STAGES: tl.constexpr,
+    q, k, do, rows, states, tiles, parts, dq,
+    T, NC, B, row0, group,
+    sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
+    sob: tl.int64, sot: tl.constexpr, soh: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    HAS_G: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0).to(tl.int64)
-    local = tl.program_id(1).to(tl.int64) * G  # in this launch's arrays
+    local = tl.program_id(1).to(tl.int64) * G
     first_row = row0 + local
     HV: tl.constexpr = H * G
     ib, ih = first_row // HV, (first_row % HV) // G
     r = tl.arange(0, 64)
     t0 = c * 64
     inside = r < tl.minimum(T - t0, 64).to(tl.int32)
-    dtype = k.dtype.element_ty
     k += tl.multiple_of(ib * skb, 16) + ih * skh + t0 * skt
     q += tl.multiple_of(ib * sqb, 16) + ih * sqh + t0 * sqt
     do += tl.multiple_of(ib * sob, 16) + ih * G * soh + t0 * sot
-    keep = _kept_pairs(doc + ib * T, t0, T, HAS_DOC)
-    below = r[:, None] > r[None, :]
-    dq0 = tl.zeros((64, BK), tl.float32)
-    dq1 = dq0
+    sums = tl.zeros((64, K), tl.float32)
     # group is G, but not known when this is compiled: unrolled the loop would be G times as long.
     for j in tl.range(0, group, disable_licm=True, num_stages=1):
         tile = (local + j) * NC + c
-        row = (first_row + j) * NC + c
-        at_row = rows + row * 512 + r
-        bt = tl.load(at_row + 192)
-
-        # The keys of the chunk.
-        pairs = _pairs(do + j * soh, sot, inside, errors + tile * 64 * V, V, BV, DOT, STAGES)
+        of_q = tl.load(rows + ((first_row + j) * NC + c) * 512 + r)
+        qt = _rows(q, sqt, K, inside)
+        part = _with_state(do + j * soh, sot, inside, states + tile * K * V, of_q, K, V, BV, DOT, STAGES)
         if HAS_G:
-            hi = tl.load(at_row + 256)
-            lo = tl.load(at_row + 320)
-            pairs = pairs * decays(hi, lo, hi, lo, keep)
-        rq = tl.load(at_row + 384)
-        rk = tl.load(at_row + 448)
-        pairs = tl.where(keep, pairs * (rq * scale)[:, None] * rk[None, :], 0.0)
-        low = (pairs * bt[None, :]).to(dtype)
-        tl.store(dqk + row * 4096 + r[:, None] * 64 + r[None, :], low)
-        dq0 = tl.dot(low, _rows(k, skt, BK, inside), acc=dq0, input_precision=DOT)
-        if BK < K:
-            dq1 = tl.dot(low, _rows(k + BK, skt, BK, inside), acc=dq1, input_precision=DOT)
-        pairs *= _products(q, sqt, k, skt, inside, K, BK, DOT)
-        tl.store(parts + tile * 128 + r, tl.sum(pairs, 0))
-        crossing = pairs
-        if HAS_G:
-            pairs = tl.where(below, pairs * bt[None, :], 0.0)
-            crossing = _crossing(r[:, None] <= r[None, :], pairs, DOT)
-
-        # The incoming state.
-        of_q = tl.load(at_row)
-        state = states + tile * K * V
-        part = _with_state(do + j * soh, sot, inside, state, of_q, K, V, BV, BK, DOT, STAGES)
-        dq0 += part
-        log_in = _row_sums(part, q, sqt, inside, BK)
-        if BK < K:
-            part = _with_state(do + j * soh, sot, inside, state + BK, of_q, K, V, BV, BK, DOT, STAGES)
-            dq1 += part
-            log_in += _row_sums(part, q + BK, sqt, inside, BK)
-        if HAS_G:
-            terms = tl.where(below, crossing, log_in[None, :])
-            tl.store(parts + tile * 128 + 64 + r, tl.sum(terms, 1))
+            log_in = tl.sum(part * qt.to(tl.float32), 1)
+            tl.store(parts + tile * 192 + 128 + r, log_in)
+        sums += part
+        dqk_T = tl.load(tiles + tile * 8192 + r[:, None] * 64 + r[None, :])
+        sums = tl.dot(tl.trans(dqk_T), _rows(k, skt, K, inside), acc=sums, input_precision=DOT)
     norm = rows + (first_row * NC + c) * 512 + 384
-    _write(dq + ((ib * T + t0) * H + ih) * K, dq0, dq1, q, sqt, norm, inside, H, K, BK, NORM)
+    _write(dq + ((ib * T + t0) * H + ih) * K, sums, _rows(q, sqt, K, inside), norm, inside, H, K, NORM)
 
 
 @triton.jit(do_not_specialize=["T", "NC", "B", "row0", "group", "sqb", "skb", "svb"])
 def keys_kernel(
-    q, k, doc, rows, through, states, errors, d_states, dv, dqk, parts, dk, dg, dbeta,
+    q, k, rows, through, states, errors, d_states, dv, tiles, parts, dk, dg, dbeta,
     T, NC, B, row0, group,
-    sqb, sqt: tl.constexpr, sqh: tl.constexpr, skb, skt: tl.constexpr, skh: tl.constexpr,
-    svb, svt: tl.constexpr, svh: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
-    HAS_G: tl.constexpr, HAS_DOC: tl.constexpr, ERASE: tl.constexpr, PREVIOUS: tl.constexpr, NORM: tl.constexpr,
+    sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
+    svb: tl.int64, svt: tl.constexpr, svh: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    HAS_G: tl.constexpr, ERASE: tl.constexpr, PREVIOUS: tl.constexpr, NORM: tl.constexpr,
     DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0).to(tl.int64)
@@ -217,87 +253,49 @@ def keys_kernel(
     r = tl.arange(0, 64)
     t0 = c * 64
     inside = r < tl.minimum(T - t0, 64).to(tl.int32)
-    dtype = k.dtype.element_ty
     k += tl.multiple_of(ib * skb, 16) + ih * skh + t0 * skt
     q += tl.multiple_of(ib * sqb, 16) + ih * sqh + t0 * sqt
     dv += tl.multiple_of(ib * svb, 16) + ih * G * svh + t0 * svt
-    below = r[:, None] > r[None, :]
-    strict = below & _kept_pairs(doc + ib * T, t0, T, HAS_DOC)
-    dk0 = tl.zeros((64, BK), tl.float32)
-    dk1 = dk0
+    sums = tl.zeros((64, K), tl.float32)
     for j in tl.range(0, group, disable_licm=True, num_stages=1):
         tile = (local + j) * NC + c
         row = (first_row + j) * NC + c
         at_row = rows + row * 512 + r
-        at_error = errors + tile * 64 * V
+        at_part = parts + tile * 192 + r
         S = states + tile * K * V
         dS = d_states + tile * K * V
         bt = tl.load(at_row + 192)
 
         # What was left to the outgoing state.
         of_out = tl.load(at_row + 128)
-        part = _with_state(at_error, V, r >= 0, dS, of_out, K, V, BV, BK, DOT, STAGES)
-        left = _row_sums(part, k, skt, inside, BK)
-        dk0 += bt[:, None] * part
-        if BK < K:
-            part = _with_state(at_error, V, r >= 0, dS + BK, of_out, K, V, BV, BK, DOT, STAGES)
-            left += _row_sums(part, k + BK, skt, inside, BK)
-            dk1 += bt[:, None] * part
-        low = tl.trans(tl.load(dqk + row * 4096 + r[:, None] * 64 + r[None, :]))
-        dk0 = tl.dot(low, _rows(q, sqt, BK, inside), acc=dk0, input_precision=DOT)
-        if BK < K:
-            dk1 = tl.dot(low, _rows(q + BK, sqt, BK, inside), acc=dk1, input_precision=DOT)
-        d_beta = left + tl.load(parts + tile * 128 + r)
-        d_g = tl.sum(tl.where(below, (bt * left)[None, :], 0.0), 1)
-
+        kt = _rows(k, skt, K, inside)
+        part = _with_state(errors + tile * 64 * V, V, r >= 0, dS, of_out, K, V, BV, DOT, STAGES)
+        left = tl.sum(part * kt.to(tl.float32), 1)
+        sums += bt[:, None] * part
+        if HAS_G:
+            passes = tl.load(through + row)
+            d_g = tl.load(at_part + 64) + tl.where(passes != 0.0, passes * _inner(S, dS, K, V), 0.0)
+            d_g += tl.sum(tl.where(r[:, None] > r[None, :], (bt * left)[None, :], 0.0), 1)
+            d_g += _sum_from(tl.load(at_part + 128), False)
         if ERASE:
             # What errors took back of the incoming state.
             of_k = tl.load(at_row + 64)
-            part = _with_state(dv + j * svh, svt, inside, S, of_k, K, V, BV, BK, DOT, STAGES)
-            log_error = -_row_sums(part, k, skt, inside, BK)
-            dk0 -= part
-            if BK < K:
-                part = _with_state(dv + j * svh, svt, inside, S + BK, of_k, K, V, BV, BK, DOT, STAGES)
-                log_error -= _row_sums(part, k + BK, skt, inside, BK)
-                dk1 -= part
-
-            # And of the errors before them.
-            pairs = _pairs(dv + j * svh, svt, inside, at_error, V, BV, DOT, STAGES)
+            part = _with_state(dv + j * svh, svt, inside, S, of_k, K, V, BV, DOT, STAGES)
+            sums -= part
             if HAS_G:
-                hi = tl.load(at_row + 256)
-                lo = tl.load(at_row + 320)
-                e_hi = hi
-                e_lo = lo
-                if PREVIOUS:  # the decay that an error sees ends one token earlier
-                    e_hi = tl.load(at_row + 255, mask=r > 0, other=0.0)
-                    e_lo = tl.load(at_row + 319, mask=r > 0, other=0.0)
-                pairs = pairs * decays(e_hi, e_lo, hi, lo, strict)
-            rk = tl.load(at_row + 448)
-            pairs = tl.where(strict, -pairs * rk[:, None] * rk[None, :], 0.0)
-            low = (pairs * bt[None, :]).to(dtype)
-            kt = _rows(k, skt, BK, inside)
-            dk0 = tl.dot(low, kt, acc=dk0, input_precision=DOT)
-            dk0 = tl.dot(tl.trans(low), kt, acc=dk0, input_precision=DOT)
-            if BK < K:
-                kt = _rows(k + BK, skt, BK, inside)
-                dk1 = tl.dot(low, kt, acc=dk1, input_precision=DOT)
-                dk1 = tl.dot(tl.trans(low), kt, acc=dk1, input_precision=DOT)
-            pairs *= _products(k, skt, k, skt, inside, K, BK, DOT)
-            d_beta += tl.sum(pairs, 0)
-            if HAS_G:
-                pairs = pairs * bt[None, :]
-                if PREVIOUS:
-                    later = r[None, :] > r[:, None]
-                    crossing = _crossing(later, pairs, DOT)
-                    d_g += tl.sum(tl.where(below, crossing, tl.where(later, log_error[None, :], 0.0)), 1)
-                else:
-                    crossing = _crossing(r[:, None] <= r[None, :], pairs, DOT)
-                    d_g += tl.sum(tl.where(below, crossing, log_error[None, :]), 1)
+                taken = tl.sum(part * kt.to(tl.float32), 1)
+                d_g -= _sum_from(taken, PREVIOUS)
+        # The pairs of the chunk, dqk^T with its queries and dkk + dkk^T with its keys. A loop, because of two products
+        # in a row, the second adding to the first, Triton lets both warp groups do the whole of one.
+        for i in tl.range(0, 1 + ERASE, num_stages=STAGES):
+            x = tl.where(i == 0, q, k)
+            pairs = tl.load(tiles + tile * 8192 + i * 4096 + r[:, None] * 64 + r[None, :])
+            right = _rows(x, tl.where(i == 0, sqt, skt), K, inside)
+            sums = tl.dot(pairs, right, acc=sums, input_precision=DOT)
         at = (ib * T + t0 + r) * HV + ih * G + j
+        d_beta = left + tl.load(at_part)
         tl.store(dbeta + at, d_beta.to(dbeta.dtype.element_ty), mask=inside)
         if HAS_G:
-            passes = tl.load(through + row)
-            d_g += tl.load(parts + tile * 128 + 64 + r) + tl.where(passes != 0.0, passes * _inner(S, dS, K, V), 0.0)
             tl.store(dg + at, d_g.to(dg.dtype.element_ty), mask=inside)
     norm = rows + (first_row * NC + c) * 512 + 448
-    _write(dk + ((ib * T + t0) * H + ih) * K, dk0, dk1, k, skt, norm, inside, H, K, BK, NORM)
+    _write(dk + ((ib * T + t0) * H + ih) * K, sums, _rows(k, skt, K, inside), norm, inside, H, K, NORM)

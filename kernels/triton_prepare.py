@@ -44,12 +44,15 @@ def _add_within_document(b_left, d_left, b_right, d_right):
     return tl.where(d_left == d_right, b_left + b_right, b_right), d_right
 
 
-@triton.jit(do_not_specialize=["T", "NC", "segment_chunks", "sqb", "skb", "sgb", "sbb"])
+@triton.jit(
+    do_not_specialize=["T", "NC", "segment_chunks", "sqb", "skb", "sgb", "sbb"],
+    do_not_specialize_on_alignment=["g", "beta", "doc", "starts"],
+)
 def prepare_kernel(
-    q, k, g, beta, doc, starts, N, P, rows, through,
+    q, k, g, beta, doc, starts, N, P, rows, through, bound,
     T, NC, segment_chunks, scale,
-    sqb, sqt: tl.constexpr, sqh: tl.constexpr, skb, skt: tl.constexpr, skh: tl.constexpr,
-    sgb, sgt: tl.constexpr, sgh: tl.constexpr, sbb, sbt: tl.constexpr, sbh: tl.constexpr,
+    sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
+    sgb: tl.int64, sgt: tl.constexpr, sgh: tl.constexpr, sbb: tl.int64, sbt: tl.constexpr, sbh: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
     HAS_G: tl.constexpr, HAS_DOC: tl.constexpr, ERASE: tl.constexpr, PREVIOUS: tl.constexpr, NORM: tl.constexpr,
     DOT: tl.constexpr,
@@ -79,6 +82,7 @@ def prepare_kernel(
     e_lo = hi
     hi_last = 0.0
     lo_last = 0.0
+    gt = tl.zeros((64,), tl.float64)
     if HAS_G:
         gt = tl.load(g + ib * sgb + hv * sgh + t * sgt, mask=inside, other=0.0).to(tl.float64)
         if HAS_DOC:
@@ -98,9 +102,10 @@ def prepare_kernel(
     qt = tl.load(q + t[:, None] * sqt + ck[None, :], mask=inside[:, None], other=0.0)
     rq = tl.full((64,), 1.0, tl.float32)
     rk = rq
+    k_norm = tl.sum(kt.to(tl.float32) * kt.to(tl.float32), 1)
     if NORM:
         rq = tl.rsqrt(tl.sum(qt.to(tl.float32) * qt.to(tl.float32), 1) + EPS)
-        rk = tl.rsqrt(tl.sum(kt.to(tl.float32) * kt.to(tl.float32), 1) + EPS)
+        rk = tl.rsqrt(k_norm + EPS)
 
     of_q = tl.exp(hi + lo)
     of_k = tl.exp(e_hi + e_lo)
@@ -112,6 +117,15 @@ def prepare_kernel(
         of_out = tl.where(d == d_last, of_out, 0.0)
         passes = tl.where(d_last < chunk_start, passes, 0.0)
     tl.store(through + chunk, passes)
+    # How much longer the chunk can make a state, at most: the log of the product of its tokens' operator norms.
+    decay_t = tl.exp(gt.to(tl.float32))
+    erased = tl.zeros((64,), tl.float32)
+    if ERASE:
+        erased = bt * rk * rk * k_norm * (1.0 if PREVIOUS else decay_t)
+    longer = tl.sum(tl.log(tl.maximum(decay_t, tl.abs(decay_t - erased))), 0)
+    if HAS_DOC:
+        longer = tl.where(d_last < chunk_start, longer, float("-inf"))
+    tl.store(bound + chunk, longer)
     at = rows + chunk * 512 + r
     tl.store(at, of_q * rq * scale)
     tl.store(at + 64, of_k * rk)

@@ -10,13 +10,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_states import LOOK, UNDERFLOW
+
+
+@triton.jit
+def first_underflow(bound, first, stop):
+    """The mirror of :func:`.triton_states.last_underflow`: the end of the first chunks of a segment behind which
+    nothing reaches the segment's start."""
+    c = first + tl.arange(0, LOOK)
+    there = c < stop
+    left = tl.cumsum(tl.load(bound + c, mask=there, other=0.0), 0)
+    return tl.min(tl.where(there & (left < UNDERFLOW), c + 1, stop), 0)
+
 
 @triton.jit(do_not_specialize=["T", "NC", "segment_chunks", "B", "N", "row0", "sqb", "skb", "sob", "svb"])
 def reverse_kernel(
-    q, k, do, A, P, rows, through, need, outgoing, d_states, dv, D,
+    q, k, do, A, P, rows, through, bound, need, outgoing, d_states, dv, D,
     T, NC, segment_chunks, B, N, row0,
-    sqb, sqt: tl.constexpr, sqh: tl.constexpr, skb, skt: tl.constexpr, skh: tl.constexpr,
-    sob, sot: tl.constexpr, soh: tl.constexpr, svb, svt: tl.constexpr, svh: tl.constexpr,
+    sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
+    sob: tl.int64, sot: tl.constexpr, soh: tl.constexpr, svb: tl.int64, svt: tl.constexpr, svh: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, ERASE: tl.constexpr,
     SUMMARY: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -43,6 +55,8 @@ def reverse_kernel(
     dv += tl.multiple_of(ib * svb, 16) + hv * svh
     first = n.to(tl.int64) * segment_chunks
     last = tl.minimum(first + segment_chunks, NC)
+    if SUMMARY:
+        last = first_underflow(bound + row * NC, first, last)
     for i in range(0, last - first):
         c = last - 1 - i
         t0 = c * 64

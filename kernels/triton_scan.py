@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import proof
+
 COLUMNS, WIDEST = 16, 128  # of the state, a program; beyond WIDEST a summary's M does not fit a multiprocessor
 
 
-@triton.jit(do_not_specialize=["N", "steps", "B", "HV"])
+@triton.jit(do_not_specialize=["N", "steps", "B", "HV"], do_not_specialize_on_alignment=["continues"])
 def fold_kernel(
     M, U, first, continues, states, last, N, steps, B, HV,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
@@ -69,7 +71,9 @@ def fold(
     N, B, HV, K, V = U_NBHKV.shape
     M_NBHKK, U_NBHKV = M_NBHKK.contiguous(), U_NBHKV.contiguous()
     states, last = torch.empty_like(U_NBHKV), torch.empty_like(U_NBHKV[0])
-    fold_kernel[(V // COLUMNS, B * HV)](
+    proof.require_fold(U_NBHKV)
+    proof.launch(
+        fold_kernel, (V // COLUMNS, B * HV),
         M_NBHKK, U_NBHKV, U_NBHKV if first_BHKV is None else first_BHKV.contiguous(),
         U_NBHKV if continues_NB is None else continues_NB.contiguous(), states, last, N, steps, B, HV,
         K=K, V=V, BV=COLUMNS, HAS_FIRST=first_BHKV is not None, HAS_CONTINUES=continues_NB is not None, REVERSE=reverse,

@@ -17,13 +17,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+UNDERFLOW = tl.constexpr(-104.0)  # exp of it is 0 in fp32
+LOOK = tl.constexpr(128)  # chunks looked at for an underflow
+
+
+@triton.jit
+def last_underflow(bound, first, stop):
+    """The last chunk of a segment before whose start nothing reaches the segment's end, not to the last bit; its first
+    chunk where all may. ``bound`` are a head's logs of how much longer each chunk can make a state."""
+    c = stop - LOOK + tl.arange(0, LOOK)
+    there = c >= first
+    left = tl.cumsum(tl.load(bound + c, mask=there, other=0.0), 0, reverse=True)
+    return tl.max(tl.where(there & (left < UNDERFLOW), c, first), 0)
+
 
 @triton.jit(do_not_specialize=["T", "NC", "segment_chunks", "B", "N", "row0", "sqb", "skb", "svb", "sob"])
 def states_kernel(
-    q, k, v, A, P, rows, through, need, incoming, o, states, errors, M, U,
+    q, k, v, A, P, rows, through, bound, need, incoming, o, states, errors, M, U,
     T, NC, segment_chunks, B, N, row0,
-    sqb, sqt: tl.constexpr, sqh: tl.constexpr, skb, skt: tl.constexpr, skh: tl.constexpr,
-    svb, svt: tl.constexpr, svh: tl.constexpr, sob, sot: tl.constexpr, soh: tl.constexpr,
+    sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
+    svb: tl.int64, svt: tl.constexpr, svh: tl.constexpr, sob: tl.int64, sot: tl.constexpr, soh: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, ERASE: tl.constexpr,
     SUMMARY: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +67,15 @@ def states_kernel(
     k += tl.multiple_of(ib * skb, 16) + (hv // G) * skh
     v += tl.multiple_of(ib * svb, 16) + hv * svh
     first = n.to(tl.int64) * segment_chunks
-    for c in range(first, tl.minimum(first + segment_chunks, NC)):
+    stop = tl.minimum(first + segment_chunks, NC)
+    if SUMMARY:
+        start = last_underflow(bound + row * NC, first, stop)
+        if start > first:
+            S = tl.zeros((BV, K), tl.float32)
+            if is_M:
+                start = stop
+        first = start
+    for c in range(first, stop):
         t0 = c * 64
         inside = r < tl.minimum(T - t0, 64).to(tl.int32)
         at_row = rows + (row * NC + c) * 512 + r

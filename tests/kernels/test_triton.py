@@ -46,15 +46,6 @@ CASES = {
 SLOW = {"documents", "decays", "previous, documents", "beta over 2"}
 
 
-@pytest.fixture(autouse=True)
-def _prove(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here every width runs: these tests are the proof."""
-    everything = {(K, V) for K in chunk_triton.WIDTHS for V in chunk_triton.WIDTHS}
-    monkeypatch.setattr(chunk_triton, "PROVEN", dict.fromkeys(chunk_triton.DTYPES, everything))
-    if torch.cuda.is_available():
-        monkeypatch.setenv("DNSP_DELTA_RULE", "triton")
-
-
 def results(case: Case, dtype: torch.dtype, tokens: int | None, device: str) -> dict[str, Tensor]:
     """Outputs, final state and gradients through the Triton kernels."""
     inputs = {name: x.detach().to(device).requires_grad_() for name, x in case.inputs(dtype).items()}

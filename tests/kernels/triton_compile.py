@@ -24,10 +24,11 @@ KERNELS = {
     "keep": triton_states.states_kernel,
     "reverse_summary": triton_reverse.reverse_kernel,
     "reverse": triton_reverse.reverse_kernel,
+    "pairs": triton_gradients.pairs_kernel,
     "queries": triton_gradients.queries_kernel,
     "keys": triton_gradients.keys_kernel,
 }
-FP32 = {"g", "beta", "N", "rows", "through", "incoming", "outgoing", "M", "U", "D", "parts", "dg", "dbeta"}
+FP32 = {"g", "beta", "N", "rows", "through", "bound", "incoming", "outgoing", "M", "U", "D", "parts", "dg", "dbeta"}
 INTEGERS = {"T", "NC", "segment_chunks", "B", "N", "row0", "group", "size"}
 
 
@@ -55,7 +56,7 @@ def compiled(use: str, capability: int, *, K: int = 128, V: int = 128, H: int = 
     """The kernel as ``chunk_triton`` launches it for bf16 operands, decay and normalised keys, no documents."""
     kernel, launch = KERNELS[use], LAUNCHES[use]
     constants: dict[str, Any] = {
-        **{"H": H, "G": G, "K": K, "V": V, "BV": min(V, launch.columns), "BK": K // 2 if K > 64 else K},
+        **{"H": H, "G": G, "K": K, "V": V, "BV": min(V, launch.columns), "BK": min(K, 64)},
         **{"sqt": H * K, "sqh": K, "skt": H * K, "skh": K, "svt": H * G * V, "svh": V, "sot": H * G * V, "soh": V},
         **{"sgt": H * G, "sgh": 1, "sbt": H * G, "sbh": 1, "DOT": "tf32", "STAGES": launch.stages},
         **{"ERASE": True, "HAS_G": True, "HAS_DOC": False, "PREVIOUS": False, "NORM": True},

@@ -1,0 +1,263 @@
+"""What is known of the delta rule's binaries on this machine, in memory and on disk; :mod:`.proof` has the story."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .reference import Rule
+from .segments import Inputs
+
+if TYPE_CHECKING:
+    from .chunk_triton import Launch
+
+Launches = Mapping[str, "Launch"]
+
+FORMAT = 1  # of the files; another number where a proof asks for more than it did
+_log = logging.getLogger(__name__)
+
+
+class Signature(NamedTuple):
+    """All of a call's inputs that decides its kernels' binaries; strides are those of tokens and heads."""
+
+    dtype: torch.dtype  # of q, k, v
+    H: int
+    HV: int
+    K: int
+    V: int
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+    beta: tuple[int, ...]
+    beta_dtype: torch.dtype
+    g: tuple[int, ...] | None
+    g_dtype: torch.dtype | None
+    documents: torch.dtype | None
+    rule: Rule
+    normalise: bool
+
+    @staticmethod
+    def of(x: Inputs) -> Signature:
+        """Of inputs as the kernels are given them."""
+        (H, K), (HV, V) = x.k.shape[2:], x.v.shape[2:]
+        g, doc = x.g, x.doc_start
+        return Signature(
+            x.v.dtype, H, HV, K, V, strides(x.q), strides(x.k), strides(x.v), strides(x.beta), x.beta.dtype,
+            None if g is None else strides(g), None if g is None else g.dtype, None if doc is None else doc.dtype,
+            x.rule, x.normalise_qk,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        parts = [f"{_short(self.dtype)}, {self.H} key and {self.HV} value heads, K={self.K}, V={self.V}"]
+        parts += ["decay"] * (self.g is not None) + ["documents"] * (self.documents is not None)
+        parts += ["normalised q and k"] * self.normalise + ["no erase"] * (not self.rule.erase)
+        parts += ["error from the undecayed state"] * (self.rule.error_decay == "previous")
+        return ", ".join(parts)
+
+
+def strides(x: Tensor) -> tuple[int, int]:
+    """Of tokens and heads; where there is one head its stride is nobody's, and 0."""
+    return x.stride(1), x.stride(2) if x.shape[2] > 1 else 0
+
+
+class Fold(NamedTuple):
+    """What decides the binaries of the fold of summaries (:mod:`.triton_scan`)."""
+
+    K: int
+    V: int
+
+    def __str__(self) -> str:
+        return f"fold of states, K={self.K}, V={self.V}"
+
+
+class Toolchain(NamedTuple):
+    """Where binaries are made and run; ``identity`` holds every version and setting that Triton's own cache knows."""
+
+    gpu: str
+    capability: tuple[int, int]
+    triton: str
+    ptxas: str
+    identity: str
+
+    def __str__(self) -> str:
+        capability = ".".join(map(str, self.capability))
+        return f"{self.gpu} (capability {capability}), Triton {self.triton}, ptxas {self.ptxas}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of a signature: the table that is proven for it, None where none is, and what was refused."""
+
+    signature: Signature | Fold
+    table: str | None
+    errors: dict[str, float] = field(default_factory=dict)  # |error| / |truth| of each result
+    binaries: list[dict[str, Any]] = field(default_factory=list)  # hash, kernel, constants, warps, stages, ...
+    refused: dict[str, str] = field(default_factory=dict)  # table: why
+
+
+def candidates() -> dict[str, Launches]:
+    """The tables of launches to try, in order: as tuned, then what the compiler has less to do for."""
+    from .chunk_triton import LAUNCHES
+
+    changes: dict[str, dict[str, Any]] = {
+        "as tuned": {},
+        "one stage": {"stages": 1},
+        "one stage, at most 4 warps": {"stages": 1, "warps": 4, "registers": None},
+        "one stage, at most 32 columns": {"stages": 1, "columns": 32, "warps": 4, "registers": None},
+        "one stage, at most 2 warps, 32 columns": {"stages": 1, "columns": 32, "warps": 2, "registers": None},
+    }
+    return {name: {use: _at_most(how, **change) for use, how in LAUNCHES.items()} for name, change in changes.items()}
+
+
+def to_try(signature: Signature | Fold) -> list[str]:
+    """The tables that a signature has; the fold has one launch, whatever the table."""
+    tables = list(candidates())
+    return tables if isinstance(signature, Signature) else tables[:1]
+
+
+def _at_most(how: Launch, **change: Any) -> Launch:
+    return replace(how, **{n: value if value is None else min(getattr(how, n), value) for n, value in change.items()})
+
+
+def folder() -> Path:
+    if chosen := os.environ.get("DNSP_PROOFS"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "dnsp" / "proofs"
+
+
+@functools.cache
+def toolchain(device: torch.device) -> Toolchain:
+    """What compiles for this device, in the words and by the keys of Triton's own cache."""
+    from triton import knobs
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.cache import get_cache_key
+
+    class _NoSource:
+        def hash(self) -> str:
+            return ""
+
+    with torch.cuda.device(device):
+        backend = make_backend(triton.runtime.driver.active.get_current_target())
+    options = {"debug": knobs.runtime.debug, "instrumentation_mode": knobs.compilation.instrumentation_mode}
+    identity = get_cache_key(_NoSource(), backend, backend.parse_options(options), get_cache_invalidating_env_vars())
+    assembler = re.search(r"V(\d[\w.]*)", backend.hash())
+    return Toolchain(
+        torch.cuda.get_device_name(device),
+        torch.cuda.get_device_capability(device),
+        triton.__version__,
+        assembler[1] if assembler else hashlib.sha256(backend.hash().encode()).hexdigest()[:8],
+        hashlib.sha256(identity.encode()).hexdigest(),
+    )
+
+
+def file_of(where: Toolchain, signature: Signature | Fold) -> Path:
+    """Where the verdict is kept."""
+    return folder() / _name(where) / f"{_key(where, signature)}.json"
+
+
+def _name(where: Toolchain) -> str:
+    gpu = re.sub(r"[^\w.]+", "-", where.gpu)
+    return f"{gpu}-{where.capability[0]}.{where.capability[1]}-triton-{where.triton}-ptxas-{where.ptxas}"
+
+
+def _key(where: Toolchain, signature: Signature | Fold) -> str:
+    """Of everything that decides a verdict: a changed kernel, compiler, setting or table is another key."""
+    tables = {name: {use: asdict(how) for use, how in table.items()} for name, table in candidates().items()}
+    text = json.dumps([FORMAT, where, to_json(signature), tables, _sources()])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _sources() -> dict[str, str]:
+    """The kernels with all that they call, by Triton's hashes; interpreted ones have none."""
+    from . import chunk_triton, triton_scan
+
+    found = vars(chunk_triton) | vars(triton_scan)
+    kernels = {name: kernel for name, kernel in found.items() if isinstance(kernel, triton.JITFunction)}
+    return {name: kernels[name].cache_key for name in sorted(kernels)}
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """One process at a time for each signature; where files cannot be locked, each proves for itself."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.with_suffix(".lock").open("w")
+    except OSError:
+        yield
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            _log.debug("%s: cannot be locked (%s)", file, error)
+        yield
+
+
+def read(file: Path, signature: Signature | Fold) -> Verdict | None:
+    try:
+        kept = json.loads(file.read_text())
+        table, binaries, tables = kept["table"], kept["binaries"], to_try(signature)
+        good = table in tables if table is not None else kept["refused"].keys() >= set(tables)
+        if not good or not all(isinstance(binary["hash"], str) for binary in binaries):
+            raise ValueError("it names no table of these")
+        return Verdict(signature, table, kept["errors"], binaries, kept["refused"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _log.warning("the verdict in %s cannot be read (%s): the kernels are proven anew", file, error)
+        return None
+
+
+def write(file: Path, verdict: Verdict, where: Toolchain) -> None:
+    """Whole or not at all. Without it every process proves for itself."""
+    kept = {
+        **{"gpu": where.gpu, "capability": where.capability, "triton": where.triton, "ptxas": where.ptxas},
+        **{"torch": torch.__version__, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "what": str(verdict.signature)},
+        **{"signature": to_json(verdict.signature), "table": verdict.table, "errors": verdict.errors},
+        **{"refused": verdict.refused, "binaries": verdict.binaries},
+    }
+    scratch = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        scratch.write_text(json.dumps(kept, indent=1) + "\n")
+        os.replace(scratch, file)
+    except OSError as error:
+        _log.warning(
+            "the verdict cannot be kept in %s (%s), and every process will prove for itself: set DNSP_PROOFS to a "
+            "folder that you can write to",
+            file.parent,
+            error.strerror or error,
+        )
+
+
+def to_json(signature: Signature | Fold) -> dict[str, Any]:
+    values = {n: _short(x) if isinstance(x, torch.dtype) else x for n, x in signature._asdict().items()}
+    return values | ({"rule": asdict(signature.rule)} if isinstance(signature, Signature) else {})
+
+
+def from_json(values: dict[str, Any]) -> Signature | Fold:
+    if "rule" not in values:
+        return Fold(**values)
+    read: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+    for name in ("dtype", "beta_dtype", "g_dtype", "documents"):
+        read[name] = None if read[name] is None else getattr(torch, read[name])
+    return Signature(**read | {"rule": Rule(**values["rule"])})
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
