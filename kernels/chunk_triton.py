@@ -20,7 +20,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from . import proof
 from .segments import CHUNK, Gradients, Inputs
-from .triton_gradients import PARTS, keys_kernel, pairs_kernel, queries_kernel
+from .triton_gradients import PARTS, gates_kernel, keys_kernel, pairs_kernel, queries_kernel
 from .triton_prepare import ROWS, invert_kernel, prepare_kernel
 from .triton_reverse import reverse_kernel
 from .triton_states import states_kernel
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 WIDTHS = (16, 32, 64, 128, 256)  # of K and V
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+GATES = 8  # chunks of a program that adds up dbeta and dg
 
 @dataclass(frozen=True)
 class Launch:
@@ -327,8 +328,13 @@ def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoin
         )  # fmt: skip
         proof.launch(
             keys_kernel, (p.chunks, last - first),
-            x.q, x.k, p.rows, p.through, states, errors, d_states, dv, tiles, parts, dk,
-            dbeta if dg is None else dg, dbeta, *sizes, G, *_strides(x.q), *_strides(x.k), *_strides(dv),
-            **{name: flag for name, flag in flags.items() if name != "HAS_DOC"}, **_constants("keys", p),
+            x.q, x.k, p.rows, states, errors, d_states, dv, tiles, parts, dk,
+            *sizes, G, *_strides(x.q), *_strides(x.k), *_strides(dv),
+            **{name: flags[name] for name in ("HAS_G", "ERASE", "NORM")}, **_constants("keys", p),
+        )  # fmt: skip
+        proof.launch(
+            gates_kernel, (-(-p.chunks // GATES), heads.stop - heads.start),
+            p.rows, p.through, parts, dbeta if dg is None else dg, dbeta, T, p.chunks, heads.start,
+            HV=HV, CHUNKS=GATES, **{name: flags[name] for name in ("HAS_G", "ERASE", "PREVIOUS")},
         )  # fmt: skip
     return Gradients(dq, dk, dv, dg, dbeta)

@@ -1,4 +1,4 @@
-"""Triton pass 4: the gradients of a chunk's inputs, once its states are known. All chunks are independent of each other.
+"""Triton pass 4: the gradients of a chunk's inputs, once its states are known. All chunks are independent of another.
 
 With each chunk's S, errors, dS and dV kept, and in the words of passes 1 and 2, W_ij = scale rq_i rk_j G_ij:
 
@@ -10,9 +10,9 @@ With each chunk's S, errors, dS and dV kept, and in the words of passes 1 and 2,
 g_t decays every pair j < t <= i, what the tokens i >= t see of the incoming state, what the tokens j < t leave to the
 outgoing one, and the passage of the whole chunk: sums of just those log gradients, never differences of longer sums.
 
-Three kernels, because what all of it needs does not fit the registers. *pairs*, a program a chunk and value head, leaves
-the ``tiles`` dqk^T and dkk + dkk^T; *queries* and then *keys*, a program a chunk and key head, take the value heads that
-share it in turn and sum their dq and dk in registers. ``parts`` holds each chunk's sums on the way to dbeta and dg.
+Four kernels, because what all of it needs does not fit the registers. *pairs*, a program a chunk and value head, leaves
+the ``tiles`` dqk^T and dkk + dkk^T; *queries* and then *keys*, a program a chunk and key head, take the value heads
+that share it in turn and sum their dq and dk in registers. Each leaves ``parts`` of dbeta and dg, which *gates* adds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import triton.language as tl
 
 from .triton_prepare import decays
 
-PARTS = ("dbeta", "dg", "log_in")  # of the pairs, of the pairs, and what dq's part of the incoming state gives to dg
+# A chunk's sums on the way to dbeta and dg, one fp32 array [value heads, NC, part, 64]: dbeta and dg of the pairs, the
+# log gradients of e (dO S^T), of out * (errors dS^T) without beta and of e' (dV S^T); <S, dS> in the last one's place 0.
+PARTS = ("dbeta", "dg", "log_in", "left", "taken", "inner")
 
 
 @triton.jit
@@ -80,25 +82,11 @@ def _inner(x, y, K: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def _sum_from(x, strictly: tl.constexpr):
-    """``sum_{i >= t} x_i`` for each t, or of i > t."""
-    r = tl.arange(0, 64)
-    if strictly:
-        later = r[None, :] > r[:, None]
-    else:
-        later = r[None, :] >= r[:, None]
-    return tl.sum(tl.where(later, x[None, :], 0.0), 1)
-
-
-@triton.jit
 def _straddling(pairs, strictly: tl.constexpr, DOT: tl.constexpr):
-    """``sum_{j < t <= i} pairs_ij`` for each t, or of j < t < i; pairs strictly lower. By a product with ones, which
+    """``sum_{j < t <= i} pairs_ij`` for each t, or ``j < t < i``; pairs strictly lower. By a product with ones, which
     takes the rows i together. Not in fp16: log gradients may pass its range."""
     r = tl.arange(0, 64)
-    if strictly:
-        later = r[:, None] < r[None, :]
-    else:
-        later = r[:, None] <= r[None, :]
+    later = r[:, None] + strictly <= r[None, :]
     if DOT == "tf32x3":
         crossing = tl.dot(tl.where(later, 1.0, 0.0), pairs, input_precision=DOT)
     else:
@@ -179,11 +167,11 @@ def pairs_kernel(
                 d_g = _straddling(logs, False, DOT) + _straddling(pairs * bt[None, :], True, DOT)
             else:
                 logs += pairs * bt[None, :]
-    tl.store(parts + tile * 192 + r, d_beta)
+    tl.store(parts + tile * 384 + r, d_beta)
     if HAS_G:
         if not (ERASE and PREVIOUS):
             d_g = _straddling(logs, False, DOT)
-        tl.store(parts + tile * 192 + 64 + r, d_g)
+        tl.store(parts + tile * 384 + 64 + r, d_g)
 
 
 @triton.jit
@@ -226,8 +214,7 @@ def queries_kernel(
         qt = _rows(q, sqt, K, inside)
         part = _with_state(do + j * soh, sot, inside, states + tile * K * V, of_q, K, V, BV, DOT, STAGES)
         if HAS_G:
-            log_in = tl.sum(part * qt.to(tl.float32), 1)
-            tl.store(parts + tile * 192 + 128 + r, log_in)
+            tl.store(parts + tile * 384 + 128 + r, tl.sum(part * qt.to(tl.float32), 1))
         sums += part
         dqk_T = tl.load(tiles + tile * 8192 + r[:, None] * 64 + r[None, :])
         sums = tl.dot(tl.trans(dqk_T), _rows(k, skt, K, inside), acc=sums, input_precision=DOT)
@@ -237,13 +224,12 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize=["T", "NC", "B", "row0", "group", "sqb", "skb", "svb"])
 def keys_kernel(
-    q, k, rows, through, states, errors, d_states, dv, tiles, parts, dk, dg, dbeta,
+    q, k, rows, states, errors, d_states, dv, tiles, parts, dk,
     T, NC, B, row0, group,
     sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
     svb: tl.int64, svt: tl.constexpr, svh: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    HAS_G: tl.constexpr, ERASE: tl.constexpr, PREVIOUS: tl.constexpr, NORM: tl.constexpr,
-    DOT: tl.constexpr, STAGES: tl.constexpr,
+    HAS_G: tl.constexpr, ERASE: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0).to(tl.int64)
     local = tl.program_id(1).to(tl.int64) * G
@@ -259,32 +245,22 @@ def keys_kernel(
     sums = tl.zeros((64, K), tl.float32)
     for j in tl.range(0, group, disable_licm=True, num_stages=1):
         tile = (local + j) * NC + c
-        row = (first_row + j) * NC + c
-        at_row = rows + row * 512 + r
-        at_part = parts + tile * 192 + r
+        at_row = rows + ((first_row + j) * NC + c) * 512 + r
+        at_part = parts + tile * 384 + r
         S = states + tile * K * V
         dS = d_states + tile * K * V
         bt = tl.load(at_row + 192)
-
         # What was left to the outgoing state.
-        of_out = tl.load(at_row + 128)
-        kt = _rows(k, skt, K, inside)
-        part = _with_state(errors + tile * 64 * V, V, r >= 0, dS, of_out, K, V, BV, DOT, STAGES)
-        left = tl.sum(part * kt.to(tl.float32), 1)
+        part = _with_state(errors + tile * 64 * V, V, r >= 0, dS, tl.load(at_row + 128), K, V, BV, DOT, STAGES)
+        tl.store(at_part + 192, tl.sum(part * _rows(k, skt, K, inside).to(tl.float32), 1))
         sums += bt[:, None] * part
-        if HAS_G:
-            passes = tl.load(through + row)
-            d_g = tl.load(at_part + 64) + tl.where(passes != 0.0, passes * _inner(S, dS, K, V), 0.0)
-            d_g += tl.sum(tl.where(r[:, None] > r[None, :], (bt * left)[None, :], 0.0), 1)
-            d_g += _sum_from(tl.load(at_part + 128), False)
-        if ERASE:
-            # What errors took back of the incoming state.
-            of_k = tl.load(at_row + 64)
-            part = _with_state(dv + j * svh, svt, inside, S, of_k, K, V, BV, DOT, STAGES)
-            sums -= part
+        if ERASE:  # and what errors took back of the incoming one
+            part = _with_state(dv + j * svh, svt, inside, S, tl.load(at_row + 64), K, V, BV, DOT, STAGES)
             if HAS_G:
-                taken = tl.sum(part * kt.to(tl.float32), 1)
-                d_g -= _sum_from(taken, PREVIOUS)
+                tl.store(at_part + 256, tl.sum(part * _rows(k, skt, K, inside).to(tl.float32), 1))
+            sums -= part
+        if HAS_G:
+            tl.store(parts + tile * 384 + 320, _inner(S, dS, K, V))
         # The pairs of the chunk, dqk^T with its queries and dkk + dkk^T with its keys. A loop, because of two products
         # in a row, the second adding to the first, Triton lets both warp groups do the whole of one.
         for i in tl.range(0, 1 + ERASE, num_stages=STAGES):
@@ -292,10 +268,37 @@ def keys_kernel(
             pairs = tl.load(tiles + tile * 8192 + i * 4096 + r[:, None] * 64 + r[None, :])
             right = _rows(x, tl.where(i == 0, sqt, skt), K, inside)
             sums = tl.dot(pairs, right, acc=sums, input_precision=DOT)
-        at = (ib * T + t0 + r) * HV + ih * G + j
-        d_beta = left + tl.load(at_part)
-        tl.store(dbeta + at, d_beta.to(dbeta.dtype.element_ty), mask=inside)
-        if HAS_G:
-            tl.store(dg + at, d_g.to(dg.dtype.element_ty), mask=inside)
     norm = rows + (first_row * NC + c) * 512 + 448
     _write(dk + ((ib * T + t0) * H + ih) * K, sums, _rows(k, skt, K, inside), norm, inside, H, K, NORM)
+
+
+@triton.jit(do_not_specialize=["T", "NC", "row0"])
+def gates_kernel(
+    rows, through, parts, dg, dbeta, T, NC, row0,
+    HV: tl.constexpr, HAS_G: tl.constexpr, ERASE: tl.constexpr, PREVIOUS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """dbeta and dg from their parts, for a few chunks of a value head."""
+    local = tl.program_id(1).to(tl.int64)
+    row = row0 + local
+    ib, hv = row // HV, row % HV
+    r = tl.arange(0, 64)[None, :]
+    c = tl.program_id(0).to(tl.int64) * CHUNKS + tl.arange(0, CHUNKS)[:, None]
+    t = c * 64 + r
+    at_part = parts + (local * NC + c) * 384 + r
+    at = (ib * T + t) * HV + hv
+    left = tl.load(at_part + 192, mask=c < NC, other=0.0)
+    d_beta = tl.load(at_part, mask=c < NC, other=0.0) + left
+    tl.store(dbeta + at, d_beta.to(dbeta.dtype.element_ty), mask=t < T)
+    if HAS_G:
+        d_g = tl.load(at_part + 64, mask=c < NC, other=0.0)
+        d_g += tl.cumsum(tl.load(at_part + 128, mask=c < NC, other=0.0), 1, reverse=True)
+        if ERASE:
+            after: tl.constexpr = 1 if PREVIOUS else 0
+            taken = tl.load(at_part + 256 + after, mask=(c < NC) & (r + after < 64), other=0.0)
+            d_g -= tl.cumsum(taken, 1, reverse=True)
+        bt = tl.load(rows + (row * NC + c) * 512 + 191 + r, mask=(c < NC) & (r > 0), other=0.0)
+        d_g += tl.cumsum(bt * tl.load(at_part + 191, mask=(c < NC) & (r > 0), other=0.0), 1)
+        passes = tl.load(through + row * NC + c, mask=c < NC, other=0.0)
+        inner = tl.load(parts + (local * NC + c) * 384 + 320, mask=c < NC, other=0.0)
+        d_g += tl.where(passes != 0.0, passes * inner, 0.0)
+        tl.store(dg + at, d_g.to(dg.dtype.element_ty), mask=t < T)
