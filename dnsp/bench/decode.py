@@ -1,0 +1,366 @@
+"""``dnsp bench decode``: one token for B sequences, eagerly and as a CUDA graph, beside fla's recurrent op.
+
+    delta step    the delta rule alone, q and k normalised in it; fla's op is given the same
+    layer step    all of a gated delta layer between its projections and its output norm: convolution, gates, delta rule
+
+A decoder's states come from memory: steps take turns over so many states that none is found in the L2 cache. A graph
+holds one such round, a step after another. The last column is a graph whose steps all update one state, which then
+may lie in the cache. Times are those of a step: of a round, over its steps.
+
+    bytes of a delta step    8 B HV K V of fp32 states, B (2 H K + 2 HV V) numbers, B 2 HV fp32 gates
+    bytes of a layer step    8 B HV K V of fp32 states, B D (2 W - 1) numbers for input and tail, D W filters, B HV V
+                             numbers of output, B 2 HV of gates and 2 HV fp32 parameters, D = 2 H K + HV V
+
+What a convolution hands to the delta rule does not count. Errors are those of a step against torch operations in fp64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from dnsp.bench import common
+from dnsp.bench.common import Ceilings, Runs
+from dnsp.bench.peers import PACKAGES, Peer, find_peers
+from dnsp.kernels.decode import delta_step, gated_delta_step
+
+KEYS = ("batch", "heads", "K", "V", "W", "dtype")
+SHAPES = ("batch=1", "batch=4", "batch=16", "batch=64", "batch=256")
+CPU_SHAPES = ("batch=2,heads=2/4,K=32,V=32",)
+WAYS = {"eager": "eager", "graph": "graph", "cached": "graph, one state"}
+STEPS = 8  # of a round, at least
+LIMITS = {"bf16": (5e-3, 1e-5), "fp16": (5e-3, 1e-5), "fp32": (1e-5, 1e-5)}  # of outputs, of states
+LAYER_STATE = {"bf16": 1e-2, "fp16": 5e-3, "fp32": 1e-5}  # the layer's q, k, v are rounded behind the convolution
+COPY_AT_64, NO_SLOWER = 0.7, 1.0  # what is to be reached: of the copy ceiling at B = 64; of fla's time at B = 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch: int = 1
+    key_heads: int = 16
+    value_heads: int = 32
+    K: int = 128
+    V: int = 128
+    W: int = 4
+    dtype: str = "bf16"
+
+    def __str__(self) -> str:
+        heads = f"{self.key_heads}/{self.value_heads} heads, K={self.K}, V={self.V}"
+        return f"{self.batch} sequence{'s' * (self.batch > 1)}, {heads}, {self.dtype}"
+
+    @property
+    def channels(self) -> int:
+        return 2 * self.key_heads * self.K + self.value_heads * self.V
+
+    @property
+    def state_bytes(self) -> int:
+        return 4 * self.batch * self.value_heads * self.K * self.V
+
+    def bytes(self, what: str) -> int:
+        """The least that a ``delta`` or ``layer`` step reads and writes."""
+        size, B, HV = common.DTYPES[self.dtype].itemsize, self.batch, self.value_heads
+        if what == "delta":
+            numbers = 2 * self.key_heads * self.K + 2 * HV * self.V
+            return 2 * self.state_bytes + B * (size * numbers + 4 * 2 * HV)
+        of_sequences = B * (self.channels * (2 * self.W - 1) + HV * self.V + 2 * HV)
+        return 2 * self.state_bytes + size * (of_sequences + self.channels * self.W) + 4 * 2 * HV
+
+
+def parse_shape(text: str) -> Shape:
+    """``batch=64,heads=16/32``; what is not named is as in :class:`Shape`.
+
+    Raises: UsageError, for values that make no shape.
+    """
+    given = common.parse_settings(text, KEYS, "bench decode")
+    numbers = [key for key in ("batch", "K", "V", "W") if key in given]
+    values: dict[str, Any] = {key: common.whole_number(key, given[key]) for key in numbers}
+    if "heads" in given:
+        values["key_heads"], values["value_heads"] = common.parse_heads(given["heads"])
+    if "dtype" in given:
+        common.parse_dtype(given["dtype"])
+        values["dtype"] = given["dtype"]
+    return Shape(**values)
+
+
+@dataclass
+class Inputs:
+    """One token; gates in fp32 for the delta step, as projections for the layer's."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    mixed: Tensor
+    a: Tensor
+    b: Tensor
+    parameters: dict[str, Tensor]
+
+    def double(self) -> Inputs:
+        parameters = {name: x.double() for name, x in self.parameters.items()}
+        return Inputs(*(x.double() for x in (self.q, self.k, self.v, self.g, self.beta, self.mixed, self.a, self.b)),
+                      parameters)  # fmt: skip
+
+
+def make_inputs(shape: Shape, device: torch.device) -> Inputs:
+    generator = torch.Generator(device).manual_seed(0)
+    dtype, B, HV = common.DTYPES[shape.dtype], shape.batch, shape.value_heads
+
+    def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device).to(dtype)
+
+    keys = B, shape.key_heads, shape.K
+    g = torch.nn.functional.logsigmoid(normal(B, HV, dtype=torch.float32)) / 16
+    parameters = {
+        "weight_DW": normal(shape.channels, shape.W) * 0.5,
+        "A_log_H": normal(HV, dtype=torch.float32),
+        "dt_bias_H": normal(HV, dtype=torch.float32),
+    }
+    beta = normal(B, HV, dtype=torch.float32).sigmoid()
+    return Inputs(normal(*keys), normal(*keys), normal(B, HV, shape.V), g, beta, normal(B, shape.channels),
+                  normal(B, HV), normal(B, HV), parameters)  # fmt: skip
+
+
+@dataclass
+class Memories:
+    """``steps`` sets of a state and a tail."""
+
+    states: list[Tensor]
+    tails: list[Tensor]
+
+    @staticmethod
+    def make(shape: Shape, steps: int, device: torch.device) -> Memories:
+        generator = torch.Generator(device).manual_seed(1)
+        size = shape.batch, shape.value_heads, shape.K, shape.V
+        tail = shape.batch, shape.W - 1, shape.channels
+        states = [torch.randn(size, generator=generator, device=device) for _ in range(steps)]
+        dtype = common.DTYPES[shape.dtype]
+        tails = [torch.randn(tail, generator=generator, device=device).to(dtype) for _ in range(steps)]
+        return Memories(states, tails)
+
+
+Step = Callable[[Inputs, Tensor, Tensor], tuple[Tensor, Tensor]]  # inputs, state, tail; outputs and the new state
+
+
+@dataclass
+class Side:
+    """``what``: the step that it is. ``v_first``: its states are ``[V, K]``."""
+
+    name: str
+    what: str
+    step: Step
+    v_first: bool = False
+    runs: dict[str, Runs] = field(default_factory=lambda: {name: Runs() for name in WAYS})
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def round(self, x: Inputs, memories: Memories, only: int | None = None) -> list[Any]:
+        """A step of each state (or as many of the one); what is returned keeps every new state, as a cache does."""
+        kept = []
+        for n in range(len(memories.states)):
+            at = n if only is None else only
+            kept.append(self.step(x, memories.states[at], memories.tails[at]))
+        return kept
+
+
+def _delta(x: Inputs, state: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    backend = "torch" if state.dtype == torch.float64 else None
+    return delta_step(x.q, x.k, x.v, x.g, x.beta, state, l2norm=True, backend=backend), state
+
+
+def _layer(x: Inputs, state: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    backend = "torch" if state.dtype == torch.float64 else None
+    return gated_delta_step(x.mixed, x.a, x.b, tail, state, **x.parameters, backend=backend), state  # type: ignore[arg-type]
+
+
+TRUTH = {"delta": _delta, "layer": _layer}
+
+
+def _fla(peer: Peer, v_first: bool) -> Side:
+    op = peer.op("fused_recurrent_gated_delta_rule")
+
+    def step(x: Inputs, state: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        assert op is not None
+        token = (y.unsqueeze(1) for y in (x.q, x.k, x.v, x.g))
+        with torch.no_grad():
+            o, new = op(*token, beta=x.beta.unsqueeze(1), initial_state=state, output_final_state=True,
+                        use_qk_l2norm_in_kernel=True, state_v_first=v_first)  # fmt: skip
+        return o.squeeze(1), new
+
+    return Side(f"{peer.name}, states [V, K]" if v_first else peer.name, "delta", step, v_first)
+
+
+def run(
+    shapes: Sequence[str] = (),
+    *,
+    runs: int = 20,
+    warmup: int = 3,
+    peers: str = "all",
+    json_path: Path | None = None,
+) -> int:
+    """Measure and print; returns the exit status, 1 where ours failed or computed wrong numbers.
+
+    Raises: UsageError for what cannot be measured.
+    """
+    device = common.find_device()
+    common.check_runs(runs, warmup)
+    wanted = [parse_shape(text) for text in shapes or (SHAPES if device.type == "cuda" else CPU_SHAPES)]
+    found_peers = find_peers(peers, device, among=("fla",))
+    console = common.make_console()
+    ceilings = Ceilings.of(device)
+    report: dict[str, Any] = common.describe(device, PACKAGES) | ceilings.to_json()
+    report |= {"runs": runs, "warmup": warmup, "peers_missing": {p.name: p.missing for p in found_peers if p.missing}}
+    report |= {"shapes": [], "goals": [], "wrong": []}
+    common.say_what(report, console)
+    for n, shape in enumerate(wanted, 1):
+        sides = [Side("dnsp, delta step", "delta", _delta), Side("dnsp, layer step", "layer", _layer)]
+        sides += [_fla(peer, v_first) for peer in found_peers if not peer.missing for v_first in (False, True)]
+        with console.status(f"{n} of {len(wanted)}: {shape}"):
+            steps = common.copies_beyond_cache(shape.state_bytes, device, STEPS)
+            _measure(shape, sides, steps, runs, warmup, device)
+        figures = _figures(shape, sides, steps, ceilings)
+        report["shapes"].append(figures)
+        report["goals"] += goals(figures)
+        report["wrong"] += wrong(figures)
+        console.print(table(figures))
+        for row in figures["sides"]:
+            for way, record in row["ways"].items():
+                if "failure" in record and device.type == "cuda":
+                    console.print(f"{row['name']}: {WAYS[way]}: {record['failure']}", markup=False)
+        common.write_json(json_path, report)
+    if report["goals"]:
+        console.print(common.goals_table(report["goals"]))
+    for line in report["wrong"]:
+        console.print(f"wrong: {line}", markup=False)
+    return int(bool(report["wrong"]))
+
+
+def _measure(shape: Shape, sides: list[Side], steps: int, runs: int, warmup: int, device: torch.device) -> None:
+    x = make_inputs(shape, device)
+    first = Memories.make(shape, 1, device)
+    for side in sides:
+        _check(side, x, first)
+    of_sides = {}
+    for side in sides:
+        of_sides[side.name] = memories = Memories.make(shape, steps, device)
+        if side.v_first:
+            memories.states = [state.mT.contiguous() for state in memories.states]
+    for way in WAYS:
+        calls = []
+        for side in sides:
+            if not side.runs[way].failure:
+                calls.append((side.runs[way], _call(side, way, x, of_sides[side.name], device)))
+        common.take_turns(calls, runs, warmup, device)
+        for record, _ in calls:
+            record.seconds = [s / steps for s in record.seconds]
+            record.alone = [s / steps for s in record.alone]
+
+
+def _call(side: Side, way: str, x: Inputs, memories: Memories, device: torch.device) -> Callable[[int], Any]:
+    if way == "eager":
+        return lambda n: side.round(x, memories)
+    if device.type != "cuda":
+        side.runs[way].failure = "CUDA graphs need a GPU"
+        return lambda n: None
+    graph, kept = torch.cuda.CUDAGraph(), []
+    try:
+        with torch.cuda.graph(graph):
+            kept += side.round(x, memories, 0 if way == "cached" else None)
+    except Exception as error:  # a peer may wait for the device
+        side.runs[way].failure = common.reason(error)
+
+    def replay(n: int) -> Any:
+        graph.replay()
+        return kept  # what the graph writes to lives as long as it does
+
+    return replay
+
+
+def _check(side: Side, x: Inputs, memories: Memories) -> None:
+    """The errors of one step; what fails has no times."""
+    exact_state, tail = memories.states[0].double(), memories.tails[0].double()
+    exact, exact_state = TRUTH[side.what](x.double(), exact_state, tail)
+    state = memories.states[0].mT.contiguous() if side.v_first else memories.states[0].clone()
+    try:
+        o, new = side.step(x, state, memories.tails[0].clone())
+        new = new.mT if side.v_first else new
+        side.errors = {"o": _error(o, exact), "state": _error(new, exact_state)}
+    except Exception as error:
+        for record in side.runs.values():
+            record.failure = common.reason(error)
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def _figures(shape: Shape, sides: list[Side], steps: int, ceilings: Ceilings) -> dict[str, Any]:
+    work = {what: shape.bytes(what) for what in TRUTH}
+    figures: dict[str, Any] = {"shape": asdict(shape), "name": str(shape), "states": steps, "bytes": work, "sides": []}
+    for side in sides:
+        row: dict[str, Any] = {"name": side.name, "step": side.what, "ways": {}, "ours_over_this": {}}
+        for way, record in side.runs.items():
+            row["ways"][way] = record.to_json()
+            if record.median is None or record.failure:
+                continue
+            row["ways"][way] |= ceilings.fractions(record.median, shape.bytes(side.what))
+            mine = sides[0].runs[way]
+            if side is not sides[0] and side.what == "delta" and mine.median is not None and not mine.failure:
+                row["ours_over_this"][way] = mine.median / record.median
+        row["errors"] = {name: e if math.isfinite(e) else str(e) for name, e in side.errors.items()}
+        figures["sides"].append(row)
+    return figures
+
+
+def goals(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the step is to reach: no longer than fla's at one sequence, near the copy ceiling at 64."""
+    rows, batch = figures["sides"], figures["shape"]["batch"]
+    found = []
+    if batch == 1:
+        for way in ("eager", "graph"):
+            against = [row["ours_over_this"][way] for row in rows[1:] if way in row["ours_over_this"]]
+            if against:
+                found.append(common.goal(figures, f"delta step, {WAYS[way]} / fla's", max(against), NO_SLOWER))
+    for row in rows[:2]:
+        reached = row["ways"]["graph"].get("copy_fraction")
+        if batch == 64 and reached is not None:
+            what = f"{row['name']}, graph: time at the copy ceiling's 70 % / it"
+            found.append(common.goal(figures, what, COPY_AT_64 / reached, 1.0))
+    return found
+
+
+def wrong(figures: dict[str, Any]) -> list[str]:
+    """What of ours failed or is beyond its limit, in words."""
+    found, dtype = [], figures["shape"]["dtype"]
+    for row in figures["sides"][:2]:
+        at = f"{figures['name']}: {row['name']}"
+        limits = dict(zip(("o", "state"), LIMITS[dtype], strict=True))
+        if row["step"] == "layer":
+            limits["state"] = LAYER_STATE[dtype]
+        for name, error in row["errors"].items():
+            if not float(error) <= limits[name]:
+                found.append(f"{at}: {name} is off by {float(error):.2e}, more than {limits[name]:g}")
+        if not row["errors"]:
+            found.append(f"{at}: {row['ways']['eager']['failure']}")
+    return found
+
+
+def table(figures: dict[str, Any]) -> Table:
+    ratios = [f"dnsp / it: {way}" for way in ("eager", "graph")]
+    columns = [*ratios, *(f"us: {label}" for label in WAYS.values()), "spread", "copy", "one state", "o", "state"]
+    rows = common.make_table(f"{figures['name']}, over {figures['states']} states", *columns)
+    for row in figures["sides"]:
+        ways = row["ways"]
+        timed = ways["graph"] if "ms" in ways["graph"] else ways["eager"]
+        cells = [common.cell(row["ours_over_this"].get(way), ".3f") for way in ("eager", "graph")]
+        cells += [common.cell(1e3 * ways[way]["ms"] if "ms" in ways[way] else None, ",.2f") for way in WAYS]
+        cells += [common.cell(timed.get("spread"), ".1%"), common.cell(timed.get("copy_fraction"), ".1%")]
+        cells += [common.cell(ways["cached"].get("copy_fraction"), ".1%")]
+        rows.add_row(row["name"], *cells, *(common.cell(row["errors"].get(name), ".1e") for name in ("o", "state")))
+    return rows
