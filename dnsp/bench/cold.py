@@ -76,8 +76,7 @@ def main() -> None:
     import torch
 
     from dnsp.bench import common
-    from dnsp.bench.delta import Shape, make_inputs
-    from dnsp.kernels.delta_rule import chunk_gated_delta_rule
+    from dnsp.bench.delta import Shape, compute, make_inputs
 
     shape, device = Shape(**json.loads(sys.stdin.read())), common.find_device()
     inputs = make_inputs(shape, device)
@@ -89,12 +88,7 @@ def main() -> None:
 
     times = [now()]
     for _ in range(2):
-        o, _ = chunk_gated_delta_rule(
-            *inputs.leaves,
-            use_qk_l2norm_in_kernel=shape.l2norm,
-            cu_seqlens=inputs.cu_seqlens,
-            segment_tokens=shape.segment_tokens,
-        )
+        o = compute(shape, inputs)
         times.append(now())
         torch.autograd.grad(o, inputs.leaves, inputs.do)
         times.append(now())

@@ -215,9 +215,16 @@ class Runs:
 
 
 def take_turns(
-    calls: Sequence[tuple[Runs, Callable[[int], Any]]], runs: int, warmup: int, device: torch.device
+    calls: Sequence[tuple[Runs, Callable[[int], Any]]],
+    runs: int,
+    warmup: int,
+    device: torch.device,
+    ahead: bool = True,
 ) -> None:
-    """One run of each, again and again; what fails is left out from there on. A call is told its turn."""
+    """One run of each, again and again; what fails is left out from there on. A call is told its turn.
+
+    ``ahead`` False: what counts is a call's time alone.
+    """
     for n in range(warmup + runs):
         for record, call in calls:
             if record.failure:
@@ -226,7 +233,7 @@ def take_turns(
             try:
                 alone, host = alone_seconds(work, device)
                 queued = alone
-                if device.type == "cuda":
+                if device.type == "cuda" and ahead:
                     queued = device_seconds(work, min(1.5 * host, MOST_BUSY))
             except Exception as error:  # a peer may fail in any way
                 record.failure = reason(error)

@@ -4,8 +4,9 @@
     layer step    all of a gated delta layer between its projections and its output norm: convolution, gates, delta rule
 
 A decoder's states come from memory: steps take turns over so many states that none is found in the L2 cache. A graph
-holds one such round, a step after another. The last column is a graph whose steps all update one state, which then
-may lie in the cache. Times are those of a step: of a round, over its steps.
+holds one such round, a step after another; *one state* is a graph whose steps all update the same one, which then may
+lie in the cache. Times are those of a step: of a round, over its steps. Eager steps are timed with the host's work,
+from an idle device on; graphs by what the device takes.
 
     bytes of a delta step    8 B HV K V of fp32 states, B (2 H K + 2 HV V) numbers, B 2 HV fp32 gates
     bytes of a layer step    8 B HV K V of fp32 states, B D (2 W - 1) numbers for input and tail, D W filters, B HV V
@@ -29,7 +30,7 @@ from torch import Tensor
 from dnsp.bench import common
 from dnsp.bench.common import Ceilings, Runs
 from dnsp.bench.peers import PACKAGES, Peer, find_peers
-from dnsp.kernels.decode import delta_step, gated_delta_step
+from dnsp.kernels.decode import Backend, delta_step, gated_delta_step
 
 KEYS = ("batch", "heads", "K", "V", "W", "dtype")
 SHAPES = ("batch=1", "batch=4", "batch=16", "batch=64", "batch=256")
@@ -101,12 +102,13 @@ class Inputs:
     mixed: Tensor
     a: Tensor
     b: Tensor
-    parameters: dict[str, Tensor]
+    parameters: tuple[Tensor, Tensor, Tensor]  # filters, A_log, dt_bias
 
     def double(self) -> Inputs:
-        parameters = {name: x.double() for name, x in self.parameters.items()}
-        return Inputs(*(x.double() for x in (self.q, self.k, self.v, self.g, self.beta, self.mixed, self.a, self.b)),
-                      parameters)  # fmt: skip
+        weight, A_log, dt_bias = (x.double() for x in self.parameters)
+        q, k, v, g, beta = (x.double() for x in (self.q, self.k, self.v, self.g, self.beta))
+        mixed, a, b = (x.double() for x in (self.mixed, self.a, self.b))
+        return Inputs(q, k, v, g, beta, mixed, a, b, (weight, A_log, dt_bias))
 
 
 def make_inputs(shape: Shape, device: torch.device) -> Inputs:
@@ -118,14 +120,10 @@ def make_inputs(shape: Shape, device: torch.device) -> Inputs:
 
     keys = B, shape.key_heads, shape.K
     g = torch.nn.functional.logsigmoid(normal(B, HV, dtype=torch.float32)) / 16
-    parameters = {
-        "weight_DW": normal(shape.channels, shape.W) * 0.5,
-        "A_log_H": normal(HV, dtype=torch.float32),
-        "dt_bias_H": normal(HV, dtype=torch.float32),
-    }
+    filters, gates = normal(shape.channels, shape.W) * 0.5, [normal(HV, dtype=torch.float32) for _ in range(2)]
     beta = normal(B, HV, dtype=torch.float32).sigmoid()
     return Inputs(normal(*keys), normal(*keys), normal(B, HV, shape.V), g, beta, normal(B, shape.channels),
-                  normal(B, HV), normal(B, HV), parameters)  # fmt: skip
+                  normal(B, HV), normal(B, HV), (filters, gates[0], gates[1]))  # fmt: skip
 
 
 @dataclass
@@ -161,22 +159,30 @@ class Side:
     errors: dict[str, float] = field(default_factory=dict)
 
     def round(self, x: Inputs, memories: Memories, only: int | None = None) -> list[Any]:
-        """A step of each state (or as many of the one); what is returned keeps every new state, as a cache does."""
-        kept = []
+        """A step of each state, or as many of the one. What is returned keeps every new state, as a cache does."""
+        kept: list[Any] = []
         for n in range(len(memories.states)):
             at = n if only is None else only
+            if only is not None:
+                kept.clear()
             kept.append(self.step(x, memories.states[at], memories.tails[at]))
         return kept
 
 
 def _delta(x: Inputs, state: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-    backend = "torch" if state.dtype == torch.float64 else None
-    return delta_step(x.q, x.k, x.v, x.g, x.beta, state, l2norm=True, backend=backend), state
+    return delta_step(x.q, x.k, x.v, x.g, x.beta, state, l2norm=True, backend=_backend(state)), state
 
 
 def _layer(x: Inputs, state: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-    backend = "torch" if state.dtype == torch.float64 else None
-    return gated_delta_step(x.mixed, x.a, x.b, tail, state, **x.parameters, backend=backend), state  # type: ignore[arg-type]
+    weight, A_log, dt_bias = x.parameters
+    o = gated_delta_step(
+        x.mixed, x.a, x.b, tail, state, weight_DW=weight, A_log_H=A_log, dt_bias_H=dt_bias, backend=_backend(state)
+    )
+    return o, state
+
+
+def _backend(state: Tensor) -> Backend | None:
+    return "torch" if state.dtype == torch.float64 else None  # the truth
 
 
 TRUTH = {"delta": _delta, "layer": _layer}
@@ -252,11 +258,11 @@ def _measure(shape: Shape, sides: list[Side], steps: int, runs: int, warmup: int
         if side.v_first:
             memories.states = [state.mT.contiguous() for state in memories.states]
     for way in WAYS:
-        calls = []
+        calls: list[tuple[Runs, Callable[[int], Any]]] = []
         for side in sides:
             if not side.runs[way].failure:
                 calls.append((side.runs[way], _call(side, way, x, of_sides[side.name], device)))
-        common.take_turns(calls, runs, warmup, device)
+        common.take_turns(calls, runs, warmup, device, ahead=way != "eager")
         for record, _ in calls:
             record.seconds = [s / steps for s in record.seconds]
             record.alone = [s / steps for s in record.alone]

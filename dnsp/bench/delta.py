@@ -21,7 +21,8 @@ import contextlib
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from dnsp.bench.common import MIB, Ceilings, Runs
 from dnsp.bench.peers import PACKAGES, Peer, find_peers
 from dnsp.choices import MULTIPROCESSORS, filling
 from dnsp.errors import UsageError
-from dnsp.kernels.delta_rule import chunk_gated_delta_rule
+from dnsp.kernels.delta_rule import Backend, chunk_gated_delta_rule
 from dnsp.kernels.segments import CHUNK, check_segment_tokens
 from dnsp.parallel.layout import Layout
 
@@ -193,6 +194,16 @@ class Inputs:
     def bytes(self) -> int:
         return sum(x.nbytes for x in (*self.leaves, self.do))
 
+    def part(self, keys: slice, values: slice, dtype: torch.dtype) -> Inputs:
+        """Some heads, as leaves of their own."""
+
+        def leaf(x: Tensor, heads: slice) -> Tensor:
+            return x.detach()[:, :, heads].to(dtype).requires_grad_()
+
+        q, k = leaf(self.q, keys), leaf(self.k, keys)
+        v, g, beta = leaf(self.v, values), leaf(self.g, values), leaf(self.beta, values)
+        return Inputs(q, k, v, g, beta, self.do[:, :, values].to(dtype), self.cu_seqlens)
+
 
 def make_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
     """q, k, v and the outputs' gradient from N(0, 1), beta the sigmoid of it; gates in fp32."""
@@ -213,8 +224,10 @@ def make_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
     if shape.documents > 1:
         cuts = torch.randperm(shape.tokens - 1, generator=torch.Generator().manual_seed(seed))[: shape.documents - 1]
         cu_seqlens = torch.tensor([0, *sorted((cuts + 1).tolist()), shape.tokens], device=device)
-    leaves = [x.requires_grad_() for x in (q.to(dtype), k.to(dtype), v.to(dtype), g, beta)]
-    return Inputs(*leaves, do.to(dtype), cu_seqlens)
+    made = Inputs(q.to(dtype), k.to(dtype), v.to(dtype), g, beta, do.to(dtype), cu_seqlens)
+    for leaf in made.leaves:
+        leaf.requires_grad_()
+    return made
 
 
 @dataclass
@@ -235,6 +248,9 @@ class Side:
         o = self.call(inputs)
         return o if what == "forward" else torch.autograd.grad(o, inputs.leaves, inputs.do)
 
+    def turn(self, what: str, inputs: Sequence[Inputs], n: int) -> Any:
+        return self.work(what, inputs[n % len(inputs)])
+
     def results(self, inputs: Inputs) -> dict[str, Tensor]:
         """By :data:`RESULTS`, as far as it comes; what fails is noted where its time would be."""
         found: dict[str, Tensor] = {}
@@ -248,25 +264,23 @@ class Side:
         return found
 
 
+def compute(shape: Shape, x: Inputs, backend: Backend | None = None) -> Tensor:
+    """Our op's outputs."""
+    cu_seqlens = x.cu_seqlens if shape.documents > 1 else None
+    return chunk_gated_delta_rule(
+        x.q, x.k, x.v, x.g, x.beta, use_qk_l2norm_in_kernel=shape.l2norm, cu_seqlens=cu_seqlens,
+        segment_tokens=shape.segment_tokens, backend=backend,
+    )[0]  # fmt: skip
+
+
 def _ours(shape: Shape) -> list[Side]:
     """As the shape says, and beside it without what it asks for."""
 
-    def call(segment_tokens: int | None, documents: bool) -> Callable[[Inputs], Tensor]:
-        def compute(x: Inputs) -> Tensor:
-            return chunk_gated_delta_rule(
-                *x.leaves,
-                use_qk_l2norm_in_kernel=shape.l2norm,
-                cu_seqlens=x.cu_seqlens if documents else None,
-                segment_tokens=segment_tokens,
-            )[0]
-
-        return compute
-
-    sides = [Side("dnsp", call(shape.segment_tokens, True))]
+    sides = [Side("dnsp", partial(compute, shape))]
     if shape.segment_tokens is not None:
-        sides.append(Side(OWN_SEGMENTS, call(None, True)))
+        sides.append(Side(OWN_SEGMENTS, partial(compute, replace(shape, segment_tokens=None))))
     if shape.documents > 1:
-        sides.append(Side(ONE_DOCUMENT, call(shape.segment_tokens, False), checked=False))
+        sides.append(Side(ONE_DOCUMENT, partial(compute, replace(shape, documents=1)), checked=False))
     return sides
 
 
@@ -288,14 +302,9 @@ def truth(shape: Shape, inputs: Inputs, at_once: int) -> Iterator[tuple[slice, s
     for first in range(0, shape.key_heads, at_once):
         last = min(first + at_once, shape.key_heads)
         keys, values = slice(first, last), slice(first * group, last * group)
-        heads = (keys, keys, values, values, values)
-        leaves = [
-            x.detach()[:, :, part].double().requires_grad_() for x, part in zip(inputs.leaves, heads, strict=True)
-        ]
-        o, _ = chunk_gated_delta_rule(
-            *leaves, use_qk_l2norm_in_kernel=shape.l2norm, cu_seqlens=inputs.cu_seqlens, backend="torch"
-        )
-        grads = torch.autograd.grad(o, leaves, inputs.do[:, :, values].double())
+        part = inputs.part(keys, values, torch.float64)
+        o = compute(replace(shape, segment_tokens=None), part, backend="torch")
+        grads = torch.autograd.grad(o, part.leaves, part.do)
         yield keys, values, dict(zip(RESULTS, (o.detach(), *grads), strict=True))
 
 
@@ -394,7 +403,7 @@ def run(
                 common.write_json(profile, profiles)
             del inputs
         figures = report["shapes"][-1] = _figures(shape, sides, ceilings, report["shapes"][-1])
-        report["goals"] += goals(figures)
+        report["goals"] += goals(figures) if device.type == "cuda" else []
         report["wrong"] += wrong(figures)
         console.print(times_table(figures))
         if errors:
@@ -430,14 +439,11 @@ def _measure(
     del found
     gc.collect()
     for what in PASSES:
-        calls = [
-            (side.runs[what], lambda n, side=side, what=what: side.work(what, inputs[n % len(inputs)]))
-            for side in sides
-        ]
+        calls = [(side.runs[what], partial(side.turn, what, inputs)) for side in sides]
         common.take_turns(calls, runs, warmup, device)
     for side in sides:
         if not side.runs["training"].failure:
-            side.peak = common.peak_bytes(lambda side=side: side.work("training", inputs[0]), device)  # type: ignore[misc]
+            side.peak = common.peak_bytes(partial(side.work, "training", inputs[0]), device)
     report["shapes"].append(said)
     return inputs
 
@@ -487,7 +493,8 @@ def goals(figures: dict[str, Any]) -> list[dict[str, Any]]:
     for what in ("forward", "training"):
         against = [row[what] for row in peers.values() if what in row]
         goal(f"{PASSES[what]} / the fastest peer's", max(against, default=None), NO_SLOWER)
-    goal("forward + backward / fla's", sides.get("fla", {}).get("training"), OF_FLA)
+    if figures["shape"]["tokens"] == 32768 and figures["shape"]["value_heads"] == 32:
+        goal("forward + backward / fla's", sides.get("fla", {}).get("training"), OF_FLA)
     goal("memory / flash-qla's", sides.get("flash-qla", {}).get("memory"), MEMORY)
     goal("worst error / the better peer's", _beside_peers(figures, list(peers)), BESIDE_PEERS)
     goal("given segments / own choice", sides.get(OWN_SEGMENTS, {}).get("training"), DETERMINISTIC)
@@ -536,7 +543,8 @@ def _failures(figures: dict[str, Any]) -> list[str]:
 
 def times_table(figures: dict[str, Any]) -> Table:
     ratios = [f"dnsp / it: {label}" for label in ("no grad", "fwd", "fwd+bwd", "memory")]
-    columns = [*ratios, "ms: no grad", "fwd", "fwd+bwd", "spread", "alone", "copy", "matmul", "MiB"]
+    columns = [*ratios, "ms: no grad", "fwd", "fwd+bwd"]
+    columns += ["of fwd+bwd: spread", "alone", "copy", "matmul", "MiB"]
     table = common.make_table(figures["name"], *columns)
     for row in figures["sides"]:
         cells = [common.cell(row["ours_over_this"].get(what), ".3f") for what in (*PASSES, "memory")]
@@ -562,7 +570,7 @@ def _profile(shape: Shape, sides: list[Side], inputs: Inputs, device: torch.devi
     found: dict[str, Any] = {"name": str(shape), "shape": asdict(shape), "sides": {}}
     for side in sides:
         with contextlib.suppress(Exception):  # what fails has said so
-            forward = common.kernel_times(lambda side=side: side.work("forward", inputs), device)  # type: ignore[misc]
+            forward = common.kernel_times(partial(side.work, "forward", inputs), device)
             found["sides"][side.name] = {"forward": forward}
             o = side.call(inputs)
 

@@ -52,12 +52,11 @@ def find_peers(names: str, device: torch.device, among: Sequence[str] = tuple(PE
 
 def _find(name: str, device: torch.device) -> Peer:
     distribution, module = PEERS[name]
-    # Where flash-qla is installed fla's op hands its calls to it, and both would be the same.
-    os.environ["FLA_FLASH_QLA"] = "0"
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         return Peer(name, missing=f"{distribution} is not installed")
     if device.type != "cuda":
         return Peer(name, missing="it needs a GPU")
+    os.environ["FLA_FLASH_QLA"] = "0"  # where flash-qla is installed, fla's op would hand its calls to it
     try:
         return Peer(name, importlib.import_module(module))
     except Exception as error:  # half an installation, a GPU that it does not know
