@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from dnsp.bench.delta import Shape
+    from dnsp.bench.delta_shapes import Shape
 
 KINDS = {"cold": 30.0, "filled": 3.0}  # seconds of the first call, at most
 CHILD_SECONDS = 1200
@@ -76,7 +76,7 @@ def main() -> None:
     import torch
 
     from dnsp.bench import common
-    from dnsp.bench.delta import Shape, compute, make_inputs
+    from dnsp.bench.delta_shapes import Shape, compute, make_inputs
 
     shape, device = Shape(**json.loads(sys.stdin.read())), common.find_device()
     inputs = make_inputs(shape, device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -248,6 +249,13 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     name = "out of memory" if "OutOfMemory" in type(error).__name__ else type(error).__name__
     return f"{name}: {lines[0][:300]}" if lines else name
+
+
+def give_back_memory(device: torch.device) -> None:
+    """What torch keeps for later, back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:

@@ -248,6 +248,7 @@ def run(
 
 
 def _measure(shape: Shape, sides: list[Side], steps: int, runs: int, warmup: int, device: torch.device) -> None:
+    common.give_back_memory(device)
     x = make_inputs(shape, device)
     first = Memories.make(shape, 1, device)
     for side in sides:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnsp.bench import decode, delta
+from dnsp.bench import delta_shapes as shapes
 from dnsp.bench.peers import PEERS, Peer, find_peers
 from dnsp.cli import main
 from dnsp.kernels.delta_rule import chunk_gated_delta_rule
@@ -23,8 +24,8 @@ FP32 = SMALL + ",dtype=fp32"
 CPU = torch.device("cpu")
 
 
-def measured(file: Path, *shapes: str, **options: Any) -> tuple[int, dict[str, Any]]:
-    status = delta.run(shapes or (SMALL,), runs=2, warmup=1, json_path=file, **options)
+def measured(file: Path, *asked: str, **options: Any) -> tuple[int, dict[str, Any]]:
+    status = delta.run(asked or (SMALL,), runs=2, warmup=1, json_path=file, **options)
     return status, json.loads(file.read_text())
 
 
@@ -39,17 +40,17 @@ def peers_that(monkeypatch: pytest.MonkeyPatch, **ops: Any) -> None:
 
 def test_forward_flops_are_those_of_the_chunked_form() -> None:
     """With as many key heads as value heads: our torch path repeats the key heads' products for each value head."""
-    shape = delta.parse_shape("tokens=256,heads=3,K=32,V=16,batch=2,dtype=fp32")
-    inputs = delta.make_inputs(shape, CPU)
+    shape = shapes.parse_shape("tokens=256,heads=3,K=32,V=16,batch=2,dtype=fp32")
+    inputs = shapes.make_inputs(shape, CPU)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        delta.compute(shape, inputs, "torch")
+        shapes.compute(shape, inputs, "torch")
     assert counter.get_total_flops() == shape.flops("forward") == shape.flops("inference")
 
 
 def test_both_passes_flops_are_those_of_the_algebra() -> None:
     """docs/how-it-works.md's equations for one chunk between two states, and what autograd makes of them."""
     C, K, V = 64, 32, 16
-    shape = delta.parse_shape(f"tokens={C},heads=1,K={K},V={V}")
+    shape = shapes.parse_shape(f"tokens={C},heads=1,K={K},V={V}")
     q, k, S = (torch.randn(*size, requires_grad=True) for size in ((C, K), (C, K), (K, V)))
     v = torch.randn(C, V, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
@@ -66,7 +67,7 @@ def test_both_passes_flops_are_those_of_the_algebra() -> None:
 
 
 def test_flops_by_hand_with_grouped_heads() -> None:
-    shape = delta.Shape(tokens=1000, key_heads=2, value_heads=6, K=16, V=32, batch=3)
+    shape = shapes.Shape(tokens=1000, key_heads=2, value_heads=6, K=16, V=32, batch=3)
     of_chunk_values = 3 * (2 * 64 * 16 * 32) + 2 * (2 * 64 * 64 * 32)  # K S, Q S, K^T V'; A R, P V'
     of_chunk_keys = 2 * (2 * 64 * 64 * 16)  # K K^T, Q K^T
     assert shape.flops("forward") == 3000 * (6 * of_chunk_values + 2 * of_chunk_keys) / 64
@@ -75,9 +76,9 @@ def test_flops_by_hand_with_grouped_heads() -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_bytes_are_those_of_the_tensors(dtype: str) -> None:
-    shape = delta.parse_shape(f"{SMALL},batch=2,dtype={dtype}")
-    x = delta.make_inputs(shape, CPU)
-    o = delta.compute(shape, x)
+    shape = shapes.parse_shape(f"{SMALL},batch=2,dtype={dtype}")
+    x = shapes.make_inputs(shape, CPU)
+    o = shapes.compute(shape, x)
     grads = torch.autograd.grad(o, x.leaves, x.do)
     forward = sum(y.nbytes for y in (*x.leaves, o))
     assert shape.bytes("forward") == shape.bytes("inference") == forward
@@ -110,7 +111,7 @@ def test_a_planted_error_is_what_the_columns_say(tmp_path: Path, monkeypatch: py
     status, report = measured(tmp_path / "d.json", FP32)
     ours, peer = report["shapes"][0]["sides"]
     assert status == 0 and not report["wrong"] and peer["name"] == "fla"
-    assert list(peer["errors"]) == list(delta.RESULTS) == list(ours["errors"])
+    assert list(peer["errors"]) == list(shapes.RESULTS) == list(ours["errors"])
     assert list(peer["errors"].values()) == pytest.approx([0.01] * 6, rel=1e-3)
     assert max(ours["errors"].values()) < 1e-5
     assert peer["ours_over_this"]["worst_error"] < 1e-3
@@ -121,11 +122,10 @@ def test_ours_is_held_to_limits(
 ) -> None:
     right = delta.compute
 
-    def wrong_values(shape: delta.Shape, x: delta.Inputs, backend: Any = None) -> Tensor:
-        o = right(shape, x, backend)
-        return o if backend == "torch" else o + 0.02 * x.v
+    def wrong_values(shape: shapes.Shape, x: shapes.Inputs, backend: Any = None) -> Tensor:
+        return right(shape, x, backend) + 0.02 * x.v
 
-    monkeypatch.setattr(delta, "compute", wrong_values)
+    monkeypatch.setattr(delta, "compute", wrong_values)  # truth keeps the right one
     status, report = measured(tmp_path / "d.json", FP32)
     assert status == 1
     assert any("dnsp: o is off by" in line and "more than 1e-05" in line for line in report["wrong"])
@@ -137,9 +137,8 @@ def test_ours_is_held_to_limits(
 def test_not_a_number_is_wrong_and_still_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = delta.compute
 
-    def broken(shape: delta.Shape, x: delta.Inputs, backend: Any = None) -> Tensor:
-        o = right(shape, x, backend)
-        return o if backend == "torch" else o * float("nan")
+    def broken(shape: shapes.Shape, x: shapes.Inputs, backend: Any = None) -> Tensor:
+        return right(shape, x, backend) * float("nan")
 
     monkeypatch.setattr(delta, "compute", broken)
     status, report = measured(tmp_path / "d.json")
@@ -149,10 +148,10 @@ def test_not_a_number_is_wrong_and_still_json(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("shape", [SMALL + ",documents=7", SMALL + ",batch=2", SMALL + ",l2norm=no,decay=-20"])
 def test_truth_is_the_same_by_any_number_of_heads(shape: str) -> None:
-    wanted = delta.parse_shape(shape)
-    inputs = delta.make_inputs(wanted, CPU)
-    found = [delta.Side("dnsp", lambda x: delta.compute(wanted, x)).results(inputs)]
-    one, both = (delta._errors(wanted, inputs, found, at_once)[0] for at_once in (1, 2))
+    wanted = shapes.parse_shape(shape)
+    inputs = shapes.make_inputs(wanted, CPU)
+    found = [delta.Side("dnsp", lambda x: shapes.compute(wanted, x)).results(inputs)]
+    one, both = (shapes.errors_of(wanted, inputs, found, at_once)[0] for at_once in (1, 2))
     assert list(one.values()) == pytest.approx(list(both.values()), rel=1e-9)
     assert 1e-4 < one["o"] < 5e-3
 
@@ -214,7 +213,7 @@ def test_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["name"] for row in packed["sides"]] == ["dnsp", delta.ONE_DOCUMENT]
     assert by_segment["shape"]["segment_tokens"] == 64 and packed["shape"]["documents"] == 3
     assert packed["sides"][1]["errors"] == {}  # another truth
-    assert by_segment["work"]["forward"]["flops"] == delta.parse_shape(SMALL).flops("forward")
+    assert by_segment["work"]["forward"]["flops"] == shapes.parse_shape(SMALL).flops("forward")
     for shape in report["shapes"]:
         ours, other = shape["sides"]
         for what in delta.PASSES:
@@ -232,13 +231,25 @@ def test_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "128 tokens, 2/4 heads" in said and "dnsp / it" in said and "aten::bmm" in said
 
 
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["dnsp"])
+    file = f"--json={tmp_path / 'd.json'}"
+    options = ["--deterministic", "--runs=1", "--warmup=1", "--peers=none", "--no-errors", file]
+    assert main(["bench", "delta", SMALL, SMALL + ",segment_tokens=auto", *options]) == 0
+    report = json.loads((tmp_path / "d.json").read_text())
+    assert [figures["shape"]["segment_tokens"] for figures in report["shapes"]] == [128, None]
+    assert report["peers_missing"] == {} and report["runs"] == 1
+    for figures in report["shapes"]:
+        assert figures["truth"] == "not asked for" and figures["sides"][0]["errors"] == {}
+
+
 def test_what_is_measured_unasked() -> None:
-    shapes = [delta.parse_shape(text) for text in delta.SHAPES]
-    assert len(set(shapes)) == len(shapes)
-    heads = {(shape.batch * shape.tokens, shape.key_heads, shape.value_heads) for shape in shapes}
+    asked = [shapes.parse_shape(text) for text in shapes.SHAPES]
+    assert len(set(asked)) == len(asked)
+    heads = {(shape.batch * shape.tokens, shape.key_heads, shape.value_heads) for shape in asked}
     assert heads == {(32768, 16, 32), (32768, 16, 16), (131072, 16, 32), (131072, 4, 8)}
-    assert [shape.segment_tokens for shape in shapes if shape.segment_tokens] == [2048 * 2]
-    assert all(shape.K == shape.V == 128 and shape.dtype == "bf16" for shape in shapes)
+    assert [shape.segment_tokens for shape in asked if shape.segment_tokens] == [4096]
+    assert all(shape.K == shape.V == 128 and shape.dtype == "bf16" for shape in asked)
 
 
 @pytest.mark.slow
@@ -301,6 +312,8 @@ SLIPS = {
     ("decode", "tokens=4"): r"unknown key 'tokens'; the keys are batch, heads",
     ("decode", "--peers=flash-qla"): r"--peers flash-qla: 'flash-qla' is not known; name any of fla",
     ("decode", "--runs=0"): r"--runs 0: at least one run",
+    ("train", "--steps=0"): r"--steps 0: at least one step",
+    ("train", "model.num_hiden_layers=3"): r"did you mean 'model.num_hidden_layers'",
 }
 
 
