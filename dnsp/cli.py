@@ -58,7 +58,7 @@ JsonFile = Annotated[
 ]
 
 Shapes = Annotated[
-    list[str] | None, typer.Argument(metavar="[SHAPE]...", help="KEY=VALUE,KEY=VALUE; left out, the usual ones.")
+    list[str] | None, typer.Argument(metavar="SHAPE", help="KEY=VALUE,KEY=VALUE; left out, the usual ones.")
 ]
 Runs = Annotated[int, typer.Option(help="Of each, by turns; medians are reported.")]
 Warmup = Annotated[int, typer.Option(help="Runs of each that do not count.")]

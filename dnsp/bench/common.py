@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import functools
 import gc
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -222,20 +223,21 @@ def take_turns(
     device: torch.device,
     ahead: bool = True,
 ) -> None:
-    """One run of each, again and again; what fails is left out from there on. A call is told its turn.
+    """One run of each, again and again; what fails is left out from there on.
 
+    A call is told how many calls there were before it, of whichever kind, so that it can take other inputs than they.
     ``ahead`` False: what counts is a call's time alone.
     """
+    before = itertools.count()
     for n in range(warmup + runs):
         for record, call in calls:
             if record.failure:
                 continue
-            work = functools.partial(call, n)
             try:
-                alone, host = alone_seconds(work, device)
+                alone, host = alone_seconds(functools.partial(call, next(before)), device)
                 queued = alone
                 if device.type == "cuda" and ahead:
-                    queued = device_seconds(work, min(1.5 * host, MOST_BUSY))
+                    queued = device_seconds(functools.partial(call, next(before)), min(1.5 * host, MOST_BUSY))
             except Exception as error:  # a peer may fail in any way
                 record.failure = reason(error)
                 continue
