@@ -1,22 +1,21 @@
-"""``dnsp bench decode``: one token for B sequences, eagerly and as a CUDA graph, beside fla's recurrent op.
+"""``dnsp bench decode``: one token for B sequences, eagerly and as a CUDA graph, beside fla's kernels.
 
-    delta step    the delta rule alone, q and k normalised in it; fla's op is given the same
-    layer step    all of a gated delta layer between its projections and its output norm: convolution, gates, delta rule
+    delta step    the delta rule alone, q and k normalised in it; fla's recurrent op, with both of its layouts of states
+    layer step    all of a gated delta layer between its projections and its output norm: convolution, gates, delta
+                  rule; fla's kernels as its own layer calls them, a convolution each for q, k and v
 
 A decoder's states come from memory: steps take turns over so many states that none is found in the L2 cache. A graph
 holds one such round, a step after another; *one state* is a graph whose steps all update the same one, which then may
 lie in the cache. Times are those of a step: of a round, over its steps. Eager steps are timed with the host's work,
 from an idle device on; graphs by what the device takes.
 
-    bytes of a delta step    8 B HV K V of fp32 states, B (2 H K + 2 HV V) numbers, B 2 HV fp32 gates
-    bytes of a layer step    8 B HV K V of fp32 states, B D (2 W - 1) numbers for input and tail, D W filters, B HV V
-                             numbers of output, B 2 HV of gates and 2 HV fp32 parameters, D = 2 H K + HV V
-
-What a convolution hands to the delta rule does not count. Errors are those of a step against torch operations in fp64.
+Errors are those of a step against torch operations in fp64. :mod:`.decode_shapes` has the formulas of the bytes.
 """
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,101 +28,16 @@ from torch import Tensor
 
 from dnsp.bench import common
 from dnsp.bench.common import Ceilings, Runs
+from dnsp.bench.decode_shapes import CPU_SHAPES, SHAPES, Inputs, Shape, make_inputs, parse_shape
 from dnsp.bench.peers import PACKAGES, Peer, find_peers
 from dnsp.kernels.decode import Backend, delta_step, gated_delta_step
 
-KEYS = ("batch", "heads", "K", "V", "W", "dtype")
-SHAPES = ("batch=1", "batch=4", "batch=16", "batch=64", "batch=256")
-CPU_SHAPES = ("batch=2,heads=2/4,K=32,V=32",)
 WAYS = {"eager": "eager", "graph": "graph", "cached": "graph, one state"}
+NO_GRAPHS = "CUDA graphs need a GPU"
 STEPS = 8  # of a round, at least
 LIMITS = {"bf16": (5e-3, 1e-5), "fp16": (5e-3, 1e-5), "fp32": (1e-5, 1e-5)}  # of outputs, of states
 LAYER_STATE = {"bf16": 1e-2, "fp16": 5e-3, "fp32": 1e-5}  # the layer's q, k, v are rounded behind the convolution
 COPY_AT_64, NO_SLOWER = 0.7, 1.0  # what is to be reached: of the copy ceiling at B = 64; of fla's time at B = 1
-
-
-@dataclass(frozen=True)
-class Shape:
-    batch: int = 1
-    key_heads: int = 16
-    value_heads: int = 32
-    K: int = 128
-    V: int = 128
-    W: int = 4
-    dtype: str = "bf16"
-
-    def __str__(self) -> str:
-        heads = f"{self.key_heads}/{self.value_heads} heads, K={self.K}, V={self.V}"
-        return f"{self.batch} sequence{'s' * (self.batch > 1)}, {heads}, {self.dtype}"
-
-    @property
-    def channels(self) -> int:
-        return 2 * self.key_heads * self.K + self.value_heads * self.V
-
-    @property
-    def state_bytes(self) -> int:
-        return 4 * self.batch * self.value_heads * self.K * self.V
-
-    def bytes(self, what: str) -> int:
-        """The least that a ``delta`` or ``layer`` step reads and writes."""
-        size, B, HV = common.DTYPES[self.dtype].itemsize, self.batch, self.value_heads
-        if what == "delta":
-            numbers = 2 * self.key_heads * self.K + 2 * HV * self.V
-            return 2 * self.state_bytes + B * (size * numbers + 4 * 2 * HV)
-        of_sequences = B * (self.channels * (2 * self.W - 1) + HV * self.V + 2 * HV)
-        return 2 * self.state_bytes + size * (of_sequences + self.channels * self.W) + 4 * 2 * HV
-
-
-def parse_shape(text: str) -> Shape:
-    """``batch=64,heads=16/32``; what is not named is as in :class:`Shape`.
-
-    Raises: UsageError, for values that make no shape.
-    """
-    given = common.parse_settings(text, KEYS, "bench decode")
-    numbers = [key for key in ("batch", "K", "V", "W") if key in given]
-    values: dict[str, Any] = {key: common.whole_number(key, given[key]) for key in numbers}
-    if "heads" in given:
-        values["key_heads"], values["value_heads"] = common.parse_heads(given["heads"])
-    if "dtype" in given:
-        common.parse_dtype(given["dtype"])
-        values["dtype"] = given["dtype"]
-    return Shape(**values)
-
-
-@dataclass
-class Inputs:
-    """One token; gates in fp32 for the delta step, as projections for the layer's."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    beta: Tensor
-    mixed: Tensor
-    a: Tensor
-    b: Tensor
-    parameters: tuple[Tensor, Tensor, Tensor]  # filters, A_log, dt_bias
-
-    def double(self) -> Inputs:
-        weight, A_log, dt_bias = (x.double() for x in self.parameters)
-        q, k, v, g, beta = (x.double() for x in (self.q, self.k, self.v, self.g, self.beta))
-        mixed, a, b = (x.double() for x in (self.mixed, self.a, self.b))
-        return Inputs(q, k, v, g, beta, mixed, a, b, (weight, A_log, dt_bias))
-
-
-def make_inputs(shape: Shape, device: torch.device) -> Inputs:
-    generator = torch.Generator(device).manual_seed(0)
-    dtype, B, HV = common.DTYPES[shape.dtype], shape.batch, shape.value_heads
-
-    def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device).to(dtype)
-
-    keys = B, shape.key_heads, shape.K
-    g = torch.nn.functional.logsigmoid(normal(B, HV, dtype=torch.float32)) / 16
-    filters, gates = normal(shape.channels, shape.W) * 0.5, [normal(HV, dtype=torch.float32) for _ in range(2)]
-    beta = normal(B, HV, dtype=torch.float32).sigmoid()
-    return Inputs(normal(*keys), normal(*keys), normal(B, HV, shape.V), g, beta, normal(B, shape.channels),
-                  normal(B, HV), normal(B, HV), (filters, gates[0], gates[1]))  # fmt: skip
 
 
 @dataclass
@@ -131,7 +45,7 @@ class Memories:
     """``steps`` sets of a state and a tail."""
 
     states: list[Tensor]
-    tails: list[Tensor]
+    tails: list[Any]
 
     @staticmethod
     def make(shape: Shape, steps: int, device: torch.device) -> Memories:
@@ -144,17 +58,24 @@ class Memories:
         return Memories(states, tails)
 
 
-Step = Callable[[Inputs, Tensor, Tensor], tuple[Tensor, Tensor]]  # inputs, state, tail; outputs and the new state
+    def of(self, side: Side) -> Memories:
+        """As a side keeps them, and its own."""
+        states = [state.mT.contiguous() if side.v_first else state.clone() for state in self.states]
+        return Memories(states, [side.keep_tail(tail) for tail in self.tails])
+
+
+Step = Callable[[Inputs, Tensor, Any], tuple[Tensor, Tensor]]  # inputs, state, tail; outputs and the new state
 
 
 @dataclass
 class Side:
-    """``what``: the step that it is. ``v_first``: its states are ``[V, K]``."""
+    """``what``: the step that it is. ``v_first``: its states are ``[V, K]``. ``keep_tail``: its copy of a tail."""
 
     name: str
     what: str
     step: Step
     v_first: bool = False
+    keep_tail: Callable[[Tensor], Any] = torch.clone
     runs: dict[str, Runs] = field(default_factory=lambda: {name: Runs() for name in WAYS})
     errors: dict[str, float] = field(default_factory=dict)
 
@@ -202,6 +123,42 @@ def _fla(peer: Peer, v_first: bool) -> Side:
     return Side(f"{peer.name}, states [V, K]" if v_first else peer.name, "delta", step, v_first)
 
 
+def _fla_layer(peer: Peer, shape: Shape) -> Side:
+    recurrent = peer.op("fused_recurrent_gated_delta_rule")
+    try:
+        convolve = importlib.import_module("fla.modules.causal_conv1d").causal_conv1d_update
+    except Exception as error:  # it has moved before
+        raise_this = error
+
+        def convolve(**arguments: Any) -> Any:
+            raise raise_this
+
+    keys = shape.key_heads * shape.K
+    parts = slice(0, keys), slice(keys, 2 * keys), slice(2 * keys, shape.channels)
+
+    def step(x: Inputs, state: Tensor, caches: list[Tensor]) -> tuple[Tensor, Tensor]:
+        assert recurrent is not None
+        filters, A_log, dt_bias = x.parameters
+        with torch.no_grad():
+            q, k, v = (
+                convolve(x=x.mixed[:, part], cache=cache, weight=filters[part], bias=None, activation="silu")[0]
+                for part, cache in zip(parts, caches, strict=True)
+            )
+            q, k = (y.view(shape.batch, 1, shape.key_heads, shape.K) for y in (q, k))
+            o, new = recurrent(
+                q, k, v.view(shape.batch, 1, shape.value_heads, shape.V), x.a.unsqueeze(1), beta=x.b.unsqueeze(1),
+                initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True, state_v_first=True,
+                use_gate_in_kernel=True, A_log=A_log, dt_bias=dt_bias, use_beta_sigmoid_in_kernel=True,
+            )  # fmt: skip
+        return o.squeeze(1), new
+
+    def keep_tail(tail_BWD: Tensor) -> list[Tensor]:
+        whole = torch.nn.functional.pad(tail_BWD.mT, (1, 0))  # [B, D, W], the oldest of which is never read
+        return [whole[:, part].contiguous() for part in parts]
+
+    return Side(f"{peer.name}, layer step", "layer", step, True, keep_tail)
+
+
 def run(
     shapes: Sequence[str] = (),
     *,
@@ -226,7 +183,9 @@ def run(
     common.say_what(report, console)
     for n, shape in enumerate(wanted, 1):
         sides = [Side("dnsp, delta step", "delta", _delta), Side("dnsp, layer step", "layer", _layer)]
-        sides += [_fla(peer, v_first) for peer in found_peers if not peer.missing for v_first in (False, True)]
+        for peer in found_peers:
+            if not peer.missing:
+                sides += [_fla(peer, False), _fla(peer, True), _fla_layer(peer, shape)]
         with console.status(f"{n} of {len(wanted)}: {shape}"):
             steps = common.copies_beyond_cache(shape.state_bytes, device, STEPS)
             _measure(shape, sides, steps, runs, warmup, device)
@@ -237,7 +196,7 @@ def run(
         console.print(table(figures))
         for row in figures["sides"]:
             for way, record in row["ways"].items():
-                if "failure" in record and device.type == "cuda":
+                if record.get("failure", NO_GRAPHS) != NO_GRAPHS and not row["name"].startswith("dnsp"):
                     console.print(f"{row['name']}: {WAYS[way]}: {record['failure']}", markup=False)
         common.write_json(json_path, report)
     if report["goals"]:
@@ -255,9 +214,7 @@ def _measure(shape: Shape, sides: list[Side], steps: int, runs: int, warmup: int
         _check(side, x, first)
     of_sides = {}
     for side in sides:
-        of_sides[side.name] = memories = Memories.make(shape, steps, device)
-        if side.v_first:
-            memories.states = [state.mT.contiguous() for state in memories.states]
+        of_sides[side.name] = Memories.make(shape, steps, device).of(side)
     for way in WAYS:
         calls: list[tuple[Runs, Callable[[int], Any]]] = []
         for side in sides:
@@ -273,7 +230,7 @@ def _call(side: Side, way: str, x: Inputs, memories: Memories, device: torch.dev
     if way == "eager":
         return lambda n: side.round(x, memories)
     if device.type != "cuda":
-        side.runs[way].failure = "CUDA graphs need a GPU"
+        side.runs[way].failure = NO_GRAPHS
         return lambda n: None
     graph, kept = torch.cuda.CUDAGraph(), []
     try:
@@ -293,9 +250,9 @@ def _check(side: Side, x: Inputs, memories: Memories) -> None:
     """The errors of one step; what fails has no times."""
     exact_state, tail = memories.states[0].double(), memories.tails[0].double()
     exact, exact_state = TRUTH[side.what](x.double(), exact_state, tail)
-    state = memories.states[0].mT.contiguous() if side.v_first else memories.states[0].clone()
+    own = memories.of(side)
     try:
-        o, new = side.step(x, state, memories.tails[0].clone())
+        o, new = side.step(x, own.states[0], own.tails[0])
         new = new.mT if side.v_first else new
         side.errors = {"o": _error(o, exact), "state": _error(new, exact_state)}
     except Exception as error:
@@ -317,8 +274,9 @@ def _figures(shape: Shape, sides: list[Side], steps: int, ceilings: Ceilings) ->
             if record.median is None or record.failure:
                 continue
             row["ways"][way] |= ceilings.fractions(record.median, shape.bytes(side.what))
-            mine = sides[0].runs[way]
-            if side is not sides[0] and side.what == "delta" and mine.median is not None and not mine.failure:
+            ours = next(other for other in sides if other.what == side.what)
+            mine = ours.runs[way]
+            if side is not ours and mine.median is not None and not mine.failure:
                 row["ours_over_this"][way] = mine.median / record.median
         row["errors"] = {name: e if math.isfinite(e) else str(e) for name, e in side.errors.items()}
         figures["sides"].append(row)
@@ -329,15 +287,14 @@ def goals(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """What the step is to reach: no longer than fla's at one sequence, near the copy ceiling at 64."""
     rows, batch = figures["sides"], figures["shape"]["batch"]
     found = []
-    if batch == 1:
-        for way in ("eager", "graph"):
-            against = [row["ours_over_this"][way] for row in rows[1:] if way in row["ours_over_this"]]
-            if against:
-                found.append(common.goal(figures, f"delta step, {WAYS[way]} / fla's", max(against), NO_SLOWER))
+    for what, way in itertools.product(TRUTH, ("eager", "graph")):
+        against = [row["ours_over_this"][way] for row in rows if row["step"] == what and way in row["ours_over_this"]]
+        if against and batch == 1:
+            found.append(common.goal(figures, f"{what} step, {WAYS[way]} / fla's", max(against), NO_SLOWER))
     for row in rows[:2]:
         reached = row["ways"]["graph"].get("copy_fraction")
         if batch == 64 and reached is not None:
-            what = f"{row['name']}, graph: time at the copy ceiling's 70 % / it"
+            what = f"{row['name']}, graph: 70 % of the copy ceiling / reached"
             found.append(common.goal(figures, what, COPY_AT_64 / reached, 1.0))
     return found
 
@@ -353,8 +310,9 @@ def wrong(figures: dict[str, Any]) -> list[str]:
         for name, error in row["errors"].items():
             if not float(error) <= limits[name]:
                 found.append(f"{at}: {name} is off by {float(error):.2e}, more than {limits[name]:g}")
-        if not row["errors"]:
-            found.append(f"{at}: {row['ways']['eager']['failure']}")
+        for way, record in row["ways"].items():
+            if record.get("failure", NO_GRAPHS) != NO_GRAPHS:
+                found.append(f"{at}: {WAYS[way]}: {record['failure']}")
     return found
 
 

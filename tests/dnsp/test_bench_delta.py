@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from dnsp.bench.common import Runs, take_turns
 from dnsp.bench.peers import PEERS, Peer, find_peers
 from dnsp.cli import main
 from dnsp.kernels import chunk_triton
-from dnsp.kernels.delta_rule import chunk_gated_delta_rule
+from dnsp.kernels.delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
 SMALL = "tokens=128,heads=2/4,K=16,V=32"
 FP32 = SMALL + ",dtype=fp32"
@@ -291,6 +292,30 @@ def test_decode_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert 0 < row["errors"]["o"] < 1e-5 and row["errors"]["state"] < 1e-5
     assert report["shapes"][0]["bytes"]["delta"] == decode.Shape(2, 1, 2, 16, 16, dtype="fp32").bytes("delta")
     assert "delta step" in capsys.readouterr().out
+
+
+def test_a_peer_beside_the_decode_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both layouts of its states are held against the same truth; the layer's kernels are not there."""
+
+    def recurrent(*token: Tensor, initial_state: Tensor, state_v_first: bool, **arguments: Any) -> Any:
+        state = initial_state.mT if state_v_first else initial_state
+        o, new = fused_recurrent_gated_delta_rule(*token, initial_state=state, **arguments)
+        assert new is not None
+        return o, 1.01 * (new.mT if state_v_first else new)
+
+    monkeypatch.setitem(sys.modules, "fla", None)
+    peer = Peer("fla", SimpleNamespace(fused_recurrent_gated_delta_rule=recurrent))
+    monkeypatch.setattr(decode, "find_peers", lambda names, device, among: [peer])
+    file = tmp_path / "d.json"
+    assert decode.run(["batch=2,heads=1/2,K=16,V=32,dtype=fp32"], runs=2, warmup=1, json_path=file) == 0
+    ours, _, keys_first, values_first, layer = json.loads(file.read_text())["shapes"][0]["sides"]
+    for row in (keys_first, values_first):
+        assert row["errors"]["o"] < 1e-5 and row["errors"]["state"] == pytest.approx(0.01, rel=1e-3)
+        assert row["ours_over_this"]["eager"] == pytest.approx(ours["ways"]["eager"]["ms"] / row["ways"]["eager"]["ms"])
+    assert "ModuleNotFoundError" in layer["ways"]["eager"]["failure"]
+    assert "fla, layer step: eager: ModuleNotFoundError" in capsys.readouterr().out
 
 
 def test_a_wrong_decode_step_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
