@@ -96,7 +96,8 @@ def driver_version() -> str:
 def say_what(report: dict[str, Any], console: Console) -> None:
     """The machine, the versions, the ceilings and the peers that are not there."""
     versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items() if v != "not installed")
-    console.print(f"{report['device']}, {versions}", markup=False)
+    kernels = f", our delta rule by {report['kernels']}" if "kernels" in report else ""
+    console.print(f"{report['device']}, {versions}{kernels}", markup=False)
     if report["copy_ceiling_tb_per_s"] is not None:
         copy, matmul = report["copy_ceiling_tb_per_s"], report["matmul_ceiling_tflops"]
         console.print(f"ceilings: copy {copy:.2f} TB/s, bf16 matrix products {matmul:.0f} TFLOP/s")
@@ -240,6 +241,8 @@ def take_turns(
                     queued = device_seconds(functools.partial(call, next(before)), min(1.5 * host, MOST_BUSY))
             except Exception as error:  # a peer may fail in any way
                 record.failure = reason(error)
+            if record.failure:
+                give_back_memory(device)  # it may have run out of it
                 continue
             if n >= warmup:
                 record.seconds.append(queued)

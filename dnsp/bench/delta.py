@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from dnsp.bench.delta_shapes import (
     parse_shape,
 )
 from dnsp.bench.peers import PACKAGES, Peer, find_peers
+from dnsp.kernels.segments import kernels_for_program
 
 PASSES = {"inference": "no grad", "forward": "forward", "training": "forward + backward"}
 
@@ -126,7 +128,7 @@ def run(
     common.check_runs(runs, warmup)
     asked = shapes or (SHAPES if device.type == "cuda" else CPU_SHAPES)
     wanted = [parse_shape(text, deterministic) for text in asked]
-    found_peers = find_peers(peers, device)
+    found_peers = [] if cold else find_peers(peers, device)
     console = common.make_console()
     report: dict[str, Any] = common.describe(device, PACKAGES)
     if cold:
@@ -137,6 +139,7 @@ def run(
         return int(any("failure" in call for calls in report["first_calls"] for call in calls["processes"]))
     ceilings = Ceilings.of(device)
     report |= ceilings.to_json()
+    report["kernels"] = kernels_for_program() or ("triton" if device.type == "cuda" else "torch")
     report |= {"runs": runs, "warmup": warmup, "peers_missing": {p.name: p.missing for p in found_peers if p.missing}}
     report |= {"shapes": [], "goals": [], "wrong": []}
     common.say_what(report, console)
@@ -342,6 +345,6 @@ def profile_tables(found: dict[str, Any]) -> list[Table]:
             for kernel in kernels:
                 us, launches = kernel["us"], kernel["launches"]
                 if us >= SHOWN * total:
-                    table.add_row(kernel["kernel"][:90], f"{us:,.1f}", f"{us / total:.1%}", f"{launches:g}")
+                    table.add_row(escape(kernel["kernel"][:90]), f"{us:,.1f}", f"{us / total:.1%}", f"{launches:g}")
             tables.append(table)
     return tables

@@ -37,6 +37,7 @@ RESULTS = ("o", "dq", "dk", "dv", "dg", "dbeta")
 # What is measured where nothing is asked for.
 SHAPES = (
     "tokens=32768",
+    "tokens=32768,l2norm=no",
     "tokens=32768,decay=-1e-4",
     "tokens=32768,segment_tokens=deterministic",
     "tokens=32768,documents=128",

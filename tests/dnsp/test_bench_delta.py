@@ -119,6 +119,11 @@ def test_a_planted_error_is_what_the_columns_say(tmp_path: Path, monkeypatch: py
     assert list(peer["errors"].values()) == pytest.approx([0.01] * 6, rel=1e-3)
     assert max(ours["errors"].values()) < 1e-5
     assert peer["ours_over_this"]["worst_error"] < 1e-3
+    goals = {goal["what"]: goal for goal in delta.goals(report["shapes"][0])}
+    assert goals["worst error / the better peer's"]["holds"]
+    for what, label in (("forward", "forward"), ("training", "forward + backward")):
+        goal, ratio = goals[f"{label} / the fastest peer's"], peer["ours_over_this"][what]
+        assert goal["found"] == ratio and goal["holds"] == (ratio <= 1)
 
 
 def test_ours_is_held_to_limits(
