@@ -30,10 +30,14 @@ class Choices:
         """Tokens of the delta rule's segments; None: one segment an interval."""
         if config.parallel.segment_tokens is not None or not self.multiprocessors:
             return config.parallel.segment_tokens
-        model = config.model
-        blocks = max(1, model.linear_value_head_dim // 64)
-        programs = config.train.micro_batch * model.linear_num_value_heads * blocks
-        return filling_segment_tokens(layout, programs, self.multiprocessors)
+        model, rows = config.model, config.train.micro_batch
+        heads, width = model.linear_num_value_heads, model.linear_value_head_dim
+        return filling(layout, rows, heads, width, self.multiprocessors)
+
+
+def filling(layout: Layout, rows: int, value_heads: int, value_width: int, multiprocessors: int) -> int:
+    """Tokens of segments that fill a GPU."""
+    return filling_segment_tokens(layout, rows * value_heads * max(1, value_width // 64), multiprocessors)
 
 
 def make_choices(config: Config, before: dict[str, Any] | None = None) -> tuple[Choices, str]:

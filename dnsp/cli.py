@@ -33,6 +33,10 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(
+    help="Measure against the peers that are installed, in one run.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(bench_app, name="bench")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.steps=10.")]
@@ -40,16 +44,28 @@ Ranks = Annotated[int | None, typer.Option(min=1, help="Start this many local ra
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Where rank 0 listens; left out, a free one.")]
 
 
-def _can_be_written(file: Path | None) -> Path | None:
+def _can_be_written(option: typer.CallbackParam, file: Path | None) -> Path | None:
     """Said before the work, not after it."""
     if file is not None and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
-        raise UsageError(f"--json {file}: cannot be written; name a file in a folder that exists and is yours")
+        name = option.opts[0]
+        raise UsageError(f"{name} {file}: cannot be written; name a file in a folder that exists and is yours")
     return file
 
 
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the figures here as JSON.", callback=_can_be_written),
+]
+
+Shapes = Annotated[
+    list[str] | None, typer.Argument(metavar="SHAPE", help="KEY=VALUE,KEY=VALUE; left out, the usual ones.")
+]
+Runs = Annotated[int, typer.Option(help="Of each, by turns; medians are reported.")]
+Warmup = Annotated[int, typer.Option(help="Runs of each that do not count.")]
+Peers = Annotated[str, typer.Option(help="Any of flash-qla,fla; all or none.")]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option("--profile", metavar="FILE", help="Write what takes the time here.", callback=_can_be_written),
 ]
 
 
@@ -181,6 +197,65 @@ def prepare(
     made = done.metadata
     empty = f" ({done.empty_documents:,} empty ones left out)" if done.empty_documents else ""
     print(f"{done.prefix}: {made.documents:,} documents{empty}, {made.tokens:,} tokens, {done.seconds:.1f} s")
+
+
+@bench_app.command("delta")
+def bench_delta(
+    shapes: Shapes = None,
+    runs: Runs = 20,
+    warmup: Warmup = 3,
+    peers: Peers = "all",
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="segment_tokens=deterministic for shapes that do not say.")
+    ] = False,
+    errors: Annotated[bool, typer.Option(help="Hold outputs and gradients against the fp64 reference.")] = True,
+    cold: Annotated[bool, typer.Option("--cold", help="Measure the first call of fresh processes instead.")] = False,
+    profile: ProfileFile = None,
+    json_file: JsonFile = None,
+) -> None:
+    """The gated delta rule, forward and backward: times, memory and errors beside the peers'.
+
+    A SHAPE is tokens=32768,heads=16/32,K=128,V=128,batch=1,dtype=bf16,decay=logsigmoid (or a number),documents=1,
+    segment_tokens=auto (or deterministic, or a number),l2norm=yes; these are the defaults.
+    """
+    from dnsp.bench.delta import run
+
+    options = {"runs": runs, "warmup": warmup, "peers": peers, "deterministic": deterministic}
+    files = {"profile": profile, "json_path": json_file}
+    raise typer.Exit(run(shapes or [], **options, errors=errors, cold=cold, **files))  # type: ignore[arg-type]
+
+
+@bench_app.command("decode")
+def bench_decode(
+    shapes: Shapes = None,
+    runs: Runs = 20,
+    warmup: Warmup = 3,
+    peers: Annotated[str, typer.Option(help="fla or all, or none.")] = "all",
+    json_file: JsonFile = None,
+) -> None:
+    """One token for a batch of sequences, eagerly and as a CUDA graph.
+
+    A SHAPE is batch=1,heads=16/32,K=128,V=128,W=4,dtype=bf16; these are the defaults.
+    """
+    from dnsp.bench.decode import run
+
+    raise typer.Exit(run(shapes or [], runs=runs, warmup=warmup, peers=peers, json_path=json_file))
+
+
+@bench_app.command("train")
+def bench_train(
+    overrides: Overrides = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a row: data.sequence_length.")] = None,
+    steps: Annotated[int, typer.Option(help="Of each, by turns; the median is reported.")] = 5,
+    only_ours: Annotated[bool, typer.Option("--only-ours", help="Leave transformers out.")] = False,
+    profile: ProfileFile = None,
+    json_file: JsonFile = None,
+) -> None:
+    """A training step, ours and that of transformers on fla, of one shape."""
+    from dnsp.bench.train import run
+
+    status = run(overrides or [], tokens=tokens, steps=steps, only_ours=only_ours, profile=profile, json_path=json_file)
+    raise typer.Exit(status)
 
 
 def check_ranks(config: Config, ranks: int) -> None:

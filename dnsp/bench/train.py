@@ -17,21 +17,20 @@ Activation memory is the peak of allocated memory in a step above parameters, gr
 from __future__ import annotations
 
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from dnsp.bench import common
+from dnsp.bench.common import GIB, matmul_ceiling
 from dnsp.choices import make_choices
 from dnsp.config import Config, ModelConfig, override_tree, parse_config
 from dnsp.errors import UsageError
@@ -42,10 +41,8 @@ from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
 
-GIB = 2**30
 PACKAGES = ("dnsp", "torch", "triton", "liger-kernel", "transformers", "flash-linear-attention", "causal-conv1d")
 LOSS_TOLERANCE = 1e-2  # |ours - peer's| / peer's, before the first update
-CEILING_WIDTH = 8192  # of the square matrices whose product is the ceiling
 
 # 1.1 billion parameters; every key may be overridden
 SHAPE: dict[str, Any] = {
@@ -116,8 +113,7 @@ def run(
     config = parse_config(override_tree(SHAPE, [*overrides, *more]), "dnsp bench train")
     if steps < 1:
         raise UsageError(f"--steps {steps}: at least one step is measured")
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    console = Console(highlight=False, soft_wrap=True)
+    device, console = common.find_device(), common.make_console()
     sides = [_ours(config, device, console)]
     missing = "not asked for" if only_ours else _missing_peer(device)
     if missing:
@@ -132,8 +128,7 @@ def run(
     for side in sides:
         if side.failure:
             console.print(f"{side.name}: {side.failure}", markup=False)
-    if json_path is not None:
-        json_path.write_text(json.dumps(report, indent=2) + "\n")
+    common.write_json(json_path, report)
     return int(bool(sides[0].failure) or not report["losses_agree"])
 
 
@@ -178,8 +173,9 @@ def _peer(config: Config, ours: nn.Module, device: torch.device, console: Consol
     if config.engine.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tokens, _ = _batch(config, device)
-    kernels = f"fla {_version('flash-linear-attention')}" if device.type == "cuda" else "torch's operations"
-    console.print(f"transformers {_version('transformers')}: delta rule by {kernels}", markup=False)
+    fla, transformers = (common.package_version(name) for name in ("flash-linear-attention", "transformers"))
+    kernels = f"fla {fla}" if device.type == "cuda" else "torch's operations"
+    console.print(f"transformers {transformers}: delta rule by {kernels}", markup=False)
 
     def loss() -> Tensor:
         return model(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -247,20 +243,6 @@ def model_flops(config: ModelConfig, parameters: int, rows: int, tokens: int) ->
     return float(rows * (6 * parameters * tokens + attention))
 
 
-def matmul_ceiling(device: torch.device) -> float:
-    """FLOP/s of square bf16 matrix products: the best of 20."""
-    a, b = (torch.randn(CEILING_WIDTH, CEILING_WIDTH, device=device, dtype=torch.bfloat16) for _ in range(2))
-    best = float("inf")
-    for _ in range(25):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        a @ b
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end) / 1e3)
-    return 2 * CEILING_WIDTH**3 / best
-
-
 def _report(config: Config, sides: list[Side], missing: str, device: torch.device) -> dict[str, Any]:
     rows, tokens = config.train.micro_batch, config.data.sequence_length
     parameters = sum(p.numel() for p in sides[0].model.parameters())
@@ -268,8 +250,7 @@ def _report(config: Config, sides: list[Side], missing: str, device: torch.devic
     ceiling = matmul_ceiling(device) if device.type == "cuda" else None
     figures = [_figures(side, rows * tokens, flops, ceiling) for side in sides]
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "versions": {name: _version(name) for name in PACKAGES},
+        **common.describe(device, PACKAGES),
         "parameters": parameters,
         "rows": rows,
         "tokens": tokens,
@@ -311,10 +292,8 @@ def _figures(side: Side, tokens: int, flops: float, ceiling: float | None) -> di
 
 def _table(report: dict[str, Any]) -> Table:
     title = f"{report['parameters']:,} parameters, {report['rows']} x {report['tokens']:,} tokens, {report['device']}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-    table.add_column("")
-    for column in ("s a step", "tokens/s", "MFU", "peak GiB", "activations GiB", "loss"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = ("s a step", "tokens/s", "MFU", "peak GiB", "activations GiB", "loss")
+    table = common.make_table(title, *columns)
     for figures in filter(None, (report["ours"], report["peer"])):
         wanted = (("step_s", ".3f"), ("tokens_per_s", ",.0f"), ("mfu", ".3f"), ("peak_gib", ".2f"),
                   ("activation_gib", ".2f"), ("loss", ".4f"))  # fmt: skip
@@ -337,10 +316,3 @@ def _profile(side: Side, device: torch.device) -> str:
             torch.cuda.synchronize()
     by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     return profile.key_averages().table(sort_by=by, row_limit=60, max_name_column_width=80)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
