@@ -1,0 +1,384 @@
+"""Gluon passes 3 and 4 in one, for Hopper: the reverse recurrence and the gradients of each chunk's inputs.
+
+The mathematics is that of :mod:`.triton_reverse` and :mod:`.triton_gradients`. There the gradient of every chunk's state
+goes through memory, and so do the tiles of the pairs; here one program takes a value head of a segment, right to left,
+and all of a chunk stays on the multiprocessor. Eight warps hold dS, transposed, in registers; what a chunk needs from
+memory comes through the tensor memory accelerator, each array into shared memory as soon as the last use of the chunk
+behind it is over. Matrix instructions are issued before their results are waited for, so that those of the recurrence,
+which depend on each other, lie between those of the pairs, which do not.
+
+A value head leaves its part of dq and dk; *group* sums those of a key head's value heads and takes the norms into
+account. parts are those of :mod:`.triton_gradients`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+WIDTH = gl.constexpr(128)  # of K and V
+
+
+@gluon.jit
+def _nil(i):
+    """0, unknown to the compiler: an address that hangs on it is worked out where it is used, not kept through the loop
+    in a register that is wanted for the state."""
+    return gl.inline_asm_elementwise("mov.b32 $0, 0; // $1", "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _scaled(weight, part):
+    return gl.where(weight != 0.0, weight * part, 0.0)  # select: 0 * inf must not leak
+
+
+@gluon.jit
+def _decays(rows, keep, layout: gl.constexpr):
+    """exp(b_i - b_j) where kept, else 0."""
+    hi_i = gl.expand_dims(rows.slice(256, 64).load(gl.SliceLayout(1, layout)), 1)
+    hi_j = gl.expand_dims(rows.slice(256, 64).load(gl.SliceLayout(0, layout)), 0)
+    lo_i = gl.expand_dims(rows.slice(320, 64).load(gl.SliceLayout(1, layout)), 1)
+    lo_j = gl.expand_dims(rows.slice(320, 64).load(gl.SliceLayout(0, layout)), 0)
+    difference = (hi_i - hi_j) + (lo_i - lo_j)
+    return gl.where(keep, gl.exp(gl.where(keep, difference, 0.0)), 0.0)
+
+
+@gluon.jit
+def _column(rows, start: gl.constexpr, layout: gl.constexpr):
+    """Scales of the rows of a tile."""
+    return gl.expand_dims(rows.slice(start, 64).load(gl.SliceLayout(1, layout)), 1)
+
+
+@gluon.jit
+def _row(rows, start: gl.constexpr, layout: gl.constexpr):
+    """The same, where tokens are the columns."""
+    return gl.expand_dims(rows.slice(start, 64).load(gl.SliceLayout(0, layout)), 0)
+
+
+@gluon.jit(
+    do_not_specialize=["T", "NC", "segment_chunks", "B", "row0"],
+    do_not_specialize_on_alignment=["doc"],
+)
+def backward_kernel(
+    q, k, do, states, errors, A, P, dv, dq, dk, rows, through, doc, outgoing, parts,
+    T, NC, segment_chunks, B, row0, scale,
+    H: gl.constexpr, G: gl.constexpr, HAS_G: gl.constexpr, HAS_DOC: gl.constexpr,
+):  # fmt: skip
+    W: gl.constexpr = WIDTH
+    dtype: gl.constexpr = q.dtype
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16])  # states [V, K]
+    new: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])  # transposed values [V, 64]
+    long: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16])  # [64, K]
+    pair: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])  # [64, 64]
+    of_new: gl.constexpr = gl.DotOperandLayout(0, new, 2)
+    of_wide: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    tokens: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    flat: gl.constexpr = gl.BlockedLayout([2], [32], [8], [0])
+    flat64: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    pair_j: gl.constexpr = gl.SliceLayout(0, pair)
+    pair_i: gl.constexpr = gl.SliceLayout(1, pair)
+    long_i: gl.constexpr = gl.SliceLayout(1, long)
+
+    n = gl.program_id(0)
+    local = gl.program_id(1)
+    row = row0 + local
+    HV: gl.constexpr = H * G
+    ib = row // HV
+    hv = row % HV
+    ih = hv // G
+    first = n * segment_chunks
+    stop = gl.minimum(first + segment_chunks, NC)
+    chunks = stop - first
+    if chunks <= 0:
+        return
+
+    k_at = gl.allocate_shared_memory(dtype, [2, 64, W], tile)
+    q_mem = gl.allocate_shared_memory(dtype, [1, 64, W], tile)
+    do_mem = gl.allocate_shared_memory(dtype, [1, 64, W], tile)
+    errors_mem = gl.allocate_shared_memory(dtype, [1, 64, W], tile)
+    S_mem = gl.allocate_shared_memory(dtype, [1, W, W], tile)
+    A_mem = gl.allocate_shared_memory(dtype, [1, 64, 64], tile)
+    P_mem = gl.allocate_shared_memory(dtype, [1, 64, 64], tile)
+    dS_mem = gl.allocate_shared_memory(dtype, [1, W, W], tile)  # and dq and dk, on their way out
+    dv_mem = gl.allocate_shared_memory(dtype, [1, 64, W], tile)
+    dqk_mem = gl.allocate_shared_memory(dtype, [1, 64, 64], tile)
+    dkk_mem = gl.allocate_shared_memory(dtype, [1, 64, 64], tile)
+    logs_mem = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], tile)
+    ones_mem = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], tile)
+    rows_at = gl.allocate_shared_memory(gl.float32, [512], line)
+    doc_at = gl.allocate_shared_memory(gl.int32, [64], line)
+    bars = gl.allocate_shared_memory(gl.int64, [5, 1], mbarrier.MBarrierLayout())
+    for j in gl.static_range(5):
+        mbarrier.init(bars.index(j), count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    early = bars.index(2)
+    middle = bars.index(3)
+    late = bars.index(4)
+
+    # What the first chunk needs.
+    c = stop - 1
+    at_kept = local * NC + c
+    at_tile = row * NC + c
+    mbarrier.expect(bars.index(0), 64 * W * 2)
+    tma.async_copy_global_to_shared(k, [ib, c * 64, ih, 0], bars.index(0), k_at.index(0)._reinterpret(dtype, [1, 64, 1, W], tokens))
+    mbarrier.expect(early, 64 * W * 2 + 2 * 64 * 64 * 2)
+    tma.async_copy_global_to_shared(do, [ib, c * 64, hv, 0], early, do_mem.index(0)._reinterpret(dtype, [1, 64, 1, W], tokens))
+    tma.async_copy_global_to_shared(P, [at_tile * 64, 0], early, P_mem.index(0))
+    tma.async_copy_global_to_shared(A, [at_tile * 64, 0], early, A_mem.index(0))
+    mbarrier.expect(middle, 64 * W * 2 + W * W * 2)
+    tma.async_copy_global_to_shared(errors, [at_kept * 64, 0], middle, errors_mem.index(0))
+    tma.async_copy_global_to_shared(states, [at_kept * W, 0], middle, S_mem.index(0))
+    mbarrier.expect(late, 64 * W * 2)
+    tma.async_copy_global_to_shared(q, [ib, c * 64, ih, 0], late, q_mem.index(0)._reinterpret(dtype, [1, 64, 1, W], tokens))
+
+    r512 = gl.arange(0, 512, layout=flat)
+    r64 = gl.arange(0, 64, layout=flat64)
+    at_tile64 = at_tile.to(gl.int64)
+    rows_at.store(gl.load(rows + at_tile64 * 512 + r512))
+    if HAS_DOC:
+        doc_at.store(gl.load(doc + ib.to(gl.int64) * T + gl.minimum(c * 64 + r64, T - 1)).to(gl.int32))
+    passes_next = gl.load(through + at_tile64)
+
+    cv = gl.arange(0, W, layout=gl.SliceLayout(1, wide))
+    ck = gl.arange(0, W, layout=gl.SliceLayout(0, wide))
+    state_row = ((n * B + ib) * HV + hv).to(gl.int64)
+    dS = gl.load(outgoing + state_row * W * W + gl.expand_dims(ck, 0) * W + gl.expand_dims(cv, 1))
+    ri = gl.expand_dims(gl.arange(0, 64, layout=pair_i), 1)
+    rj = gl.expand_dims(gl.arange(0, 64, layout=pair_j), 0)
+    ones_mem.index(0).store(gl.where(ri <= rj, 1.0, 0.0).to(gl.bfloat16))
+    zero_new = gl.zeros([W, 64], gl.float32, new)
+    zero_long = gl.zeros([64, W], gl.float32, long)
+    zero_pair = gl.zeros([64, 64], gl.float32, pair)
+
+    for i in range(0, chunks):
+        nil = _nil(i)
+        q_at = q_mem.index(nil)
+        do_at = do_mem.index(nil)
+        errors_at = errors_mem.index(nil)
+        S_at = S_mem.index(nil)
+        A_at = A_mem.index(nil)
+        P_at = P_mem.index(nil)
+        dS_at = dS_mem.index(nil)
+        dv_at = dv_mem.index(nil)
+        dqk_at = dqk_mem.index(nil)
+        dkk_at = dkk_mem.index(nil)
+        logs_at = logs_mem.index(nil)
+        ones_at = ones_mem.index(nil)
+        c = stop - 1 - i
+        more = i + 1 < chunks
+        following = gl.maximum(c - 1, first)
+        at_kept = local * NC + following
+        at_tile = row * NC + following
+        next_tile = at_tile.to(gl.int64)
+        half = i & 1
+        other = 1 - half
+        phase = i & 1
+        k_now = k_at.index(half)
+        # Nothing reads the other k since the chunk behind this one ended.
+        mbarrier.expect(bars.index(other), 64 * W * 2, pred=more)
+        tma.async_copy_global_to_shared(
+            k, [ib, following * 64, ih, 0], bars.index(other),
+            k_at.index(other)._reinterpret(dtype, [1, 64, 1, W], tokens), pred=more,
+        )  # fmt: skip
+        rows_next = gl.load(rows + next_tile * 512 + r512)
+        if HAS_DOC:
+            doc_next = gl.load(doc + ib.to(gl.int64) * T + gl.minimum(following * 64 + r64, T - 1)).to(gl.int32)
+        passes = passes_next
+        passes_next = gl.load(through + next_tile)
+
+        # The recurrence's first product, and those of the pairs.
+        tma.store_wait(0)  # of dq and dk of the chunk behind, which lie in dS_at
+        gl.thread_barrier()
+        dS_at.store(dS.to(dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.wait(bars.index(half), (i // 2) & 1)
+        dnew = warpgroup_mma(dS_at, k_now.permute((1, 0)), zero_new, use_acc=False, is_async=True)
+        mbarrier.wait(middle, phase)
+        if HAS_G:
+            inner = gl.sum(gl.sum(S_at.load(wide).to(gl.float32) * dS, 1), 0)
+            gl.store(parts + (local.to(gl.int64) * NC + c) * 384 + 320, inner)
+        mbarrier.wait(early, phase)
+        pairs = warpgroup_mma(do_at, errors_at.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
+        mbarrier.wait(late, phase)
+        products = warpgroup_mma(q_at, k_now.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
+        dnew = warpgroup_mma_wait(2, deps=[dnew])
+        dnew = _scaled(_row(rows_at, 128, new), dnew)
+        dnew = warpgroup_mma(do_at.permute((1, 0)), P_at, dnew, is_async=True)
+
+        pairs, products = warpgroup_mma_wait(1, deps=[pairs, products])
+        keep = ri >= rj
+        if HAS_DOC:
+            d_i = gl.expand_dims(doc_at.load(pair_i), 1)
+            d_j = gl.expand_dims(doc_at.load(pair_j), 0)
+            keep = keep & (d_i == d_j)
+        strict = keep & (ri > rj)
+        bt = _row(rows_at, 192, pair)
+        rk_j = _row(rows_at, 448, pair)
+        if HAS_G:
+            decay = _decays(rows_at, keep, pair)
+            pairs = pairs * decay
+        pairs = gl.where(keep, pairs * (_column(rows_at, 384, pair) * scale) * rk_j, 0.0)
+        dqk_at.store((pairs * bt).to(dtype))
+        pairs = pairs * products
+        d_beta = gl.sum(pairs, 0)
+        logs = gl.where(strict, pairs * bt, 0.0)
+
+        dnew = warpgroup_mma_wait(0, deps=[dnew])
+        dnew = dnew * _row(rows_at, 192, new)
+        d_value = warpgroup_mma(
+            gl.convert_layout(dnew.to(dtype), of_new), A_at, zero_new, use_acc=False, is_async=True
+        )
+        products = warpgroup_mma(k_now, k_now.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
+        any_sees = gl.max(rows_at.slice(64, 64).load(flat64) * gl.where(r64 == 0, 1.0, 0.0), 0)
+
+        d_value = warpgroup_mma_wait(1, deps=[d_value])
+        dv_at.permute((1, 0)).store(d_value.to(dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(dv, [ib, c * 64, hv, 0], dv_at._reinterpret(dtype, [1, 64, 1, W], tokens))
+        erased = _scaled(_row(rows_at, 64, new), -d_value).to(dtype)
+        back = warpgroup_mma(dv_at, errors_at.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
+        part = warpgroup_mma(errors_at, dS_at, zero_long, use_acc=False, is_async=True)
+        seen = do_at.permute((1, 0)).load(of_wide).to(gl.float32)
+        seen = _scaled(_row(rows_at, 0, of_wide), seen).to(dtype)
+        dS = gl.where(passes != 0.0, dS * passes, 0.0)
+        dS = warpgroup_mma(seen, q_at, dS, is_async=True)
+        dS = warpgroup_mma(gl.convert_layout(erased, of_wide), k_now, dS, is_async=True)
+
+        back, products = warpgroup_mma_wait(3, deps=[back, products])
+        if HAS_G:
+            back = back * decay
+        back = gl.where(strict, -back * _column(rows_at, 448, pair) * rk_j, 0.0)
+        dkk_at.store((back * bt).to(dtype))
+        back = back * products
+        d_beta += gl.sum(back, 0)
+        at_part = parts + (local.to(gl.int64) * NC + c) * 384
+        gl.store(at_part + gl.arange(0, 64, layout=pair_j), d_beta)
+        if HAS_G:
+            logs += back * bt
+            logs_at.store(logs.to(gl.bfloat16))
+
+        # What was left to the outgoing state, what errors took back of the incoming one, what queries saw of it.
+        part = warpgroup_mma_wait(2, deps=[part])
+        taken = warpgroup_mma(dv_at, S_at, zero_long, use_acc=False, is_async=True)
+        key = k_now.load(long).to(gl.float32)
+        part = _scaled(_column(rows_at, 128, long), part)
+        at_long = at_part + gl.arange(0, 64, layout=long_i)
+        gl.store(at_long + 192, gl.sum(part * key, 1))
+        d_key = part * _column(rows_at, 192, long)
+        dS, taken = warpgroup_mma_wait(0, deps=[dS, taken])
+        d_query = warpgroup_mma(do_at, S_at, zero_long, use_acc=False, is_async=True)
+        # Where no token sees the incoming state, nothing in the chunk, not even 0 * nan, reaches its gradient.
+        dS = gl.where(any_sees != 0.0, dS, 0.0)
+        taken = _scaled(_column(rows_at, 64, long), taken)
+        if HAS_G:
+            gl.store(at_long + 256, gl.sum(taken * key, 1))
+        d_key = d_key - taken
+        fence_async_shared()
+        gl.thread_barrier()
+        d_key = warpgroup_mma(dqk_at.permute((1, 0)), q_at, d_key, is_async=True)
+        d_key = warpgroup_mma(dkk_at, k_now, d_key, is_async=True)
+        d_key = warpgroup_mma(dkk_at.permute((1, 0)), k_now, d_key, is_async=True)
+        if HAS_G:
+            crossing = warpgroup_mma(ones_at, logs_at, zero_pair, use_acc=False, is_async=True)
+            d_query = warpgroup_mma_wait(4, deps=[d_query])
+        else:
+            d_query = warpgroup_mma_wait(3, deps=[d_query])
+        gl.thread_barrier()
+        # errors, S, do, A and P are done with.
+        mbarrier.expect(early, 64 * W * 2 + 2 * 64 * 64 * 2, pred=more)
+        tma.async_copy_global_to_shared(
+            do, [ib, following * 64, hv, 0], early, do_at._reinterpret(dtype, [1, 64, 1, W], tokens), pred=more
+        )
+        tma.async_copy_global_to_shared(P, [at_tile * 64, 0], early, P_at, pred=more)
+        tma.async_copy_global_to_shared(A, [at_tile * 64, 0], early, A_at, pred=more)
+        mbarrier.expect(middle, 64 * W * 2 + W * W * 2, pred=more)
+        tma.async_copy_global_to_shared(errors, [at_kept * 64, 0], middle, errors_at, pred=more)
+        tma.async_copy_global_to_shared(states, [at_kept * W, 0], middle, S_at, pred=more)
+        d_query = _scaled(_column(rows_at, 0, long), d_query)
+        if HAS_G:
+            gl.store(at_long + 128, gl.sum(d_query * q_at.load(long).to(gl.float32), 1))
+        d_query = warpgroup_mma(dqk_at, k_now, d_query, is_async=True)
+        dk_at = dS_at.slice(64, 64)
+        dq_at = dS_at.slice(0, 64)
+        if HAS_G:
+            d_key, crossing = warpgroup_mma_wait(1, deps=[d_key, crossing])
+            crossing = gl.where(ri > rj, crossing, 0.0)
+            gl.store(at_part + 64 + gl.arange(0, 64, layout=pair_i), gl.sum(crossing, 1))
+        else:
+            d_key = warpgroup_mma_wait(1, deps=[d_key])
+        dk_at.store(d_key.to(dtype))
+        d_query = warpgroup_mma_wait(0, deps=[d_query])
+        dq_at.store(d_query.to(dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.expect(late, 64 * W * 2, pred=more)
+        tma.async_copy_global_to_shared(
+            q, [ib, following * 64, ih, 0], late, q_at._reinterpret(dtype, [1, 64, 1, W], tokens), pred=more
+        )
+        at_out = (local * NC + c) * 64
+        tma.async_copy_shared_to_global(dk, [at_out, 0], dk_at)
+        tma.async_copy_shared_to_global(dq, [at_out, 0], dq_at)
+        rows_at.store(rows_next)
+        if HAS_DOC:
+            doc_at.store(doc_next)
+    tma.store_wait(0)
+    gl.thread_barrier()
+    for j in gl.static_range(5):
+        mbarrier.invalidate(bars.index(j))
+
+
+@triton.jit
+def _write(out, sums, x, norm, inside, H: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):
+    if NORM:
+        r = tl.load(norm + tl.arange(0, 64))
+        x = x.to(tl.float32)
+        sums -= (r * r * tl.sum(sums * x, 1))[:, None] * x
+    at = tl.arange(0, 64)[:, None] * (H * K) + tl.arange(0, K)[None, :]
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "NC", "row0", "sqb", "skb"])
+def group_kernel(
+    q, k, rows, dq_parts, dk_parts, dq, dk, T, NC, row0,
+    sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """dq (of the programs with an even third index) or dk of a chunk and key head: the sum over its value heads."""
+    c = tl.program_id(0).to(tl.int64)
+    local = tl.program_id(1).to(tl.int64) * G
+    row = row0 + local
+    HV: tl.constexpr = H * G
+    ib, ih = row // HV, (row % HV) // G
+    r = tl.arange(0, 64)
+    ck = tl.arange(0, K)
+    inside = r < tl.minimum(T - c * 64, 64).to(tl.int32)
+    part = dq_parts
+    x = q + tl.multiple_of(ib * sqb, 16) + ih * sqh + c * 64 * sqt
+    step = sqt
+    out = dq
+    norm = rows + (row * NC + c) * 512 + 384
+    if tl.program_id(2) == 1:
+        part = dk_parts
+        x = k + tl.multiple_of(ib * skb, 16) + ih * skh + c * 64 * skt
+        step = skt
+        out = dk
+        norm += 64
+    sums = tl.zeros((64, K), tl.float32)
+    for j in tl.static_range(G):
+        at = ((local + j) * NC + c) * (64 * K) + r[:, None] * K + ck[None, :]
+        sums += tl.load(part + at).to(tl.float32)
+    xt = tl.load(x + r[:, None] * step + ck[None, :], mask=inside[:, None], other=0.0)
+    _write(out + ((ib * T + c * 64) * H + ih) * K, sums, xt, norm, inside, H, K, NORM)
