@@ -41,6 +41,16 @@ def _scaled(weight, part):
 
 
 @gluon.jit
+def _keep(i, j, doc, HAS_DOC: gl.constexpr, layout: gl.constexpr):
+    """Pairs j <= i of one document."""
+    keep = i >= j
+    if HAS_DOC:
+        d_i = gl.expand_dims(doc.load(gl.SliceLayout(1, layout)), 1)
+        keep = keep & (d_i == gl.expand_dims(doc.load(gl.SliceLayout(0, layout)), 0))
+    return keep
+
+
+@gluon.jit
 def _decays(rows, keep, layout: gl.constexpr):
     """exp(b_i - b_j) where kept, else 0."""
     hi_i = gl.expand_dims(rows.slice(256, 64).load(gl.SliceLayout(1, layout)), 1)
@@ -85,6 +95,7 @@ def backward_kernel(
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     flat: gl.constexpr = gl.BlockedLayout([2], [32], [8], [0])
     flat64: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    loads: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
     pair_j: gl.constexpr = gl.SliceLayout(0, pair)
     pair_i: gl.constexpr = gl.SliceLayout(1, pair)
     long_i: gl.constexpr = gl.SliceLayout(1, long)
@@ -163,18 +174,13 @@ def backward_kernel(
 
     for i in range(0, chunks):
         nil = _nil(i)
-        q_at = q_mem.index(nil)
+        dS_at = dS_mem.index(nil)
         do_at = do_mem.index(nil)
         errors_at = errors_mem.index(nil)
         S_at = S_mem.index(nil)
-        A_at = A_mem.index(nil)
+        q_at = q_mem.index(nil)
         P_at = P_mem.index(nil)
-        dS_at = dS_mem.index(nil)
-        dv_at = dv_mem.index(nil)
-        dqk_at = dqk_mem.index(nil)
-        dkk_at = dkk_mem.index(nil)
-        logs_at = logs_mem.index(nil)
-        ones_at = ones_mem.index(nil)
+        A_at = A_mem.index(nil)
         c = stop - 1 - i
         more = i + 1 < chunks
         following = gl.maximum(c - 1, first)
@@ -197,7 +203,7 @@ def backward_kernel(
         passes = passes_next
         passes_next = gl.load(through + next_tile)
 
-        # The recurrence's first product, and those of the pairs.
+        # The recurrence's chain of products; behind them, those of queries with keys and of dO with errors.
         tma.store_wait(0)  # of dq and dk of the chunk behind, which lie in dS_at
         gl.thread_barrier()
         dS_at.store(dS.to(dtype))
@@ -205,97 +211,112 @@ def backward_kernel(
         gl.thread_barrier()
         mbarrier.wait(bars.index(half), (i // 2) & 1)
         dnew = warpgroup_mma(dS_at, k_now.permute((1, 0)), zero_new, use_acc=False, is_async=True)
-        mbarrier.wait(middle, phase)
-        if HAS_G:
-            inner = gl.sum(gl.sum(S_at.load(wide).to(gl.float32) * dS, 1), 0)
-            gl.store(parts + (local.to(gl.int64) * NC + c) * 384 + 320, inner)
-        mbarrier.wait(early, phase)
-        pairs = warpgroup_mma(do_at, errors_at.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
         mbarrier.wait(late, phase)
         products = warpgroup_mma(q_at, k_now.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
-        dnew = warpgroup_mma_wait(2, deps=[dnew])
+        dnew = warpgroup_mma_wait(1, deps=[dnew])
         dnew = _scaled(_row(rows_at, 128, new), dnew)
+        mbarrier.wait(early, phase)
         dnew = warpgroup_mma(do_at.permute((1, 0)), P_at, dnew, is_async=True)
-
-        pairs, products = warpgroup_mma_wait(1, deps=[pairs, products])
-        keep = ri >= rj
-        if HAS_DOC:
-            d_i = gl.expand_dims(doc_at.load(pair_i), 1)
-            d_j = gl.expand_dims(doc_at.load(pair_j), 0)
-            keep = keep & (d_i == d_j)
-        strict = keep & (ri > rj)
-        bt = _row(rows_at, 192, pair)
-        rk_j = _row(rows_at, 448, pair)
-        if HAS_G:
-            decay = _decays(rows_at, keep, pair)
-            pairs = pairs * decay
-        pairs = gl.where(keep, pairs * (_column(rows_at, 384, pair) * scale) * rk_j, 0.0)
-        dqk_at.store((pairs * bt).to(dtype))
-        pairs = pairs * products
-        d_beta = gl.sum(pairs, 0)
-        logs = gl.where(strict, pairs * bt, 0.0)
-
-        dnew = warpgroup_mma_wait(0, deps=[dnew])
+        mbarrier.wait(middle, phase)
+        pairs = warpgroup_mma(do_at, errors_at.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
+        dnew = warpgroup_mma_wait(1, deps=[dnew])
         dnew = dnew * _row(rows_at, 192, new)
         d_value = warpgroup_mma(
             gl.convert_layout(dnew.to(dtype), of_new), A_at, zero_new, use_acc=False, is_async=True
         )
-        products = warpgroup_mma(k_now, k_now.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
+        at_part = parts + (local.to(gl.int64) * NC + c) * 384
+        if HAS_G:
+            sums = gl.zeros([32, W], gl.float32, loads)
+            for j in gl.static_range(0, W, 32):
+                sums += S_at.slice(j, 32).load(loads).to(gl.float32) * dS_at.slice(j, 32).load(loads).to(gl.float32)
+            gl.store(at_part + 320, gl.sum(gl.sum(sums, 1), 0))
+        pairs, products = warpgroup_mma_wait(1, deps=[pairs, products])
+        gl.thread_barrier()
+        # From here on dO is scaled as it sees the incoming state.
+        for j in gl.static_range(0, 64, 32):
+            of_q = gl.expand_dims(rows_at.slice(j, 32).load(gl.SliceLayout(1, loads)), 1)
+            do_at.slice(j, 32).store(_scaled(of_q, do_at.slice(j, 32).load(loads).to(gl.float32)).to(dtype))
         any_sees = gl.max(rows_at.slice(64, 64).load(flat64) * gl.where(r64 == 0, 1.0, 0.0), 0)
+        dS = gl.where(passes != 0.0, dS * passes, 0.0)
 
-        d_value = warpgroup_mma_wait(1, deps=[d_value])
+        nil = _nil(i)
+        dv_at = dv_mem.index(nil)
+        do_at = do_mem.index(nil)
+        errors_at = errors_mem.index(nil)
+        dS_at = dS_mem.index(nil)
+        q_at = q_mem.index(nil)
+        dqk_at = dqk_mem.index(nil)
+        k_now = k_at.index(half + nil)
+        d_value = warpgroup_mma_wait(0, deps=[d_value])
         dv_at.permute((1, 0)).store(d_value.to(dtype))
         fence_async_shared()
         gl.thread_barrier()
         tma.async_copy_shared_to_global(dv, [ib, c * 64, hv, 0], dv_at._reinterpret(dtype, [1, 64, 1, W], tokens))
         erased = _scaled(_row(rows_at, 64, new), -d_value).to(dtype)
-        back = warpgroup_mma(dv_at, errors_at.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
-        part = warpgroup_mma(errors_at, dS_at, zero_long, use_acc=False, is_async=True)
-        seen = do_at.permute((1, 0)).load(of_wide).to(gl.float32)
-        seen = _scaled(_row(rows_at, 0, of_wide), seen).to(dtype)
-        dS = gl.where(passes != 0.0, dS * passes, 0.0)
-        dS = warpgroup_mma(seen, q_at, dS, is_async=True)
+        dS = warpgroup_mma(do_at.permute((1, 0)), q_at, dS, is_async=True)
         dS = warpgroup_mma(gl.convert_layout(erased, of_wide), k_now, dS, is_async=True)
+        back = warpgroup_mma(dv_at, errors_at.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
 
-        back, products = warpgroup_mma_wait(3, deps=[back, products])
+        keep = _keep(ri + nil, rj, doc_at, HAS_DOC, pair)
         if HAS_G:
-            back = back * decay
-        back = gl.where(strict, -back * _column(rows_at, 448, pair) * rk_j, 0.0)
-        dkk_at.store((back * bt).to(dtype))
-        back = back * products
-        d_beta += gl.sum(back, 0)
-        at_part = parts + (local.to(gl.int64) * NC + c) * 384
-        gl.store(at_part + gl.arange(0, 64, layout=pair_j), d_beta)
-        if HAS_G:
-            logs += back * bt
-            logs_at.store(logs.to(gl.bfloat16))
+            pairs = pairs * _decays(rows_at, keep, pair)
+        pairs = gl.where(keep, pairs * (_column(rows_at, 384, pair) * scale) * _row(rows_at, 448, pair), 0.0)
+        dqk_at.store((pairs * _row(rows_at, 192, pair)).to(dtype))
+        pairs = pairs * products
 
-        # What was left to the outgoing state, what errors took back of the incoming one, what queries saw of it.
-        part = warpgroup_mma_wait(2, deps=[part])
-        taken = warpgroup_mma(dv_at, S_at, zero_long, use_acc=False, is_async=True)
-        key = k_now.load(long).to(gl.float32)
-        part = _scaled(_column(rows_at, 128, long), part)
-        at_long = at_part + gl.arange(0, 64, layout=long_i)
-        gl.store(at_long + 192, gl.sum(part * key, 1))
-        d_key = part * _column(rows_at, 192, long)
-        dS, taken = warpgroup_mma_wait(0, deps=[dS, taken])
-        d_query = warpgroup_mma(do_at, S_at, zero_long, use_acc=False, is_async=True)
+        dS, back = warpgroup_mma_wait(0, deps=[dS, back])
         # Where no token sees the incoming state, nothing in the chunk, not even 0 * nan, reaches its gradient.
         dS = gl.where(any_sees != 0.0, dS, 0.0)
-        taken = _scaled(_column(rows_at, 64, long), taken)
+        nil = _nil(i)
+        dkk_at = dkk_mem.index(nil)
+        logs_at = logs_mem.index(nil)
+        ones_at = ones_mem.index(nil)
+        k_now = k_at.index(half + nil)
+        products = warpgroup_mma(k_now, k_now.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
+        part = warpgroup_mma(errors_at, dS_at, zero_long, use_acc=False, is_async=True)
+        strict = _keep(ri + nil, rj, doc_at, HAS_DOC, pair) & (ri + nil > rj)
         if HAS_G:
-            gl.store(at_long + 256, gl.sum(taken * key, 1))
-        d_key = d_key - taken
+            back = back * _decays(rows_at, strict, pair)
+        back = gl.where(strict, -back * _column(rows_at, 448, pair) * _row(rows_at, 448, pair), 0.0)
+        bt = _row(rows_at, 192, pair)
+        dkk_at.store((back * bt).to(dtype))
+        products = warpgroup_mma_wait(1, deps=[products])
+        pairs += back * products
+        gl.store(at_part + gl.arange(0, 64, layout=pair_j), gl.sum(pairs, 0))
+        if HAS_G:
+            logs_at.store(gl.where(strict, pairs * bt, 0.0).to(gl.bfloat16))
         fence_async_shared()
         gl.thread_barrier()
+
+        # What was left to the outgoing state, what errors took back of the incoming one, what queries saw of it.
+        part = warpgroup_mma_wait(0, deps=[part])
+        nil = _nil(i)
+        dv_at = dv_mem.index(nil)
+        S_at = S_mem.index(nil)
+        do_at = do_mem.index(nil)
+        dqk_at = dqk_mem.index(nil)
+        q_at = q_mem.index(nil)
+        dS_at = dS_mem.index(nil)
+        P_at = P_mem.index(nil)
+        A_at = A_mem.index(nil)
+        errors_at = errors_mem.index(nil)
+        k_now = k_at.index(half + nil)
+        taken = warpgroup_mma(dv_at, S_at, zero_long, use_acc=False, is_async=True)
+        key = k_now.load(long)
+        part = _scaled(_column(rows_at, 128, long), part)
+        at_long = at_part + gl.arange(0, 64, layout=long_i)
+        gl.store(at_long + 192, gl.sum(part * key.to(gl.float32), 1))
+        d_key = part * _column(rows_at, 192, long)
+        d_query = warpgroup_mma(do_at, S_at, zero_long, use_acc=False, is_async=True)
+        taken = warpgroup_mma_wait(1, deps=[taken])
+        taken = _scaled(_column(rows_at, 64, long), taken)
+        if HAS_G:
+            gl.store(at_long + 256, gl.sum(taken * key.to(gl.float32), 1))
+        d_key = d_key - taken
         d_key = warpgroup_mma(dqk_at.permute((1, 0)), q_at, d_key, is_async=True)
         d_key = warpgroup_mma(dkk_at, k_now, d_key, is_async=True)
         d_key = warpgroup_mma(dkk_at.permute((1, 0)), k_now, d_key, is_async=True)
-        if HAS_G:
-            crossing = warpgroup_mma(ones_at, logs_at, zero_pair, use_acc=False, is_async=True)
-            d_query = warpgroup_mma_wait(4, deps=[d_query])
-        else:
-            d_query = warpgroup_mma_wait(3, deps=[d_query])
+        d_query = warpgroup_mma_wait(3, deps=[d_query])
         gl.thread_barrier()
         # errors, S, do, A and P are done with.
         mbarrier.expect(early, 64 * W * 2 + 2 * 64 * 64 * 2, pred=more)
@@ -307,21 +328,27 @@ def backward_kernel(
         mbarrier.expect(middle, 64 * W * 2 + W * W * 2, pred=more)
         tma.async_copy_global_to_shared(errors, [at_kept * 64, 0], middle, errors_at, pred=more)
         tma.async_copy_global_to_shared(states, [at_kept * W, 0], middle, S_at, pred=more)
-        d_query = _scaled(_column(rows_at, 0, long), d_query)
+        d_query = gl.where(_column(rows_at, 0, long) != 0.0, d_query, 0.0)
         if HAS_G:
             gl.store(at_long + 128, gl.sum(d_query * q_at.load(long).to(gl.float32), 1))
         d_query = warpgroup_mma(dqk_at, k_now, d_query, is_async=True)
         dk_at = dS_at.slice(64, 64)
         dq_at = dS_at.slice(0, 64)
         if HAS_G:
-            d_key, crossing = warpgroup_mma_wait(1, deps=[d_key, crossing])
-            crossing = gl.where(ri > rj, crossing, 0.0)
-            gl.store(at_part + 64 + gl.arange(0, 64, layout=pair_i), gl.sum(crossing, 1))
+            crossing = warpgroup_mma(ones_at, logs_at, zero_pair, use_acc=False, is_async=True)
+            d_key = warpgroup_mma_wait(2, deps=[d_key])
         else:
             d_key = warpgroup_mma_wait(1, deps=[d_key])
         dk_at.store(d_key.to(dtype))
-        d_query = warpgroup_mma_wait(0, deps=[d_query])
+        if HAS_G:
+            d_query = warpgroup_mma_wait(1, deps=[d_query])
+        else:
+            d_query = warpgroup_mma_wait(0, deps=[d_query])
         dq_at.store(d_query.to(dtype))
+        if HAS_G:
+            crossing = warpgroup_mma_wait(0, deps=[crossing])
+            crossing = gl.where(ri > rj, crossing, 0.0)
+            gl.store(at_part + 64 + gl.arange(0, 64, layout=pair_i), gl.sum(crossing, 1))
         fence_async_shared()
         gl.thread_barrier()
         mbarrier.expect(late, 64 * W * 2, pred=more)
