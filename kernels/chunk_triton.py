@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,8 @@ from .triton_gradients import PARTS, gates_kernel, keys_kernel, pairs_kernel, qu
 from .triton_prepare import ROWS, invert_kernel, prepare_kernel
 from .triton_reverse import reverse_kernel
 from .triton_states import states_kernel
-
-if TYPE_CHECKING:
-    from .verdicts import Launches
+from .verdicts import Launches
+from .verdicts import strides as signature_strides
 
 WIDTHS = (16, 32, 64, 128, 256)  # of K and V
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -53,12 +52,12 @@ LAUNCHES = {
     "invert": Launch(64, 1, 1),
     "summarise": Launch(64, 4, 2),
     "apply": Launch(64, 4, 2),
-    "keep": Launch(64, 4, 3),
+    "keep": Launch(64, 4, 2),
     "reverse_summary": Launch(64, 4, 2),
     "reverse": Launch(64, 4, 2),
     "pairs": Launch(64, 8, 3, 128),
-    "queries": Launch(64, 8, 3, 128),
-    "keys": Launch(64, 8, 3, 128),
+    "queries": Launch(64, 4, 3),
+    "keys": Launch(64, 8, 3),
 }
 
 
@@ -139,7 +138,8 @@ def _constants(use: str, p: Prepared) -> dict[str, Any]:
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), x.stride(2)
+    """Of the batch, tokens and heads; the last two are constants of a binary, as its signature has them."""
+    return x.stride(0), *signature_strides(x)
 
 
 @lru_cache(maxsize=256)
@@ -200,9 +200,9 @@ def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
     doc = _documents(x)
     starts = _on_device(x.segments.starts, torch.int64, device)
     proof.launch(
-        prepare_kernel, (B * HV, NC),
+        prepare_kernel, (B * x.k.shape[2], NC),
         x.q, x.k, g, x.beta, doc, starts, N, P, rows, through, bound,
-        T, NC, x.segments.tokens // CHUNK, x.scale,
+        T, NC, x.segments.tokens // CHUNK, HV // x.k.shape[2], x.scale,
         *_strides(x.q), *_strides(x.k), *_strides(g), *_strides(x.beta),
         **_shape(x), **_flags(x), DOT=_dot(x), **_launch(launches, "prepare", x).options,
     )  # fmt: skip

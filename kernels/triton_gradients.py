@@ -23,7 +23,7 @@ import triton.language as tl
 from .triton_prepare import decays
 
 # A chunk's sums on the way to dbeta and dg, one fp32 array [value heads, NC, part, 64]: dbeta and dg of the pairs, the
-# log gradients of e (dO S^T), of out * (errors dS^T) without beta and of e' (dV S^T); <S, dS> in the last one's place 0.
+# log gradients of e (dO S^T), of out * (errors dS^T) without beta, and of e' (dV S^T); in the last, at 0, <S, dS>.
 PARTS = ("dbeta", "dg", "log_in", "left", "taken", "inner")
 
 
@@ -70,15 +70,6 @@ def _products(
             right = tl.trans(_rows(y + iw, sy, BW, inside_y))
             pairs = tl.dot(_rows(x + iw, sx, BW, inside_x), right, acc=pairs, input_precision=DOT)
     return pairs
-
-
-@triton.jit
-def _inner(x, y, K: tl.constexpr, V: tl.constexpr):
-    """The inner product of two states."""
-    sums = tl.zeros((16, K), tl.float32)
-    for iv in tl.range(0, V, 16, num_stages=1):
-        sums += _state(x, iv, K, 16).to(tl.float32) * _state(y, iv, K, 16).to(tl.float32)
-    return tl.sum(tl.sum(sums, 1), 0)
 
 
 @triton.jit
@@ -132,13 +123,14 @@ def pairs_kernel(
         keep = keep & (d[:, None] == d[None, :])
     strict = keep & (r[:, None] > r[None, :])
     low_type = tiles.dtype.element_ty
-
-    pairs = _products(do, sot, errors, V, inside, all_rows, V, BV, DOT, STAGES)
+    rq = tl.load(at_row + 384)
     if HAS_G:
         hi = tl.load(at_row + 256)
         lo = tl.load(at_row + 320)
+
+    pairs = _products(do, sot, errors, V, inside, all_rows, V, BV, DOT, STAGES)
+    if HAS_G:
         pairs *= decays(hi, lo, hi, lo, keep)
-    rq = tl.load(at_row + 384)
     pairs = tl.where(keep, pairs * (rq * scale)[:, None] * rk[None, :], 0.0)
     tl.store(tiles + r[None, :] * 64 + r[:, None], (pairs * bt[None, :]).to(low_type))
     pairs *= _products(q, sqt, k, skt, inside, inside, K, BK, DOT, STAGES)
@@ -250,17 +242,26 @@ def keys_kernel(
         S = states + tile * K * V
         dS = d_states + tile * K * V
         bt = tl.load(at_row + 192)
-        # What was left to the outgoing state.
-        part = _with_state(errors + tile * 64 * V, V, r >= 0, dS, tl.load(at_row + 128), K, V, BV, DOT, STAGES)
+        of_out = tl.load(at_row + 128)
+        of_k = tl.load(at_row + 64)
+        # What was left to the outgoing state; <S, dS> on the way.
+        part = tl.zeros((64, K), tl.float32)
+        inner = tl.zeros((BV,), tl.float32)
+        for iv in tl.range(0, V, BV, num_stages=STAGES):
+            right = _state(dS, iv, K, BV)
+            part = tl.dot(_rows(errors + tile * 64 * V + iv, V, BV, r >= 0), right, acc=part, input_precision=DOT)
+            if HAS_G:
+                inner += tl.sum(_state(S, iv, K, BV).to(tl.float32) * right.to(tl.float32), 1)
+        part = tl.where(of_out[:, None] != 0.0, of_out[:, None] * part, 0.0)  # select: 0 * inf must not leak
         tl.store(at_part + 192, tl.sum(part * _rows(k, skt, K, inside).to(tl.float32), 1))
         sums += bt[:, None] * part
-        if ERASE:  # and what errors took back of the incoming one
-            part = _with_state(dv + j * svh, svt, inside, S, tl.load(at_row + 64), K, V, BV, DOT, STAGES)
+        if HAS_G:
+            tl.store(parts + tile * 384 + 320, tl.sum(inner, 0))
+        if ERASE:  # what errors took back of the incoming one
+            part = _with_state(dv + j * svh, svt, inside, S, of_k, K, V, BV, DOT, STAGES)
             if HAS_G:
                 tl.store(at_part + 256, tl.sum(part * _rows(k, skt, K, inside).to(tl.float32), 1))
             sums -= part
-        if HAS_G:
-            tl.store(parts + tile * 384 + 320, _inner(S, dS, K, V))
         # The pairs of the chunk, dqk^T with its queries and dkk + dkk^T with its keys. A loop, because of two products
         # in a row, the second adding to the first, Triton lets both warp groups do the whole of one.
         for i in tl.range(0, 1 + ERASE, num_stages=STAGES):

@@ -57,8 +57,15 @@ def reverse_kernel(
     last = tl.minimum(first + segment_chunks, NC)
     if SUMMARY:
         last = first_underflow(bound + row * NC, first, last)
+    # As in pass 2 what only scales is fetched a chunk ahead. any_sees: whether a token sees the incoming state.
+    passes_next = tl.load(through + row * NC + last - 1, mask=last > first, other=0.0)
+    any_sees_next = tl.load(rows + (row * NC + last - 1) * 512 + 64, mask=last > first, other=0.0)
     for i in range(0, last - first):
         c = last - 1 - i
+        following = row * NC + tl.maximum(c - 1, first)
+        passes, any_sees = passes_next, any_sees_next
+        passes_next = tl.load(through + following)
+        any_sees_next = tl.load(rows + following * 512 + 64)
         t0 = c * 64
         inside = r < tl.minimum(T - t0, 64).to(tl.int32)
         at_row = rows + (row * NC + c) * 512 + r
@@ -81,7 +88,6 @@ def reverse_kernel(
         if not SUMMARY:
             at = dv + t0 * svt + r[None, :] * svt + cv[:, None]
             tl.store(at, dnew.to(dv.dtype.element_ty), mask=inside[None, :])
-        passes = tl.load(through + row * NC + c)
         dS = tl.where(passes != 0.0, dS * passes, 0.0)
         seen = tl.where(of_q != 0.0, of_q * grad.to(tl.float32), 0.0).to(dtype)
         dS = tl.dot(seen, qt, acc=dS, input_precision=DOT)
@@ -90,6 +96,6 @@ def reverse_kernel(
             erased = tl.where(of_k != 0.0, -of_k * dnew, 0.0).to(dtype)
             dS = tl.dot(erased, kt, acc=dS, input_precision=DOT)
         # Where no token sees the incoming state, nothing in the chunk, not even 0 * nan, reaches its gradient.
-        dS = tl.where(tl.load(rows + (row * NC + c) * 512 + 64) != 0.0, dS, 0.0)
+        dS = tl.where(any_sees != 0.0, dS, 0.0)
     if SUMMARY:
         tl.store(D + at_state, dS)

@@ -30,7 +30,7 @@ def fold_kernel(
     if HAS_FIRST:
         S = tl.load(first + at)
     rows = tl.num_programs(1).to(tl.int64)
-    for i in range(0, N):
+    for i in tl.range(0, N, num_stages=2):  # M is fetched ahead
         n = N - 1 - i if REVERSE else i
         tl.store(states + n * rows * K * V + at, S)
         # What is structurally zero is not multiplied, and M is not read where it was not made.

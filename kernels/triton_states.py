@@ -75,8 +75,18 @@ def states_kernel(
             if is_M:
                 start = stop
         first = start
+    # The compiler fetches ahead what is multiplied; what only scales a product is fetched here, a chunk ahead.
+    of_q_next = tl.zeros((64,), tl.float32)
+    if OUTPUT:
+        of_q_next = tl.load(rows + (row * NC + first) * 512 + r)
+    passes_next = tl.load(through + row * NC + first, mask=first < stop, other=0.0)
     for c in range(first, stop):
         t0 = c * 64
+        following = row * NC + tl.minimum(c + 1, stop - 1)
+        of_q, passes = of_q_next, passes_next
+        if OUTPUT:
+            of_q_next = tl.load(rows + following * 512 + r)
+        passes_next = tl.load(through + following)
         inside = r < tl.minimum(T - t0, 64).to(tl.int32)
         at_row = rows + (row * NC + c) * 512 + r
         bt = tl.load(at_row + 192)
@@ -101,15 +111,13 @@ def states_kernel(
             tl.store(at, error.to(dtype))
         new = bt[None, :] * error
         if OUTPUT:
-            of_q = tl.load(at_row)[None, :]
             qt = tl.load(q + t0 * sqt + r[:, None] * sqt + ck[None, :], mask=inside[:, None], other=0.0)
             Pt = tl.load(P + (row * NC + c) * 4096 + r[:, None] * 64 + r[None, :])
             ot = tl.dot(low, tl.trans(qt), input_precision=DOT)
-            ot = tl.where(of_q != 0.0, of_q * ot, 0.0)
+            ot = tl.where(of_q[None, :] != 0.0, of_q[None, :] * ot, 0.0)
             ot = tl.dot(new.to(dtype), tl.trans(Pt), acc=ot, input_precision=DOT)
             at = o + tl.multiple_of(ib * sob, 16) + hv * soh + t0 * sot + r[None, :] * sot + cv[:, None]
             tl.store(at, ot.to(o.dtype.element_ty), mask=inside[None, :])
-        passes = tl.load(through + row * NC + c)
         S = tl.where(passes != 0.0, S * passes, 0.0)
         left = tl.where(of_out[None, :] != 0.0, of_out[None, :] * new, 0.0).to(dtype)
         S = tl.dot(left, kt, acc=S, input_precision=DOT)

@@ -68,7 +68,9 @@ def compiled(use: str, capability: int, *, K: int = 128, V: int = 128, H: int = 
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             types[name] = "constexpr"
-        elif (name in INTEGERS and not (tiles and name == "N")) or re.fullmatch("s[qkvogb]b", name):
+        elif re.fullmatch("s[qkvogb]b", name):
+            types[name] = "i64"
+        elif name in INTEGERS and not (tiles and name == "N"):
             types[name] = "i32"
         elif name == "scale":
             types[name] = "fp32"
