@@ -4,6 +4,7 @@
     forward   the state through a segment: its summary, its outputs, or what the backward pass needs (triton_states)
     reverse   the state's gradient through a segment, right to left                   (triton_reverse)
     gradients of a chunk's inputs, from its states                                    (triton_gradients)
+    backward  reverse and gradients in one, where the GPU is a Hopper                 (gluon_backward)
 
 Nothing here waits for the device, and no launch depends on how many segments are here: not on T, not on N.
 """
@@ -16,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.interpreter import InterpretedFunction
 
-from . import proof
+from . import gluon_backward, proof
+from .gluon_backward import backward_kernel
 from .segments import CHUNK, Gradients, Inputs
-from .triton_gradients import PARTS, gates_kernel, keys_kernel, pairs_kernel, queries_kernel
+from .triton_gradients import PARTS, gates_kernel, group_kernel, keys_kernel, pairs_kernel, queries_kernel
 from .triton_prepare import ROWS, invert_kernel, prepare_kernel
 from .triton_reverse import reverse_kernel
 from .triton_states import states_kernel
@@ -58,6 +61,8 @@ LAUNCHES = {
     "pairs": Launch(64, 8, 3, 128),
     "queries": Launch(64, 4, 3),
     "keys": Launch(64, 8, 3),
+    "backward": Launch(128, 8, 1),  # its warps are part of how it is written; 0 stands for passes 3 and 4 apart
+    "group": Launch(128, 8, 1),
 }
 
 
@@ -285,6 +290,88 @@ def summarise_backward(p: Prepared, do_BTHV: Tensor, need_D: tuple[bool, ...]) -
     return D
 
 
+def _reverse_and_gradients(
+    p: Prepared, do: Tensor, outgoing: Tensor, heads: slice, states: Tensor, errors: Tensor, d_states: Tensor,
+    tiles: Tensor, parts: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """Passes 3 and 4 over some value heads of all rows, up to ``parts`` of dbeta and dg."""
+    x, flags, K = p.x, _flags(p.x), p.x.k.shape[3]
+    T, G = x.v.shape[1], x.v.shape[2] // x.k.shape[2]
+    _reverse(p, do, "reverse", heads, outgoing=outgoing, d_states=d_states, dv=dv)
+    sizes = T, p.chunks, x.v.shape[0], heads.start
+    proof.launch(
+        pairs_kernel, (p.chunks, heads.stop - heads.start),
+        x.q, x.k, do, dv, _documents(x), p.rows, errors, tiles, parts, *sizes, x.scale,
+        *_strides(x.q), *_strides(x.k), *_strides(do), *_strides(dv),
+        **{name: flag for name, flag in flags.items() if name != "NORM"},
+        BK=min(K, 64), **_constants("pairs", p),
+    )  # fmt: skip
+    proof.launch(
+        queries_kernel, (p.chunks, (heads.stop - heads.start) // G),
+        x.q, x.k, do, p.rows, states, tiles, parts, dq, *sizes, G,
+        *_strides(x.q), *_strides(x.k), *_strides(do),
+        HAS_G=flags["HAS_G"], NORM=flags["NORM"], **_constants("queries", p),
+    )  # fmt: skip
+    proof.launch(
+        keys_kernel, (p.chunks, (heads.stop - heads.start) // G),
+        x.q, x.k, p.rows, states, errors, d_states, dv, tiles, parts, dk,
+        *sizes, G, *_strides(x.q), *_strides(x.k), *_strides(dv),
+        **{name: flags[name] for name in ("HAS_G", "ERASE", "NORM")}, **_constants("keys", p),
+    )  # fmt: skip
+
+
+@lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _has_backward(p: Prepared) -> bool:
+    """Whether passes 3 and 4 have one kernel here."""
+    x = p.x
+    widths = x.k.shape[3] == x.v.shape[3] == gluon_backward.WIDTH.value
+    rule = x.rule.erase and x.rule.error_decay != "previous"
+    wanted = p.launches["backward"].warps == LAUNCHES["backward"].warps
+    return wanted and widths and rule and x.v.dtype != torch.float32 and _is_hopper(x.v.device)
+
+
+def _tokens(x_BTHK: Tensor) -> TensorDescriptor:
+    """By which a chunk of a head is fetched, with zeros behind the last token."""
+    if any(stride == 0 < size - 1 for stride, size in zip(x_BTHK.stride(), x_BTHK.shape, strict=True)):
+        x_BTHK = x_BTHK.contiguous()
+    width = x_BTHK.shape[3]
+    strides = [stride if size > 1 else width for stride, size in zip(x_BTHK.stride()[:3], x_BTHK.shape, strict=False)]
+    return TensorDescriptor(x_BTHK, list(x_BTHK.shape), [*strides, 1], [1, CHUNK, 1, width], gluon_backward.TOKENS.value)
+
+
+def _tiles(x: Tensor) -> TensorDescriptor:
+    """By which x's last two axes are fetched, of which row is known."""
+    rows, columns = x.shape[-2:]
+    return TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], [rows, columns], gluon_backward.TILE.value)
+
+
+def _backward(
+    p: Prepared, do: Tensor, outgoing: Tensor, heads: slice, states: Tensor, errors: Tensor, dq_parts: Tensor,
+    dk_parts: Tensor, parts: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """The same in one kernel, and the sums of dq and dk over the value heads of a key head."""
+    x, flags = p.x, _flags(p.x)
+    H, K = x.k.shape[2:]
+    G = x.v.shape[2] // H
+    T, NC, segment_chunks, B, N = p.sizes
+    proof.launch(
+        backward_kernel, (N, heads.stop - heads.start),
+        _tokens(x.q), _tokens(x.k), _tokens(do), _tiles(states), _tiles(errors), _tiles(p.A), _tiles(p.P),
+        _tokens(dv), _tiles(dq_parts), _tiles(dk_parts), p.rows, p.through, _documents(x), outgoing, parts,
+        T, NC, segment_chunks, B, heads.start, x.scale,
+        H=H, G=G, HAS_G=flags["HAS_G"], HAS_DOC=flags["HAS_DOC"], num_warps=p.launches["backward"].warps,
+    )  # fmt: skip
+    proof.launch(
+        group_kernel, (NC, (heads.stop - heads.start) // G, 2),
+        x.q, x.k, p.rows, dq_parts, dk_parts, dq, dk, T, NC, heads.start, *_strides(x.q), *_strides(x.k),
+        H=H, G=G, K=K, NORM=flags["NORM"], num_warps=p.launches["group"].warps,
+    )  # fmt: skip
+
+
 def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoing_grad_NBHKV: Tensor) -> Gradients:
     """Gradients of the inputs; arguments as of :func:`.chunk_torch.apply_backward`."""
     x, do = p.x, _gradient(do_BTHV)
@@ -297,41 +384,24 @@ def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoin
     dv = torch.empty(B, T, HV, V, **like)
     dg = None if x.g is None else torch.empty(B, T, HV, dtype=x.g.dtype, device=x.v.device)
     dbeta = torch.empty(B, T, HV, dtype=x.beta.dtype, device=x.v.device)
-    doc = _documents(x)
 
-    # Two states a chunk are kept, 2 K / 64 times the size of v: for all heads together that would be the most of the
-    # backward pass's memory. It takes the heads in groups whose states are as large as two v.
+    # The states kept of a chunk are K / 64 times the size of its v: for all heads together that would be the most of the
+    # backward pass's memory. It takes the heads in groups whose states are as large as v.
     together = -(-B * H * CHUNK // max(K, CHUNK))
     chunks = together * G, p.chunks
-    states, d_states = (torch.empty(*chunks, V, K, **like) for _ in range(2))
-    errors = torch.empty(*chunks, CHUNK, V, **like)
-    tiles = torch.empty(*chunks, 2, CHUNK, CHUNK, **like)
+    kept = torch.empty(*chunks, V, K, **like), torch.empty(*chunks, CHUNK, V, **like)
     parts = torch.empty(*chunks, len(PARTS), CHUNK, dtype=torch.float32, device=x.v.device)
+    fused = _has_backward(p)
+    if fused:
+        between = tuple(torch.empty(*chunks, CHUNK, K, **like) for _ in range(2))
+    else:
+        between = torch.empty(*chunks, V, K, **like), torch.empty(*chunks, 2, CHUNK, CHUNK, **like)
     for first in range(0, B * H, together):
         last = min(first + together, B * H)
         heads = slice(first * G, last * G)
-        _forward(p, "keep", heads, incoming=incoming, states=states, errors=errors)
-        _reverse(p, do, "reverse", heads, outgoing=outgoing, d_states=d_states, dv=dv)
-        sizes = T, p.chunks, B, heads.start
-        proof.launch(
-            pairs_kernel, (p.chunks, heads.stop - heads.start),
-            x.q, x.k, do, dv, doc, p.rows, errors, tiles, parts, *sizes, x.scale,
-            *_strides(x.q), *_strides(x.k), *_strides(do), *_strides(dv),
-            **{name: flag for name, flag in flags.items() if name != "NORM"},
-            BK=min(K, 64), **_constants("pairs", p),
-        )  # fmt: skip
-        proof.launch(
-            queries_kernel, (p.chunks, last - first),
-            x.q, x.k, do, p.rows, states, tiles, parts, dq, *sizes, G,
-            *_strides(x.q), *_strides(x.k), *_strides(do),
-            HAS_G=flags["HAS_G"], NORM=flags["NORM"], **_constants("queries", p),
-        )  # fmt: skip
-        proof.launch(
-            keys_kernel, (p.chunks, last - first),
-            x.q, x.k, p.rows, states, errors, d_states, dv, tiles, parts, dk,
-            *sizes, G, *_strides(x.q), *_strides(x.k), *_strides(dv),
-            **{name: flags[name] for name in ("HAS_G", "ERASE", "NORM")}, **_constants("keys", p),
-        )  # fmt: skip
+        _forward(p, "keep", heads, incoming=incoming, states=kept[0], errors=kept[1])
+        gradients = _backward if fused else _reverse_and_gradients
+        gradients(p, do, outgoing, heads, *kept, *between, parts, dq, dk, dv)
         proof.launch(
             gates_kernel, (-(-p.chunks // GATES), heads.stop - heads.start),
             p.rows, p.through, parts, dbeta if dg is None else dg, dbeta, T, p.chunks, heads.start,

@@ -7,14 +7,11 @@ memory comes through the tensor memory accelerator, each array into shared memor
 behind it is over. Matrix instructions are issued before their results are waited for, so that those of the recurrence,
 which depend on each other, lie between those of the pairs, which do not.
 
-A value head leaves its part of dq and dk; *group* sums those of a key head's value heads and takes the norms into
-account. parts are those of :mod:`.triton_gradients`.
+A value head leaves its part of dq and dk, which *group* of :mod:`.triton_gradients` sums, and ``parts`` as there.
 """
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -25,7 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.7 and 3.6 call it
 WIDTH = gl.constexpr(128)  # of K and V
+TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # in shared memory
+TOKENS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 4))  # the same, of a chunk [1, 64, 1, K]
 
 
 @gluon.jit
@@ -90,8 +90,8 @@ def backward_kernel(
     pair: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])  # [64, 64]
     of_new: gl.constexpr = gl.DotOperandLayout(0, new, 2)
     of_wide: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
-    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    tokens: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
+    tile: gl.constexpr = TILE
+    tokens: gl.constexpr = TOKENS
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     flat: gl.constexpr = gl.BlockedLayout([2], [32], [8], [0])
     flat64: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
@@ -132,7 +132,7 @@ def backward_kernel(
     for j in gl.static_range(5):
         mbarrier.init(bars.index(j), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     early = bars.index(2)
     middle = bars.index(3)
     late = bars.index(4)
@@ -205,10 +205,10 @@ def backward_kernel(
 
         # The recurrence's chain of products; behind them, those of queries with keys and of dO with errors.
         tma.store_wait(0)  # of dq and dk of the chunk behind, which lie in dS_at
-        gl.thread_barrier()
+        barrier()
         dS_at.store(dS.to(dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         mbarrier.wait(bars.index(half), (i // 2) & 1)
         dnew = warpgroup_mma(dS_at, k_now.permute((1, 0)), zero_new, use_acc=False, is_async=True)
         mbarrier.wait(late, phase)
@@ -231,7 +231,7 @@ def backward_kernel(
                 sums += S_at.slice(j, 32).load(loads).to(gl.float32) * dS_at.slice(j, 32).load(loads).to(gl.float32)
             gl.store(at_part + 320, gl.sum(gl.sum(sums, 1), 0))
         pairs, products = warpgroup_mma_wait(1, deps=[pairs, products])
-        gl.thread_barrier()
+        barrier()
         # From here on dO is scaled as it sees the incoming state.
         for j in gl.static_range(0, 64, 32):
             of_q = gl.expand_dims(rows_at.slice(j, 32).load(gl.SliceLayout(1, loads)), 1)
@@ -250,7 +250,7 @@ def backward_kernel(
         d_value = warpgroup_mma_wait(0, deps=[d_value])
         dv_at.permute((1, 0)).store(d_value.to(dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         tma.async_copy_shared_to_global(dv, [ib, c * 64, hv, 0], dv_at._reinterpret(dtype, [1, 64, 1, W], tokens))
         erased = _scaled(_row(rows_at, 64, new), -d_value).to(dtype)
         dS = warpgroup_mma(do_at.permute((1, 0)), q_at, dS, is_async=True)
@@ -286,7 +286,7 @@ def backward_kernel(
         if HAS_G:
             logs_at.store(gl.where(strict, pairs * bt, 0.0).to(gl.bfloat16))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
 
         # What was left to the outgoing state, what errors took back of the incoming one, what queries saw of it.
         part = warpgroup_mma_wait(0, deps=[part])
@@ -317,7 +317,7 @@ def backward_kernel(
         d_key = warpgroup_mma(dkk_at, k_now, d_key, is_async=True)
         d_key = warpgroup_mma(dkk_at.permute((1, 0)), k_now, d_key, is_async=True)
         d_query = warpgroup_mma_wait(3, deps=[d_query])
-        gl.thread_barrier()
+        barrier()
         # errors, S, do, A and P are done with.
         mbarrier.expect(early, 64 * W * 2 + 2 * 64 * 64 * 2, pred=more)
         tma.async_copy_global_to_shared(
@@ -350,7 +350,7 @@ def backward_kernel(
             crossing = gl.where(ri > rj, crossing, 0.0)
             gl.store(at_part + 64 + gl.arange(0, 64, layout=pair_i), gl.sum(crossing, 1))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         mbarrier.expect(late, 64 * W * 2, pred=more)
         tma.async_copy_global_to_shared(
             q, [ib, following * 64, ih, 0], late, q_at._reinterpret(dtype, [1, 64, 1, W], tokens), pred=more
@@ -362,50 +362,6 @@ def backward_kernel(
         if HAS_DOC:
             doc_at.store(doc_next)
     tma.store_wait(0)
-    gl.thread_barrier()
+    barrier()
     for j in gl.static_range(5):
         mbarrier.invalidate(bars.index(j))
-
-
-@triton.jit
-def _write(out, sums, x, norm, inside, H: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):
-    if NORM:
-        r = tl.load(norm + tl.arange(0, 64))
-        x = x.to(tl.float32)
-        sums -= (r * r * tl.sum(sums * x, 1))[:, None] * x
-    at = tl.arange(0, 64)[:, None] * (H * K) + tl.arange(0, K)[None, :]
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=inside[:, None])
-
-
-@triton.jit(do_not_specialize=["T", "NC", "row0", "sqb", "skb"])
-def group_kernel(
-    q, k, rows, dq_parts, dk_parts, dq, dk, T, NC, row0,
-    sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """dq (of the programs with an even third index) or dk of a chunk and key head: the sum over its value heads."""
-    c = tl.program_id(0).to(tl.int64)
-    local = tl.program_id(1).to(tl.int64) * G
-    row = row0 + local
-    HV: tl.constexpr = H * G
-    ib, ih = row // HV, (row % HV) // G
-    r = tl.arange(0, 64)
-    ck = tl.arange(0, K)
-    inside = r < tl.minimum(T - c * 64, 64).to(tl.int32)
-    part = dq_parts
-    x = q + tl.multiple_of(ib * sqb, 16) + ih * sqh + c * 64 * sqt
-    step = sqt
-    out = dq
-    norm = rows + (row * NC + c) * 512 + 384
-    if tl.program_id(2) == 1:
-        part = dk_parts
-        x = k + tl.multiple_of(ib * skb, 16) + ih * skh + c * 64 * skt
-        step = skt
-        out = dk
-        norm += 64
-    sums = tl.zeros((64, K), tl.float32)
-    for j in tl.static_range(G):
-        at = ((local + j) * NC + c) * (64 * K) + r[:, None] * K + ck[None, :]
-        sums += tl.load(part + at).to(tl.float32)
-    xt = tl.load(x + r[:, None] * step + ck[None, :], mask=inside[:, None], other=0.0)
-    _write(out + ((ib * T + c * 64) * H + ih) * K, sums, xt, norm, inside, H, K, NORM)

@@ -39,11 +39,11 @@ SUSPECTS = {
     "o": "prepare, invert, states (apply)",
     "final": "states (summarise) or fold",
     "dinitial": "reverse (reverse_summary) or fold",
-    "dv": "states (keep) or reverse",
-    "dq": "pairs or queries",
-    "dk": "pairs or keys",
-    "dbeta": "pairs or keys",
-    "dg": "pairs, queries or keys",
+    "dv": "states (keep), reverse or backward",
+    "dq": "pairs or queries, or backward or group",
+    "dk": "pairs or keys, or backward or group",
+    "dbeta": "pairs or keys, or backward",
+    "dg": "pairs, queries or keys, or backward",
 }
 
 

@@ -273,6 +273,37 @@ def keys_kernel(
     _write(dk + ((ib * T + t0) * H + ih) * K, sums, _rows(k, skt, K, inside), norm, inside, H, K, NORM)
 
 
+@triton.jit(do_not_specialize=["T", "NC", "row0", "sqb", "skb"])
+def group_kernel(
+    q, k, rows, dq_parts, dk_parts, dq, dk, T, NC, row0,
+    sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """dq or, by the third index, dk of a chunk and key head: the sum over its value heads."""
+    c = tl.program_id(0).to(tl.int64)
+    local = tl.program_id(1).to(tl.int64) * G
+    row = row0 + local
+    HV: tl.constexpr = H * G
+    ib, ih = row // HV, (row % HV) // G
+    r = tl.arange(0, 64)
+    ck = tl.arange(0, K)
+    inside = r < tl.minimum(T - c * 64, 64).to(tl.int32)
+    norm = rows + (row * NC + c) * 512 + 384
+    if tl.program_id(2) == 0:
+        x = q + tl.multiple_of(ib * sqb, 16) + ih * sqh + c * 64 * sqt
+        part, out, step = dq_parts, dq, sqt
+    else:
+        x = k + tl.multiple_of(ib * skb, 16) + ih * skh + c * 64 * skt
+        part, out, step = dk_parts, dk, skt
+        norm += 64
+    sums = tl.zeros((64, K), tl.float32)
+    for j in tl.static_range(G):
+        at = ((local + j) * NC + c) * (64 * K) + r[:, None] * K + ck[None, :]
+        sums += tl.load(part + at).to(tl.float32)
+    xt = tl.load(x + r[:, None] * step + ck[None, :], mask=inside[:, None], other=0.0)
+    _write(out + ((ib * T + c * 64) * H + ih) * K, sums, xt, norm, inside, H, K, NORM)
+
+
 @triton.jit(do_not_specialize=["T", "NC", "row0"])
 def gates_kernel(
     rows, through, parts, dg, dbeta, T, NC, row0,

@@ -116,12 +116,16 @@ def candidates() -> dict[str, Launches]:
 
     changes: dict[str, dict[str, Any]] = {
         "as tuned": {},
+        "passes apart": {},
         "one stage": {"stages": 1},
         "one stage, at most 4 warps": {"stages": 1, "warps": 4, "registers": None},
         "one stage, at most 32 columns": {"stages": 1, "columns": 32, "warps": 4, "registers": None},
         "one stage, at most 2 warps, 32 columns": {"stages": 1, "columns": 32, "warps": 2, "registers": None},
     }
-    return {name: {use: _at_most(how, **change) for use, how in LAUNCHES.items()} for name, change in changes.items()}
+    tables = {name: {use: _at_most(how, **change) for use, how in LAUNCHES.items()} for name, change in changes.items()}
+    for name in list(tables)[1:]:
+        tables[name]["backward"] = replace(LAUNCHES["backward"], warps=0)
+    return tables
 
 
 def to_try(signature: Signature | Fold) -> list[str]:

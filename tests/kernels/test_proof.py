@@ -340,13 +340,13 @@ WRONG: dict[str, tuple[str, str, Callable[[Tensor], Any], str]] = {
 }
 
 
-def what_is_wrong(name: str, device: torch.device, signature: Signature) -> str:
+def what_is_wrong(name: str, device: torch.device, signature: Signature, table: str = "passes apart") -> str:
     """What the prover says of kernels of which one computes wrong numbers."""
     kernel, output, change, _ = WRONG[name]
     right = getattr(chunk_triton, kernel)
     setattr(chunk_triton, kernel, Wrong(right, output, change))
     try:
-        return str(proof_run.prove(device, signature, candidates()["as tuned"])["wrong"])
+        return str(proof_run.prove(device, signature, candidates()[table])["wrong"])
     finally:
         setattr(chunk_triton, kernel, right)
 
@@ -466,11 +466,11 @@ GPU = {
 KNOWN_WRONG: dict[str, tuple[tuple[int, int], str, Signature, Launches]] = {
     "pairs by 32 columns in 8 warps": (
         (9, 0), "3.6.0", GPU["no documents"],
-        {**candidates()["as tuned"], "pairs": chunk_triton.Launch(32, 8, 3, 128)},
+        {**candidates()["passes apart"], "pairs": chunk_triton.Launch(32, 8, 3, 128)},
     ),
     "pairs in 16 warps": (
         (9, 0), "3.6.0", GPU["no documents"],
-        {**candidates()["as tuned"], "pairs": chunk_triton.Launch(64, 16, 2)},
+        {**candidates()["passes apart"], "pairs": chunk_triton.Launch(64, 16, 2)},
     ),
 }  # fmt: skip
 
@@ -481,6 +481,16 @@ KNOWN_WRONG: dict[str, tuple[tuple[int, int], str, Signature, Launches]] = {
 def test_right_kernels_are_proven_on_gpu(name: str) -> None:
     found = proof_run.prove(torch.device("cuda:0"), GPU[name], candidates()["as tuned"])
     assert found["wrong"] is None and len(found["binaries"]) >= 9, found
+    one = torch.cuda.get_device_capability()[0] == 9 and name in ("model", "no documents", "fp16")
+    assert one == ("backward_kernel" in {binary["kernel"] for binary in found["binaries"]})
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_passes_apart_are_proven_on_gpu() -> None:
+    found = proof_run.prove(torch.device("cuda:0"), GPU["model"], candidates()["passes apart"])
+    assert found["wrong"] is None, found
+    assert "backward_kernel" not in {binary["kernel"] for binary in found["binaries"]}
 
 
 @pytest.mark.gpu

@@ -106,7 +106,7 @@ def test_interpreted_slow():
 
 # Bytes of local memory a thread, as compiled by Triton 3.6 and 3.7; more means that a change spills registers.
 SPILLED = {
-    90: {"reverse": 16, "queries": 128, "keys": 352},
+    90: {"reverse": 16, "queries": 128, "keys": 352, "backward": 88},
     80: {"prepare": 32, "keep": 32, "apply": 448, "reverse_summary": 480, "reverse": 896, "queries": 448, "keys": 1024},
 }
 
@@ -126,10 +126,13 @@ def test_compiles_everywhere(use, capability):
 def check_compiled(use: str, capability: int) -> None:
     from tests.kernels.triton_compile import compiled
 
+    if use == "backward" and capability != 90:
+        pytest.skip("written for Hopper")
     binary = compiled(use, capability)
     assert binary.spilled <= SPILLED[capability].get(use, 0)
     # The blocks of 16 that are inverted are below a warp group's size.
-    assert binary.matrix == ({"HGMMA"} if capability == 90 and use != "invert" else {"HMMA"})
+    matrix = "HGMMA" if capability == 90 and use != "invert" else "HMMA"
+    assert binary.matrix == (set() if use == "group" else {matrix})
 
 
 def test_what_has_no_kernel_is_refused():

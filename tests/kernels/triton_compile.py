@@ -12,8 +12,9 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from dnsp.kernels import triton_gradients, triton_prepare, triton_reverse, triton_states
+from dnsp.kernels import gluon_backward, triton_gradients, triton_prepare, triton_reverse, triton_states
 from dnsp.kernels.chunk_triton import LAUNCHES
 
 KERNELS = {
@@ -27,7 +28,14 @@ KERNELS = {
     "pairs": triton_gradients.pairs_kernel,
     "queries": triton_gradients.queries_kernel,
     "keys": triton_gradients.keys_kernel,
+    "backward": gluon_backward.backward_kernel,
+    "group": triton_gradients.group_kernel,
 }
+# Blocks of those arguments that are fetched by descriptors.
+TILES = {
+    **dict.fromkeys(("states",), (128, 128)), **dict.fromkeys(("errors", "dq", "dk"), (64, 128)),
+    **dict.fromkeys(("A", "P"), (64, 64)), **dict.fromkeys(("q", "k", "do", "dv"), (1, 64, 1, 128)),
+}  # fmt: skip
 FP32 = {"g", "beta", "N", "rows", "through", "bound", "incoming", "outgoing", "M", "U", "D", "parts", "dg", "dbeta"}
 INTEGERS = {"T", "NC", "segment_chunks", "B", "N", "row0", "group", "size"}
 
@@ -72,6 +80,9 @@ def compiled(use: str, capability: int, *, K: int = 128, V: int = 128, H: int = 
             types[name] = "i64"
         elif name in INTEGERS and not (tiles and name == "N"):
             types[name] = "i32"
+        elif use == "backward" and name in TILES:
+            layout = gluon_backward.TILE if len(TILES[name]) == 2 else gluon_backward.TOKENS
+            types[name] = f"tensordesc<bf16{list(TILES[name])},{layout.value!r}>"
         elif name == "scale":
             types[name] = "fp32"
         else:
@@ -79,7 +90,7 @@ def compiled(use: str, capability: int, *, K: int = 128, V: int = 128, H: int = 
             types[name] = special.get(name, "*fp32" if name in FP32 else "*bf16")
             attributes[(i,)] = [["tt.divisibility", 16]]
     binary = triton.compile(
-        ASTSource(kernel, types, constants, attributes),
+        (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, types, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
         options=launch.options,
     )
