@@ -29,6 +29,11 @@ TOKENS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 4))  # the same, of a chunk 
 
 
 @gluon.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@gluon.jit
 def _nil(i):
     """0, unknown to the compiler: an address that hangs on it is worked out where it is used, not kept through the loop
     in a register that is wanted for the state."""
@@ -120,11 +125,9 @@ def backward_kernel(
     S_mem = gl.allocate_shared_memory(dtype, [1, W, W], tile)
     A_mem = gl.allocate_shared_memory(dtype, [1, 64, 64], tile)
     P_mem = gl.allocate_shared_memory(dtype, [1, 64, 64], tile)
-    dS_mem = gl.allocate_shared_memory(dtype, [1, W, W], tile)  # and dq and dk, on their way out
-    dv_mem = gl.allocate_shared_memory(dtype, [1, 64, W], tile)
-    dqk_mem = gl.allocate_shared_memory(dtype, [1, 64, 64], tile)
-    dkk_mem = gl.allocate_shared_memory(dtype, [1, 64, 64], tile)
-    logs_mem = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], tile)
+    dS_mem = gl.allocate_shared_memory(dtype, [1, W, W], tile)
+    dv_mem = gl.allocate_shared_memory(dtype, [1, 64, W], tile)  # then dq on its way out
+    pairs_mem = gl.allocate_shared_memory(dtype, [3, 64, 64], tile)  # dqk, dkk and logs; then dk on its way out
     ones_mem = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], tile)
     rows_at = gl.allocate_shared_memory(gl.float32, [512], line)
     doc_at = gl.allocate_shared_memory(gl.int32, [64], line)
@@ -160,6 +163,7 @@ def backward_kernel(
     if HAS_DOC:
         doc_at.store(gl.load(doc + ib.to(gl.int64) * T + gl.minimum(c * 64 + r64, T - 1)).to(gl.int32))
     passes_next = gl.load(through + at_tile64)
+    any_sees_next = gl.load(rows + at_tile64 * 512 + 64)
 
     cv = gl.arange(0, W, layout=gl.SliceLayout(1, wide))
     ck = gl.arange(0, W, layout=gl.SliceLayout(0, wide))
@@ -201,11 +205,11 @@ def backward_kernel(
         if HAS_DOC:
             doc_next = gl.load(doc + ib.to(gl.int64) * T + gl.minimum(following * 64 + r64, T - 1)).to(gl.int32)
         passes = passes_next
+        any_sees = any_sees_next
         passes_next = gl.load(through + next_tile)
+        any_sees_next = gl.load(rows + next_tile * 512 + 64)
 
         # The recurrence's chain of products; behind them, those of queries with keys and of dO with errors.
-        tma.store_wait(0)  # of dq and dk of the chunk behind, which lie in dS_at
-        barrier()
         dS_at.store(dS.to(dtype))
         fence_async_shared()
         barrier()
@@ -231,12 +235,12 @@ def backward_kernel(
                 sums += S_at.slice(j, 32).load(loads).to(gl.float32) * dS_at.slice(j, 32).load(loads).to(gl.float32)
             gl.store(at_part + 320, gl.sum(gl.sum(sums, 1), 0))
         pairs, products = warpgroup_mma_wait(1, deps=[pairs, products])
+        tma.store_wait(0)  # of dq and dk of the chunk behind
         barrier()
         # From here on dO is scaled as it sees the incoming state.
         for j in gl.static_range(0, 64, 32):
             of_q = gl.expand_dims(rows_at.slice(j, 32).load(gl.SliceLayout(1, loads)), 1)
             do_at.slice(j, 32).store(_scaled(of_q, do_at.slice(j, 32).load(loads).to(gl.float32)).to(dtype))
-        any_sees = gl.max(rows_at.slice(64, 64).load(flat64) * gl.where(r64 == 0, 1.0, 0.0), 0)
         dS = gl.where(passes != 0.0, dS * passes, 0.0)
 
         nil = _nil(i)
@@ -245,7 +249,7 @@ def backward_kernel(
         errors_at = errors_mem.index(nil)
         dS_at = dS_mem.index(nil)
         q_at = q_mem.index(nil)
-        dqk_at = dqk_mem.index(nil)
+        dqk_at = pairs_mem.index(nil)
         k_now = k_at.index(half + nil)
         d_value = warpgroup_mma_wait(0, deps=[d_value])
         dv_at.permute((1, 0)).store(d_value.to(dtype))
@@ -259,7 +263,8 @@ def backward_kernel(
 
         keep = _keep(ri + nil, rj, doc_at, HAS_DOC, pair)
         if HAS_G:
-            pairs = pairs * _decays(rows_at, keep, pair)
+            decay = _decays(rows_at, keep, pair)
+            pairs = pairs * decay
         pairs = gl.where(keep, pairs * (_column(rows_at, 384, pair) * scale) * _row(rows_at, 448, pair), 0.0)
         dqk_at.store((pairs * _row(rows_at, 192, pair)).to(dtype))
         pairs = pairs * products
@@ -268,15 +273,15 @@ def backward_kernel(
         # Where no token sees the incoming state, nothing in the chunk, not even 0 * nan, reaches its gradient.
         dS = gl.where(any_sees != 0.0, dS, 0.0)
         nil = _nil(i)
-        dkk_at = dkk_mem.index(nil)
-        logs_at = logs_mem.index(nil)
+        dkk_at = pairs_mem.index(1 + nil)
+        logs_at = pairs_mem.index(2 + nil)._reinterpret(gl.bfloat16, [64, 64], tile)
         ones_at = ones_mem.index(nil)
         k_now = k_at.index(half + nil)
         products = warpgroup_mma(k_now, k_now.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
         part = warpgroup_mma(errors_at, dS_at, zero_long, use_acc=False, is_async=True)
         strict = _keep(ri + nil, rj, doc_at, HAS_DOC, pair) & (ri + nil > rj)
         if HAS_G:
-            back = back * _decays(rows_at, strict, pair)
+            back = back * decay
         back = gl.where(strict, -back * _column(rows_at, 448, pair) * _row(rows_at, 448, pair), 0.0)
         bt = _row(rows_at, 192, pair)
         dkk_at.store((back * bt).to(dtype))
@@ -294,9 +299,8 @@ def backward_kernel(
         dv_at = dv_mem.index(nil)
         S_at = S_mem.index(nil)
         do_at = do_mem.index(nil)
-        dqk_at = dqk_mem.index(nil)
+        dqk_at = pairs_mem.index(nil)
         q_at = q_mem.index(nil)
-        dS_at = dS_mem.index(nil)
         P_at = P_mem.index(nil)
         A_at = A_mem.index(nil)
         errors_at = errors_mem.index(nil)
@@ -305,59 +309,62 @@ def backward_kernel(
         key = k_now.load(long)
         part = _scaled(_column(rows_at, 128, long), part)
         at_long = at_part + gl.arange(0, 64, layout=long_i)
-        gl.store(at_long + 192, gl.sum(part * key.to(gl.float32), 1))
-        d_key = part * _column(rows_at, 192, long)
         d_query = warpgroup_mma(do_at, S_at, zero_long, use_acc=False, is_async=True)
         taken = warpgroup_mma_wait(1, deps=[taken])
         taken = _scaled(_column(rows_at, 64, long), taken)
         if HAS_G:
-            gl.store(at_long + 256, gl.sum(taken * key.to(gl.float32), 1))
-        d_key = d_key - taken
+            sum_left, sum_taken = gl.reduce((part * key.to(gl.float32), taken * key.to(gl.float32)), 1, _add_pairs)
+            gl.store(at_long + 192, sum_left)
+            gl.store(at_long + 256, sum_taken)
+        else:
+            gl.store(at_long + 192, gl.sum(part * key.to(gl.float32), 1))
+        d_key = part * _column(rows_at, 192, long) - taken
         d_key = warpgroup_mma(dqk_at.permute((1, 0)), q_at, d_key, is_async=True)
         d_key = warpgroup_mma(dkk_at, k_now, d_key, is_async=True)
         d_key = warpgroup_mma(dkk_at.permute((1, 0)), k_now, d_key, is_async=True)
-        d_query = warpgroup_mma_wait(3, deps=[d_query])
+        if HAS_G:
+            crossing = warpgroup_mma(ones_at, logs_at, zero_pair, use_acc=False, is_async=True)
+            d_query = warpgroup_mma_wait(4, deps=[d_query])
+        else:
+            d_query = warpgroup_mma_wait(3, deps=[d_query])
         barrier()
-        # errors, S, do, A and P are done with.
-        mbarrier.expect(early, 64 * W * 2 + 2 * 64 * 64 * 2, pred=more)
-        tma.async_copy_global_to_shared(
-            do, [ib, following * 64, hv, 0], early, do_at._reinterpret(dtype, [1, 64, 1, W], tokens), pred=more
-        )
-        tma.async_copy_global_to_shared(P, [at_tile * 64, 0], early, P_at, pred=more)
-        tma.async_copy_global_to_shared(A, [at_tile * 64, 0], early, A_at, pred=more)
-        mbarrier.expect(middle, 64 * W * 2 + W * W * 2, pred=more)
-        tma.async_copy_global_to_shared(errors, [at_kept * 64, 0], middle, errors_at, pred=more)
-        tma.async_copy_global_to_shared(states, [at_kept * W, 0], middle, S_at, pred=more)
+        # errors, S, do, A and P are done with. (A branch: with predicates instead the compiler spilled 20 registers.)
+        if more:
+            mbarrier.expect(early, 64 * W * 2 + 2 * 64 * 64 * 2)
+            tma.async_copy_global_to_shared(
+                do, [ib, following * 64, hv, 0], early, do_at._reinterpret(dtype, [1, 64, 1, W], tokens)
+            )
+            tma.async_copy_global_to_shared(P, [at_tile * 64, 0], early, P_at)
+            tma.async_copy_global_to_shared(A, [at_tile * 64, 0], early, A_at)
+            mbarrier.expect(middle, 64 * W * 2 + W * W * 2)
+            tma.async_copy_global_to_shared(errors, [at_kept * 64, 0], middle, errors_at)
+            tma.async_copy_global_to_shared(states, [at_kept * W, 0], middle, S_at)
         d_query = gl.where(_column(rows_at, 0, long) != 0.0, d_query, 0.0)
         if HAS_G:
             gl.store(at_long + 128, gl.sum(d_query * q_at.load(long).to(gl.float32), 1))
         d_query = warpgroup_mma(dqk_at, k_now, d_query, is_async=True)
-        dk_at = dS_at.slice(64, 64)
-        dq_at = dS_at.slice(0, 64)
+        dk_at = pairs_mem.index(1 + nil)._reinterpret(dtype, [64, W], tile)
         if HAS_G:
-            crossing = warpgroup_mma(ones_at, logs_at, zero_pair, use_acc=False, is_async=True)
-            d_key = warpgroup_mma_wait(2, deps=[d_key])
+            d_key, d_query, crossing = warpgroup_mma_wait(0, deps=[d_key, d_query, crossing])
         else:
-            d_key = warpgroup_mma_wait(1, deps=[d_key])
+            d_key, d_query = warpgroup_mma_wait(0, deps=[d_key, d_query])
+        tma.store_wait(0)  # of dv
+        barrier()
         dk_at.store(d_key.to(dtype))
+        dv_at.store(d_query.to(dtype))
         if HAS_G:
-            d_query = warpgroup_mma_wait(1, deps=[d_query])
-        else:
-            d_query = warpgroup_mma_wait(0, deps=[d_query])
-        dq_at.store(d_query.to(dtype))
-        if HAS_G:
-            crossing = warpgroup_mma_wait(0, deps=[crossing])
             crossing = gl.where(ri > rj, crossing, 0.0)
             gl.store(at_part + 64 + gl.arange(0, 64, layout=pair_i), gl.sum(crossing, 1))
         fence_async_shared()
         barrier()
-        mbarrier.expect(late, 64 * W * 2, pred=more)
-        tma.async_copy_global_to_shared(
-            q, [ib, following * 64, ih, 0], late, q_at._reinterpret(dtype, [1, 64, 1, W], tokens), pred=more
-        )
+        if more:
+            mbarrier.expect(late, 64 * W * 2)
+            tma.async_copy_global_to_shared(
+                q, [ib, following * 64, ih, 0], late, q_at._reinterpret(dtype, [1, 64, 1, W], tokens)
+            )
         at_out = (local * NC + c) * 64
         tma.async_copy_shared_to_global(dk, [at_out, 0], dk_at)
-        tma.async_copy_shared_to_global(dq, [at_out, 0], dq_at)
+        tma.async_copy_shared_to_global(dq, [at_out, 0], dv_at)
         rows_at.store(rows_next)
         if HAS_DOC:
             doc_at.store(doc_next)
