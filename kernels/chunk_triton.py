@@ -50,7 +50,7 @@ class Launch:
 LAUNCHES = {
     "prepare": Launch(64, 4, 1),
     "invert": Launch(64, 1, 1),
-    "summarise": Launch(64, 4, 2),
+    "summarise": Launch(64, 4, 3),
     "apply": Launch(64, 4, 2),
     "keep": Launch(64, 4, 2),
     "reverse_summary": Launch(64, 4, 2),
@@ -200,9 +200,9 @@ def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
     doc = _documents(x)
     starts = _on_device(x.segments.starts, torch.int64, device)
     proof.launch(
-        prepare_kernel, (B * x.k.shape[2], NC),
+        prepare_kernel, (B * HV, NC),
         x.q, x.k, g, x.beta, doc, starts, N, P, rows, through, bound,
-        T, NC, x.segments.tokens // CHUNK, HV // x.k.shape[2], x.scale,
+        T, NC, x.segments.tokens // CHUNK, x.scale,
         *_strides(x.q), *_strides(x.k), *_strides(g), *_strides(x.beta),
         **_shape(x), **_flags(x), DOT=_dot(x), **_launch(launches, "prepare", x).options,
     )  # fmt: skip
