@@ -164,7 +164,7 @@ def _backward(
             _add_returned(returning, dk, dv, k, v)
         if not own:  # the share goes home while the next round is worked on
             arriving = _buffer(work.sends, k, v, wide)
-            what = "attention's return of key gradients (backward)"
+            what = plan.named("attention's return of key gradients (backward)")
             exchange = plan.comm.exchange([(work.owner, buffer)], [(work.reader, arriving)], what)
             returning = exchange, work, arriving
     if returning is not None:
@@ -185,7 +185,7 @@ class _Keys:
 
     def __init__(self, k: Tensor, v: Tensor, plan: Plan, way: str) -> None:
         self._k, self._v, self._plan = k, v, plan
-        self._what = f"attention's exchange of keys and values ({way})"
+        self._what = plan.named(f"attention's exchange of keys and values ({way})")
         self._ahead: tuple[Exchange, Tensor] | None = None
         self._all: list[Tensor] | None = None
         if plan.attention_transport == "gather" and plan.crosses:

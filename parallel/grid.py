@@ -8,6 +8,9 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from .errors import LayoutError
+from .transport import Transport
+
+PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,10 @@ class Grid:
     rank: int
     sequence: int
     sequence_group: dist.ProcessGroup | None = None
+    sequence_control: dist.ProcessGroup | None = None  # the same ranks; gloo, for words between hosts
     everyone: dist.ProcessGroup | None = None  # gradients and optimizer shards: data and sequence ranks together
     alone: dist.ProcessGroup | None = None  # this rank only
+    timeout: float = 30.0  # seconds a message of a group may wait
 
     @property
     def sequence_size(self) -> int:
@@ -43,6 +48,12 @@ class Grid:
         first = self.data_rank * self.sequence
         return tuple(range(first, first + self.sequence))
 
+    def transport(self) -> Transport:
+        """The messages of this rank's sequence group."""
+        return Transport(
+            self.sequence_group, self.sequence_ranks, self.sequence_rank, self.sequence_control, self.timeout
+        )
+
     def mpu(self) -> Mpu:
         """What ``deepspeed.initialize(mpu=...)`` asks for."""
         return Mpu(self)
@@ -64,11 +75,17 @@ def make_grid(sequence: int | None = None, timeout: float = 30.0) -> Grid:
     if not dist.is_initialized():
         return Grid(world=1, rank=0, sequence=1)
     limit = timedelta(seconds=timeout)
+    # Words between hosts may wait for a rank that still compiles or proves its kernels.
+    controls = [
+        dist.new_group(range(first, first + size), timeout=PATIENCE, backend="gloo") if size > 1 else None
+        for first in range(0, world, size)
+    ]
     # Own groups, also where they hold the same ranks: a scan's messages never queue behind a gradient reduction.
     groups = [dist.new_group(range(first, first + size), timeout=limit) for first in range(0, world, size)]
     everyone = dist.new_group(range(world), timeout=limit)
     alone = dist.new_group([rank], timeout=limit, use_local_synchronization=True)
-    return Grid(world, rank, size, groups[rank // size] if size > 1 else None, everyone, alone)
+    mine = rank // size
+    return Grid(world, rank, size, groups[mine] if size > 1 else None, controls[mine], everyone, alone, timeout)
 
 
 class Mpu:

@@ -96,5 +96,5 @@ def _shift(parts: list[Tensor], plan: Plan, step: int) -> Tensor:
             else:
                 receives.append((layout.owner(source), arriving[n]))
     way = "forward" if step == 1 else "backward"
-    plan.comm.exchange(sends, receives, f"the convolution's halo exchange ({way})").wait()
+    plan.comm.exchange(sends, receives, plan.named(f"the convolution's halo exchange ({way})")).wait()
     return arriving

@@ -6,6 +6,7 @@ delta rule's grid the rank holds and where states pass, and which blocks attenti
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,10 +21,10 @@ from .blocks import Round, make_rounds
 from .errors import PlanError
 from .grid import Grid
 from .layout import CHUNK, Layout
-from .scan import ParallelScan
+from .scan import ParallelScan, in_layer
 from .transport import Transport
 
-SCAN_TRANSPORTS = ("p2p", "gather")
+SCAN_TRANSPORTS = ("p2p", "gather", "peer")
 ATTENTION_TRANSPORTS = ("ring", "gather")
 
 
@@ -49,6 +50,8 @@ class Plan:
     comm: Transport
     goes_on: bool  # a row's first document goes on from an initial state
     crosses: bool  # somewhere in the group a document reaches from one rank's tokens into another's
+    layer: int | None = None  # of a model, for messages
+    documents: tuple[tuple[int, ...], ...] = ()  # as given: the global starts of each row's
 
     @property
     def tokens(self) -> int:
@@ -73,6 +76,35 @@ class Plan:
     def holds_last(self) -> bool:
         """Whether the sequence's last token is here (under zigzag that is rank 0)."""
         return self.layout.owner(self.layout.count - 1) == self.rank
+
+    def at_layer(self, layer: int) -> Plan:
+        """The same plan, whose messages name this layer where something goes wrong."""
+        return replace(self, layer=layer, scan=replace(self.scan, layer=layer))
+
+    def named(self, operation: str) -> str:
+        """An operation, and the layer that it is of."""
+        return operation + in_layer(self.layer)
+
+    def agreed(self) -> Plan:
+        """This plan, once every rank of the group is known to have made the same one; between hosts alone.
+
+        Raises: PlanError on every rank, naming the rank that differs and in what.
+        """
+        if self.comm.size > 1:
+            self.comm.compare(
+                {
+                    "sequence length": self.tokens,
+                    "layout": self.layout.kind,
+                    "rows": self.batch,
+                    "segment_tokens": self.segments.tokens,
+                    "transport": self.scan.kind,
+                    "attention_transport": self.attention_transport,
+                    "attention_backend": self.attention_backend,
+                    "documents": _digest(self.documents),
+                },
+                "the plan",
+            )
+        return self
 
     def local(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of a tensor over the whole sequence, tokens along ``dim``."""
@@ -121,7 +153,7 @@ def make_plan(
         layout: over ``grid.sequence_size`` ranks.
         segment_tokens: tokens of the delta rule's segments, a multiple of 64 that divides the intervals; fixes the bits
             over all layouts and transports. None: :func:`default_segment_tokens`.
-        transport: how states cross ranks, ``p2p`` or ``gather`` (``auto``: p2p).
+        transport: how states cross ranks, ``peer``, ``p2p`` or ``gather`` (``auto``: p2p, which works everywhere).
         attention_transport: how keys and values do, ``ring`` or ``gather`` (``auto``: ring).
         attention_backend: what computes a block of attention, ``auto`` or one of ``attention_backends.BACKENDS``.
 
@@ -138,7 +170,7 @@ def make_plan(
     scan_kind = _one_of(transport, SCAN_TRANSPORTS, "parallel.transport")
     attention_kind = _one_of(attention_transport, ATTENTION_TRANSPORTS, "parallel.attention_transport")
     backend = _one_of(attention_backend, ("auto", *BACKENDS), "parallel.attention_backend")
-    comm = Transport(grid.sequence_group, grid.sequence_ranks, rank)
+    comm = grid.transport()
 
     tokens = np.concatenate([np.arange(start, stop) for start, stop in layout.intervals(rank)])
     doc_start = np.stack([row[np.searchsorted(row, tokens, side="right") - 1] for row in rows])
@@ -171,7 +203,14 @@ def make_plan(
         comm=comm,
         goes_on=any(int(row[0]) < 0 for row in rows),
         crosses=any(cut not in row for cut in _cuts(layout) for row in rows),
+        documents=tuple(tuple(row.tolist()) for row in rows),
     )
+
+
+def _digest(documents: tuple[tuple[int, ...], ...]) -> str:
+    """Documents in few words: how many, and a digest of where they start."""
+    starts = hashlib.sha256(repr(documents).encode()).hexdigest()[:12]
+    return f"{sum(map(len, documents))} documents with starts {starts}"
 
 
 def default_segment_tokens(layout: Layout) -> int:

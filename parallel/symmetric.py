@@ -1,0 +1,339 @@
+"""Memory that the ranks of a sequence group share: an inbox a side and rank, written by the neighbour's own kernels.
+
+It is allocated once, at the first scan (or before, by :func:`reserve`), through torch's symmetric memory: on one host,
+one GPU a rank or many ranks on one GPU. What is in it:
+
+    status            this rank: has a wait failed, and whom does it wait for
+    ready, free       counts of messages by tile (see ``kernels.triton_scan``), for the left and the right neighbour
+    slots             the states that arrive from the left, and from the right
+
+Nothing on the host takes part in a message. A wait that was in vain leaves a record in the host's memory, which
+:meth:`Symmetric.check` turns into PeerLost: at the next scan, at every step, and by the watch of a run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dnsp.kernels import proof, triton_scan
+from dnsp.kernels.triton_scan import DEPTH, TILE, Inbox, Outbox
+
+from .errors import PeerLost, PlanError
+from .transport import Transport
+
+MIB = 2**20
+LEFT, RIGHT = 0, 1
+STATUS = 16  # words
+GRAIN = 64  # tiles; so that every part begins on a boundary of 256 bytes
+
+
+class Place(NamedTuple):
+    """Where a rank is."""
+
+    host: str
+    gpu: str
+
+
+def places(comm: Transport) -> list[Place]:
+    """Of every rank of the group; all call it together."""
+    return comm.from_all(Place(_host(), _gpu()))
+
+
+def unreachable(where: Sequence[Place]) -> str | None:
+    """Why ranks at these places cannot write each other's memory, in words; None where they can. Asks this rank's own
+    devices; see :func:`refusal` for the group's answer."""
+    if not all(place.gpu for place in where):
+        return "it needs a GPU on every rank"
+    if len({place.host for place in where}) > 1:
+        return f"the group spans {len({place.host for place in where})} hosts, and memory is shared inside one"
+    mine = torch.cuda.current_device()
+    numbers = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+    for place in where:
+        other = numbers.get(place.gpu, mine)  # unseen here: the rendezvous will tell
+        if other != mine and not torch.cuda.can_device_access_peer(mine, other):
+            return f"GPU {mine} cannot reach GPU {other}'s memory"
+    try:
+        importlib.import_module("torch.distributed._symmetric_memory")
+    except ImportError as error:
+        return f"this torch has no symmetric memory ({error})"
+    return None
+
+
+def refusal(comm: Transport) -> str | None:
+    """Why this group cannot use ``peer``, the same words on every rank; None where it can. All call it together."""
+    if comm.size == 1:
+        return None
+    for rank, words in enumerate(comm.from_all(unreachable(places(comm)))):
+        if words:
+            return words if words.startswith("the group") else f"rank {comm.ranks[rank]}: {words}"
+    return None
+
+
+def _host() -> str:
+    try:  # two containers may have one name
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{socket.gethostname()} {file.read().strip()}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return ""
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+
+
+def words_of(capacity: int) -> int:
+    """32-bit words that a rank shares for states of so many tiles."""
+    return STATUS + 4 * capacity + 2 * DEPTH * capacity * TILE
+
+
+def capacity_of(tiles: int) -> int:
+    return -(-tiles // GRAIN) * GRAIN
+
+
+def budget(rows: int, value_heads: int, value_width: int) -> int:
+    """Bytes of symmetric memory a rank, for states of ``rows`` rows of such heads."""
+    return 4 * words_of(capacity_of(rows * value_heads * -(-value_width // triton_scan.COLUMNS)))
+
+
+class _Part(NamedTuple):
+    """A rank's memory as its parts, by side."""
+
+    status: Tensor
+    ready: tuple[Tensor, Tensor]
+    free: tuple[Tensor, Tensor]
+    slots: tuple[Tensor, Tensor]
+
+    @staticmethod
+    def of(words: Tensor, capacity: int) -> _Part:
+        status, counts, slots = words.split([STATUS, 4 * capacity, 2 * DEPTH * capacity * TILE])
+        ready_left, ready_right, free_left, free_right = counts.view(4, capacity)
+        left, right = slots.view(torch.float32).view(2, DEPTH, capacity, TILE)
+        return _Part(status, (ready_left, ready_right), (free_left, free_right), (left, right))
+
+
+class Symmetric:
+    """One group's memory, and this rank's ends of it. All ranks of the group make it, and call :meth:`meet`, together.
+
+    Raises: PlanError where there is no room for it, or the ranks cannot share memory.
+    """
+
+    def __init__(self, comm: Transport, device: torch.device) -> None:
+        self.comm, self.device, self.capacity = comm, device, 0
+        self._met: set[tuple[Any, ...]] = set()
+        self._where: dict[tuple[str, int | None, int | None], int] = {}
+        self._parts: list[_Part] = []
+        self._kept: list[Any] = []  # earlier, smaller memories: a graph may have captured their addresses
+        words = refusal(comm)
+        if words:
+            raise PlanError(f"transport peer: {words}; use p2p (parallel.transport)")
+        self._side = torch.cuda.Stream(device)
+
+    # Once a shape.
+
+    def meet(self, U_NBHKV: Tensor) -> None:
+        """Before the first message of a shape: the kernels are proven and loaded on every rank, all mean the same
+        shape, and there is room. Deadlines count from here.
+
+        Raises: PlanError, naming the rank and the field that differs, or the figures of what does not fit.
+        """
+        self.check()
+        B, HV, K, V = U_NBHKV.shape[1:]
+        shape = (B, HV, K, V)
+        if shape in self._met:
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the first scan of states [B, HV, K, V]={list(shape)} comes while a CUDA graph is captured: "
+                f"memory is shared out then, which takes all ranks' hosts; run it once before the capture"
+            )
+        proof.require_fold(U_NBHKV)
+        _warm_up(U_NBHKV)
+        self.comm.compare({"rows": B, "value heads": HV, "key width": K, "value width": V}, "the state of a scan")
+        self.reserve(triton_scan.tiles_of(U_NBHKV))
+        torch.cuda.synchronize(self.device)
+        self.comm.barrier()
+        self._met.add(shape)
+
+    def reserve(self, tiles: int) -> None:
+        """Room for states of so many tiles. All ranks together; nothing is done where there is room."""
+        capacity = capacity_of(tiles)
+        if capacity <= self.capacity:
+            return
+        need = 4 * words_of(capacity)
+        where = places(self.comm)
+        free = self.comm.from_all(torch.cuda.mem_get_info(self.device)[0])
+        for rank, place in enumerate(where):
+            sharers = where.count(place)
+            if need * sharers > free[rank]:
+                raise PlanError(
+                    f"transport peer: the symmetric buffers take {need / MIB:.0f} MiB a rank (2 sides x {DEPTH} states "
+                    f"of {capacity} tiles), {sharers} of them on the GPU of rank {self.comm.ranks[rank]}, which has "
+                    f"{free[rank] / MIB:.0f} MiB free; use p2p (parallel.transport), or a smaller model or batch"
+                )
+        words, handle, error = None, None, ""
+        torch.cuda.synchronize(self.device)  # no message is under way when the memory changes
+        self.comm.barrier()
+        try:
+            words, handle = _allocate(words_of(capacity), self.comm, self.device, len(set(where)) < len(where))
+        except RuntimeError as failure:
+            error = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        for rank, said in enumerate(self.comm.from_all(error)):
+            if said:
+                raise PlanError(
+                    f"transport peer: rank {self.comm.ranks[rank]} cannot share {need / MIB:.0f} MiB of memory: "
+                    f"{said}; use p2p (parallel.transport)"
+                )
+        assert words is not None and handle is not None
+        size, me = words.numel(), self.comm.rank
+        remote = [words if r == me else handle.get_buffer(r, (size,), torch.int32) for r in range(self.comm.size)]
+        self._parts = [_Part.of(part, capacity) for part in remote]
+        self._taken, self._sent = (torch.zeros(2, capacity, dtype=torch.int32, device=self.device) for _ in range(2))
+        self.clock = triton_scan.make_clock(capacity, self.device, self.comm.timeout, self._parts[me].status[:4])
+        self._record = self.clock.record.numpy()
+        self._kept.append((words, handle, self.clock))
+        self.capacity = capacity
+        torch.cuda.synchronize(self.device)
+        self.comm.barrier()  # all counts are zero everywhere
+
+    @property
+    def bytes(self) -> int:
+        """Of this rank's own memory."""
+        return 4 * words_of(self.capacity)
+
+    # Every message.
+
+    def inbox(self, source: int) -> Inbox:
+        """Of what comes from a neighbour (a rank of the group)."""
+        mine, its = self._sides(source)
+        here, there = self._parts[self.comm.rank], self._parts[source]
+        return Inbox(here.slots[mine], here.ready[mine], self._taken[mine], there.free[its])
+
+    def outbox(self, target: int) -> Outbox:
+        """Of what goes to a neighbour."""
+        mine, its = self._sides(target)
+        here, there = self._parts[self.comm.rank], self._parts[target]
+        return Outbox(there.slots[its], there.ready[its], self._sent[mine], here.free[mine])
+
+    def wait(self, tiles: int, source: int | None, target: int | None, what: str) -> tuple[Inbox | None, Outbox | None]:
+        """The stream waits until a message from ``source`` is here, and the one to ``target`` has room: the ends of
+        both. ``what``: for PeerLost."""
+        inbox = None if source is None else self.inbox(source)
+        outbox = None if target is None else self.outbox(target)
+        peer = source if source is not None else target
+        if peer is not None:
+            where = self._where.setdefault((what, source, target), len(self._where) + 1)
+            triton_scan.wait(tiles, inbox, outbox, self.clock, where, peer)
+            self.comm.calls += 1
+        return inbox, outbox
+
+    def _sides(self, peer: int) -> tuple[int, int]:
+        """(my side that faces a neighbour, its side that faces me)"""
+        assert abs(peer - self.comm.rank) == 1, (peer, self.comm.rank)
+        return (LEFT, RIGHT) if peer < self.comm.rank else (RIGHT, LEFT)
+
+    # What went wrong.
+
+    def check(self) -> None:
+        """Raises PeerLost where a wait was in vain: it names the rank that did not deliver. Waits for nothing."""
+        if self.capacity and self._record[0]:
+            raise self._lost(int(self._record[0]))
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.capacity and self._record[0])
+
+    def _lost(self, record: int) -> PeerLost:
+        kind, number = record % 4, record // 4
+        what, source, target = next(key for key, n in self._where.items() if n == number)
+        peer = source if kind == 1 else target
+        assert peer is not None
+        culprit = self._follow(peer)
+        seconds = f"{self.comm.timeout:g} s"
+        if kind == 1:
+            reason = f"rank {self.comm.ranks[peer]} did not deliver the state within {seconds}"
+        else:
+            reason = f"rank {self.comm.ranks[peer]} did not take an earlier state within {seconds}"
+        if culprit != peer:
+            reason += f", itself waiting for rank {self.comm.ranks[culprit]}"
+        return PeerLost(self.comm.ranks[self.comm.rank], self.comm.ranks[culprit], what, reason)
+
+    def _follow(self, peer: int) -> int:
+        """The rank at the end of those who wait for another: each rank's memory says whom it waits for."""
+        seen, last = {self.comm.rank}, peer
+        while peer not in seen:
+            seen.add(peer)
+            last = peer
+            with torch.cuda.stream(self._side):
+                status = self._parts[peer].status.to("cpu", non_blocking=True)
+            self._side.synchronize()
+            peer = int(status[1]) - 1
+            if peer < 0:
+                break
+        return last
+
+
+def _warm_up(U_NBHKV: Tensor) -> None:
+    """Every binary is loaded before anyone waits for a rank that still compiles."""
+    _, B, HV, K, V = U_NBHKV.shape
+    device, tiles = U_NBHKV.device, triton_scan.tiles_of(U_NBHKV)
+    M, U = torch.zeros(1, B, HV, K, K, device=device), torch.zeros(1, B, HV, K, V, device=device)
+    inbox, outbox, clock = triton_scan.loopback(tiles, device)
+    for continues in (None, torch.ones(1, B, dtype=torch.bool, device=device)):
+        for reverse in (False, True):
+            triton_scan.wait(tiles, None, outbox, clock)
+            triton_scan.fold(M, U, None, continues, 1, reverse, outbox=outbox, clock=clock)
+            triton_scan.wait(tiles, inbox, None, clock)
+            triton_scan.fold(M, U, None, continues, 1, reverse, inbox=inbox, clock=clock)
+
+
+def _allocate(words: int, comm: Transport, device: torch.device, shared: bool) -> tuple[Tensor, Any]:
+    """Zeroed words of symmetric memory, and torch's handle on everyone's."""
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    if shared:
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # never used here, and not everywhere to be had
+    mine = symmetric_memory.empty(words, dtype=torch.int32, device=device)
+    mine.zero_()
+    assert comm.control is not None
+    torch.cuda.synchronize(device)
+    return mine, symmetric_memory.rendezvous(mine, comm.control)
+
+
+_memories: dict[str, Symmetric] = {}  # of this process, by the name of the group
+
+
+def memory(comm: Transport, device: torch.device) -> Symmetric:
+    """The group's memory; made at the first call, which all its ranks make together."""
+    assert comm.group is not None
+    name = comm.group.group_name
+    if name not in _memories:
+        _memories[name] = Symmetric(comm, device)
+    return _memories[name]
+
+
+def check_all() -> None:
+    """Raises PeerLost where a wait of this process was in vain. Waits for nothing."""
+    for found in _memories.values():
+        found.check()
+
+
+def any_failed() -> bool:
+    return any(found.failed for found in _memories.values())
+
+
+def forget() -> None:
+    """Drops all memories, as their process groups are dropped; collective, like those."""
+    if _memories and dist.is_initialized():
+        torch.cuda.synchronize()
+    _memories.clear()
