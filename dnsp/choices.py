@@ -7,24 +7,35 @@ from typing import Any
 
 import torch
 
-from dnsp.config import Config
+from dnsp.config import Config, ModelConfig
+from dnsp.kernels.segments import kernels_for_program
 from dnsp.parallel.attention_backends import REPEATABLE, Heads, choose, unusable
+from dnsp.parallel.errors import PlanError
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import filling_segment_tokens
 
+NO_GPU = "it needs a GPU on every rank"
 MULTIPROCESSORS = 132  # of an H100 or H200; where bits must not depend on the device
 
 
 @dataclass(frozen=True)
 class Choices:
     """``attention_backend``: of ``parallel/attention_backends.py``. ``multiprocessors``: that the delta rule's segments
-    are to fill; 0 on a CPU, where one segment an interval is the fewest summaries."""
+    are to fill; 0 on a CPU, where one segment an interval is the fewest summaries. ``transport``: how states cross
+    ranks."""
 
     attention_backend: str = "auto"
     multiprocessors: int = 0
+    transport: str = "p2p"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def why_transport(self, config: Config, why_not_peer: str | None) -> str:
+        """In words, why it is nothing faster; empty where nothing is, or it was asked for."""
+        if self.transport == "peer" or config.parallel.transport != "auto":
+            return ""
+        return f" (not by peer: {why_not_peer or unfit_for_peer(config.model) or 'the run began so'})"
 
     def segment_tokens(self, config: Config, layout: Layout) -> int | None:
         """Tokens of the delta rule's segments; None: one segment an interval."""
@@ -36,20 +47,54 @@ class Choices:
         return filling_segment_tokens(layout, programs, self.multiprocessors)
 
 
-def make_choices(config: Config, before: dict[str, Any] | None = None) -> tuple[Choices, str]:
+def make_choices(
+    config: Config, before: dict[str, Any] | None = None, why_not_peer: str | None = NO_GPU
+) -> tuple[Choices, str]:
     """What this machine is given, and in words why attention is not computed by something faster.
 
     ``before``: the choices of the run that goes on; they are kept where they work here, too, and the configuration
-    names no others.
+    names no others. ``why_not_peer``: what keeps the group's ranks from each other's memory; None where nothing does.
 
     Raises: PlanError where the configuration asks for what cannot be used.
     """
     before = before or {}
     backend, why = _attention(config, before.get("attention_backend"))
+    transport = _transport(config, before.get("transport"), why_not_peer)
     if not torch.cuda.is_available():
-        return Choices(backend), why
+        return Choices(backend, 0, transport), why
     count = MULTIPROCESSORS if config.engine.deterministic else torch.cuda.get_device_properties().multi_processor_count
-    return Choices(backend, before.get("multiprocessors") or count), why
+    return Choices(backend, before.get("multiprocessors") or count, transport), why
+
+
+def _transport(config: Config, before: str | None, why_not_peer: str | None) -> str:
+    """peer, p2p or gather: what was asked for, or before, or else the fastest that works."""
+    asked, why_not = config.parallel.transport, why_not_peer or unfit_for_peer(config.model)
+    if asked == "peer" and why_not:
+        raise PlanError(f"parallel.transport=peer: {why_not}; use auto, p2p or gather")
+    if asked != "auto":
+        return asked
+    if before and not (before == "peer" and why_not):
+        return before
+    return "p2p" if why_not else "peer"
+
+
+def delta_shapes(model: ModelConfig) -> set[tuple[int, int, int]]:
+    """(value heads, key width, value width) of the states that the model's layers carry."""
+    shapes, own = set(), model.deltanet
+    if "gated_delta" in model.layers:
+        shapes.add((model.linear_num_value_heads, model.linear_key_head_dim, model.linear_value_head_dim))
+    if {"deltanet", "linear_attention"} & set(model.layers):
+        width = own.head_dim or model.hidden_size // own.num_heads
+        shapes.add((own.num_heads, width, own.value_head_dim or width))
+    return shapes
+
+
+def unfit_for_peer(model: ModelConfig) -> str | None:
+    """Why the states of a model do not go by peer; None where they do."""
+    for _, key, value in sorted(delta_shapes(model)):
+        if key not in (16, 32, 64, 128) or value % 16:
+            return f"states of {key} x {value} have no kernel that folds them (keys 16, 32, 64 or 128, values n x 16)"
+    return "DNSP_DELTA_RULE=torch folds states without it" if kernels_for_program() == "torch" else None
 
 
 def _attention(config: Config, before: str | None) -> tuple[str, str]:

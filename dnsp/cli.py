@@ -121,7 +121,7 @@ def verify(
     overrides: Overrides = None,
     ranks: Annotated[str, typer.Option(help="World sizes to check, as in 1,2,4.")] = "1,2",
     layouts: Annotated[str, typer.Option(help="Any of contiguous,zigzag.")] = "contiguous,zigzag",
-    transports: Annotated[str, typer.Option(help="Any of p2p,gather.")] = "p2p,gather",
+    transports: Annotated[str, typer.Option(help="Any of peer,p2p,gather; peer needs GPUs.")] = "p2p,gather",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     json_file: JsonFile = None,
 ) -> None:
@@ -227,13 +227,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except (UsageError, LaunchError, LayoutError, PlanError) as error:
         # every rank refuses alike; one a node says it
-        return _end(2, str(error), quiet=os.environ.get("LOCAL_RANK", "0") != "0")
+        return end_rank(2, str(error), quiet=os.environ.get("LOCAL_RANK", "0") != "0")
     except PeerFailed as error:
-        return _end(1, str(error), consequence=True)
+        return end_rank(1, str(error), consequence=True)
     except Echo as error:
-        return _end(1, str(error), consequence=True, quiet=True)
+        return end_rank(1, str(error), consequence=True, quiet=True)
     except RunError as error:
-        return _end(1, str(error))
+        return end_rank(1, str(error))
     except (KeyboardInterrupt, typer.Abort):
         return 128 + signal.SIGINT
     except Exception as error:
@@ -241,14 +241,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             error.show()
             return int(error.exit_code)
         if isinstance(status := getattr(error, "exit_status", None), int):  # kernels that fail their proof
-            return _end(status, str(error))
+            return end_rank(status, str(error))
         if "OutOfMemory" in type(error).__name__:
-            return _end(1, f"out of memory: {str(error).splitlines()[0]}")
+            return end_rank(1, f"out of memory: {str(error).splitlines()[0]}")
         if "RANK" not in os.environ:
             raise
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # see _end
+        os._exit(1)  # see end_rank
 
 
 def _format_warning(
@@ -260,7 +260,7 @@ def _format_warning(
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
-def _end(status: int, message: str, consequence: bool = False, quiet: bool = False) -> int:
+def end_rank(status: int, message: str, consequence: bool = False, quiet: bool = False) -> int:
     """Say why this rank ends, to the process that started the ranks if there is one, else on stderr; and end."""
     text = "error: " + message.strip()
     if ERROR_FILE in os.environ:

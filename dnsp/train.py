@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from dnsp import checkpoint, watchdog
-from dnsp.choices import Choices, make_choices
+from dnsp.choices import Choices, delta_shapes, make_choices
 from dnsp.config import Config
 from dnsp.data.batch import batch, micro_batches
 from dnsp.data.mix import Cursor, Mixture, open_data
@@ -53,8 +53,7 @@ def train(config: Config, environment: Environment, name: str) -> dict[str, Any]
     began = time.monotonic()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores() // environment.local_world_size))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(environment.local_rank)
+    watchdog.take_device(environment)
     watchdog.join(environment)
     with watchdog.Watch(environment) as watch:
         return _train(config, environment, name, watch, began)
@@ -100,9 +99,11 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             initial_weights(model, config, stages[0].rope_theta, first)
     if torch.cuda.is_available():
         model.cuda()
+    why_not_peer = watchdog.peer_refusal(grid)
     with watchdog.agreed():
-        chosen = make_choices(config, found.state.get("choices") if found else None) if first else None
+        chosen = make_choices(config, found.state.get("choices") if found else None, why_not_peer) if first else None
     choices, why = watchdog.from_first(chosen)
+    reserve(choices, config, grid)
     folder = open_folder(config, identity, name, first)
     watch.folder = folder
     engine = Engine(model, config, grid, accumulation, found.optimizer() if found else None)
@@ -125,6 +126,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
 
     if "attention" in config.model.layers:
         telemetry.say(f"attention: {choices.attention_backend}" + (f" ({why})" if why else ""))
+    if grid.sequence_size > 1:
+        telemetry.say(f"states cross ranks by {choices.transport}{choices.why_transport(config, why_not_peer)}")
     if engine.device.type == "cuda":
         telemetry.say(f"norms, SwiGLU, rotary positions, cross entropy: {liger.described()}")
 
@@ -141,11 +144,14 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             local_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
             for micro in range(accumulation):
                 rows, plan = _micro_batch(config, grid, work, micro, stage, choices)
+                plan.agreed()
                 tokens_BT, targets_BT = rows.to(engine.device)
                 local_loss += engine.backward(tokens_BT, targets_BT, plan.to(engine.device), work.targets)
                 if micro + 1 < accumulation:
                     engine.advance()
+            watchdog.check_peers()
             loss, stopping = agree_on_step(local_loss, work.targets, watch.stop, step + 1, grid, folder)
+            watchdog.check_peers()
             lr = learning_rate(step, steps, config.train)
             grad_norm = engine.step(lr)
             if not grad_norm < float("inf"):
@@ -325,11 +331,21 @@ def _micro_batch(config: Config, grid: Grid, work: Any, micro: int, stage: Span,
         layout,
         grid,
         choices.segment_tokens(config, layout),
-        transport=config.parallel.transport,
+        transport=choices.transport,
         attention_transport=config.parallel.attention_transport,
         attention_backend=choices.attention_backend,
     )
     return rows, plan
+
+
+def reserve(choices: Choices, config: Config, grid: Grid) -> None:
+    """Symmetric memory for the largest state that crosses ranks. Raises: PlanError where there is no room for it."""
+    shapes = delta_shapes(config.model)
+    if choices.transport == "peer" and grid.sequence_size > 1 and shapes:
+        from dnsp.parallel import symmetric
+
+        tiles = max(symmetric.tiles(config.train.micro_batch, heads, width) for heads, _, width in shapes)
+        symmetric.memory(grid.transport(), torch.device("cuda", torch.cuda.current_device())).reserve(tiles)
 
 
 def agree_on_step(

@@ -1,14 +1,18 @@
-"""What the ranks of a run could talk through on this machine. It only asks: no process group of the run is touched."""
+"""What the ranks of a run could talk through: on this machine (no process group of the run is touched), and as a group."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
+import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from .transport import Transport
 
 
 class Backend(NamedTuple):
@@ -62,3 +66,59 @@ def _symmetric_memory() -> tuple[bool, str]:
 
 
 _PROBES = {"gloo": _gloo, "nccl": _nccl, "symmetric memory": _symmetric_memory}
+
+
+class Place(NamedTuple):
+    """Where a rank is."""
+
+    host: str
+    gpu: str
+
+
+def places(comm: Transport) -> list[Place]:
+    """Of every rank of the group; all call it together."""
+    return comm.from_all(Place(_host(), _gpu()))
+
+
+def unreachable(where: Sequence[Place]) -> str | None:
+    """Why ranks at these places cannot write each other's memory, in words; None where they can. Asks this rank's own
+    devices; see :func:`refusal` for the group's answer."""
+    if not all(place.gpu for place in where):
+        return "it needs a GPU on every rank"
+    if len({place.host for place in where}) > 1:
+        return f"the group spans {len({place.host for place in where})} hosts, and memory is shared inside one"
+    mine = torch.cuda.current_device()
+    numbers = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+    for place in where:
+        other = numbers.get(place.gpu, mine)  # unseen here: the rendezvous will tell
+        if other != mine and not torch.cuda.can_device_access_peer(mine, other):
+            return f"GPU {mine} cannot reach GPU {other}'s memory"
+    try:
+        importlib.import_module("torch.distributed._symmetric_memory")
+    except ImportError as error:
+        return f"this torch has no symmetric memory ({error})"
+    return None
+
+
+def refusal(comm: Transport) -> str | None:
+    """Why this group cannot use ``peer``, the same words on every rank; None where it can. All call it together."""
+    if comm.size == 1:
+        return None
+    for rank, words in enumerate(comm.from_all(unreachable(places(comm)))):
+        if words:
+            return words if words.startswith("the group") else f"rank {comm.ranks[rank]}: {words}"
+    return None
+
+
+def _host() -> str:
+    try:  # two containers may have one name
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{socket.gethostname()} {file.read().strip()}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return ""
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
