@@ -153,6 +153,7 @@ class _Chain:
                     leaving, last = through(closed[-1], last, True, outbox=outbox), closed[-1] + 1
                 target, goes_on = None, False
             inbox, outbox = memory.wait(tiles, source, target, what)
+            self.scan.comm.calls += inbox is not None or outbox is not None
             onward = through(first, last, goes_on, inbox=inbox, outbox=outbox)
             state = onward if leaving is None else leaving
         return entering, state if self.want_end and self._owner(len(self.order) - 1) == self.scan.rank else None

@@ -14,6 +14,7 @@ Nothing on the host takes part in a message. A wait that was in vain leaves a re
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -142,15 +143,21 @@ class Symmetric:
                 )
         assert words is not None and handle is not None
         size, me = words.numel(), self.comm.rank
-        remote = [words if r == me else handle.get_buffer(r, (size,), torch.int32) for r in range(self.comm.size)]
-        self._parts = [_Part.of(part, capacity) for part in remote]
-        self._taken, self._sent = (torch.zeros(2, capacity, dtype=torch.int32, device=self.device) for _ in range(2))
-        self.clock = triton_scan.make_clock(capacity, self.device, self.comm.timeout, self._parts[me].status[:4])
-        self._record = self.clock.record.numpy()
-        self._kept.append((words, handle, self.clock))
-        self.capacity = capacity
+        others = [words if r == me else handle.get_buffer(r, (size,), torch.int32) for r in range(self.comm.size)]
+        self._kept.append((words, handle))
+        self.take(others, capacity)
         torch.cuda.synchronize(self.device)
         self.comm.barrier()  # all counts are zero everywhere
+
+    def take(self, memories: Sequence[Tensor], capacity: int) -> None:
+        """From here on these are the memories of the group's ranks, int32 words that are zero."""
+        self._parts = [_Part.of(words, capacity) for words in memories]
+        self._taken, self._sent = (torch.zeros(2, capacity, dtype=torch.int32, device=self.device) for _ in range(2))
+        status = self._parts[self.comm.rank].status[:4]
+        self.clock = triton_scan.make_clock(capacity, self.device, self.comm.timeout, status)
+        self._record = self.clock.record.numpy()
+        self._kept.append((*memories, self.clock))
+        self.capacity = capacity
 
     @property
     def bytes(self) -> int:
@@ -180,7 +187,6 @@ class Symmetric:
         if peer is not None:
             where = self._where.setdefault((what, source, target), len(self._where) + 1)
             triton_scan.wait(tiles, inbox, outbox, self.clock, where, peer)
-            self.comm.calls += 1
         return inbox, outbox
 
     def _sides(self, peer: int) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from tests.ranks import RankFailure, run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
-LIMITS = {"deadline": 3.0, "noticed": 12.0, "attention bf16": 8e-3}  # seconds; relative error against one process
+LIMITS = {"deadline": 3.0, "noticed": 12.0, "layer bf16": 2e-2}  # seconds; relative error against one process
 TOKENS, SEGMENT = 2048, 128
 TRANSPORTS = ("peer", "p2p", "gather")
 DOCUMENTS = {
@@ -263,7 +263,7 @@ def test_a_layer_and_its_recomputation() -> None:
         for case, seen in found.items():
             assert seen["calls"][0] == seen["calls"][1] > 0, (case, seen)
             assert not seen["differ"], (case, seen)
-            assert max(seen["errors"].values()) < LIMITS["attention bf16"], (case, seen)
+            assert max(seen["errors"].values()) < LIMITS["layer bf16"], (case, seen)
 
 
 # What goes wrong.

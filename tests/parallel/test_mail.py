@@ -1,0 +1,149 @@
+"""The peer scan without a GPU: real ranks whose memory is a shared file, the kernels under Triton's interpreter.
+
+Everything is as on a GPU but the device's timer (a wait has no end here) and the making of the memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dnsp.kernels import scan as kernels_scan
+from dnsp.kernels import triton_scan
+from dnsp.parallel.grid import make_grid
+from dnsp.parallel.layout import KINDS, Layout
+from dnsp.parallel.plan import local_plan, make_plan
+from dnsp.parallel.transport import Transport
+from tests.kernels.triton_compile import Compiled
+from tests.ranks import run_ranks
+
+SHAPES = [(1, 1, 16, 16), (2, 1, 16, 32)]  # B, HV, K, V
+
+
+def share_through(folder: str, comm: Transport) -> None:
+    """Replaces symmetric memory by files, and the question for a GPU by yes."""
+    from dnsp.parallel import scan, symmetric
+
+    class OnHost(symmetric.Symmetric):
+        def __init__(self) -> None:
+            self.comm, self.device, self.capacity, self._where, self._kept = comm, torch.device("cpu"), 0, {}, []
+
+        def meet(self, U_NBHKV: Tensor) -> None:
+            self.check()
+            capacity = symmetric.capacity_of(triton_scan.tiles_of(U_NBHKV))
+            if capacity > self.capacity:
+                words = symmetric.words_of(capacity)
+                files = [f"{folder}/{rank}-{capacity}" for rank in range(comm.size)]
+                memories = [torch.from_file(file, True, words, dtype=torch.int32) for file in files]
+                self.take(memories, capacity)
+                comm.barrier()
+
+    assert comm.group is not None
+    symmetric._memories[comm.group.group_name] = OnHost()
+    triton_scan.takes = lambda U: True
+    scan.on_gpu = kernels_scan.on_gpu = lambda U: True
+
+
+def on_every_rank(folder: str) -> tuple[int, list[str]]:
+    grid = make_grid(timeout=60)
+    share_through(folder, grid.transport())
+    draw, mine = random.Random(grid.world), random.Random(grid.rank)
+    wrong, hops = [], 0
+    for step, (kind, shape, each) in enumerate(itertools.product(KINDS, SHAPES, (1, 2))):
+        B, HV, K, V = shape
+        layout = Layout(kind, grid.world, 64 * each * (2 if kind == "zigzag" else 1) * grid.world)
+        starts = [[0, *sorted(draw.sample(range(1, layout.tokens), step % 3))] for _ in range(B)]
+        plan, one = make_plan(starts, layout, grid, 64, transport="peer"), local_plan(starts, layout.tokens, 64)
+        N = layout.tokens // 64
+        generator = torch.Generator().manual_seed(step)
+        M, U = (torch.randn(N, B, HV, K, width, generator=generator) for width in (K, V))
+        state = torch.randn(B, HV, K, V, generator=generator)
+        M /= K**0.5
+        held = [start // 64 for start in plan.segments.starts]
+        for has_initial, want_final in ((False, False), (True, True)):
+            if mine.random() < 0.3:
+                time.sleep(0.2 * mine.random())
+            initial = state if has_initial else None
+            wanted = [
+                one.scan.forward(M, U, one.segments.continues_NB, initial, want_final),
+                one.scan.reverse(M, U, one.segments.continues_NB, initial, has_initial, want_final),
+            ]
+            found = [
+                plan.scan.forward(M[held], U[held], plan.segments.continues_NB, initial, want_final),
+                plan.scan.reverse(M[held], U[held], plan.segments.continues_NB, initial, has_initial, want_final),
+            ]
+            ends = plan.holds_last, 0 in plan.intervals[0]
+            for way, (states, last), (all_states, truth), here in zip("><", found, wanted, ends, strict=True):
+                same = torch.equal(states, all_states[held])
+                same &= (last is None) == (not (want_final and here)) and (last is None or torch.equal(last, truth))
+                if not same:
+                    wrong.append(f"{kind} {shape} {each} {way} {starts} {has_initial}")
+        hops += plan.comm.calls
+    return hops, wrong
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_scans_by_mail_have_one_processs_bits(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with tempfile.TemporaryDirectory(prefix="mail-") as folder:
+        for rank, (hops, wrong) in enumerate(run_ranks(on_every_rank, size, str(Path(folder)), timeout=280)):
+            assert hops > 0 and not wrong, (rank, wrong)
+
+
+def compiled(kernel: Any, constants: dict[str, Any], warps: int) -> tuple[str, Compiled]:
+    """PTX and binary for a GPU that need not be there."""
+    integers = {"N", "steps", "B", "HV", "start", "sends", "capacity", "tiles", "limit", "where", "peer", "receives"}
+    counts = {"taken", "in_free", "out_ready", "sent", "status", "ready", "free"}
+    types, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in integers:
+            types[name] = "i32"
+        else:
+            special = {"record": "*i64", "stamps": "*i64", "continues": "*i1"}
+            types[name] = "*i32" if name in counts else special.get(name, "*fp32")
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    binary = triton.compile(
+        ASTSource(kernel, types, constants, attributes),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "num_stages": 1},
+    )
+    return binary.asm["ptx"], Compiled.of(binary.asm["cubin"])
+
+
+def test_the_wait_acquires_and_is_small() -> None:
+    constants = {"DEPTH": triton_scan.DEPTH, "BLOCK": triton_scan.WAITED, "TIMED": True}
+    ptx, binary = compiled(triton_scan.wait_kernel, constants, 1)
+    loop = ptx[ptx.index("// %.lr.ph") : ptx.index("fence.acq_rel.sys")]
+    assert "ld.volatile.global" in loop and "%globaltimer" in loop  # counts are read again, and time is looked at
+    assert "st.global" not in loop and ".shared" not in ptx and "ntid" not in loop
+    assert ptx.index("fence.acq_rel.sys") < ptx.rindex("st.global")
+    assert binary.spilled == 0 and not binary.matrix
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_fold_releases_what_it_has_written(reverse: bool) -> None:
+    constants = {
+        **{"K": 128, "V": 128, "BV": triton_scan.COLUMNS, "DEPTH": triton_scan.DEPTH, "TILE": triton_scan.TILE},
+        **{"TIMED": True, "HAS_CONTINUES": True, "REVERSE": reverse},
+    }
+    ptx, binary = compiled(triton_scan.fold_kernel, constants, 4)
+    freed, raised = (found.start() for found in re.finditer(r"atom\.global\.sys\.release\.exch", ptx))
+    read, written = ptx.index("ld.volatile.global.v4"), ptx.rindex("st.global.v4")
+    assert read < ptx.index("bar.sync", read) < freed  # all threads have read the slot before it is given back
+    assert written < ptx.index("bar.sync", written) < raised  # all have written the state before its flag is raised
+    assert binary.matrix
