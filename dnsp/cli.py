@@ -33,6 +33,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(help="Figures, as ratios, of one run.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench_app, name="bench")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.steps=10.")]
@@ -164,6 +166,77 @@ def doctor(
     from dnsp.doctor import run
 
     raise typer.Exit(run(json_file))
+
+
+Layouts = Annotated[str, typer.Option(help="Any of contiguous,zigzag.")]
+Worlds = Annotated[str, typer.Option(help="Numbers of ranks, as in 2,4,8; on one GPU they share it.")]
+Steps = Annotated[int, typer.Option(min=1, help="Timed turns of each; the median counts.")]
+
+
+@bench_app.command("scan")
+def bench_scan(
+    tokens: Annotated[int, typer.Option(min=1, help="In all.")] = 131_072,
+    ranks: Worlds = "2,4,8",
+    layouts: Layouts = "contiguous,zigzag",
+    transports: Annotated[str, typer.Option(help="Any of peer,p2p,gather.")] = "peer,p2p,gather",
+    heads: Annotated[int, typer.Option(min=1, help="Of keys.")] = 16,
+    value_heads: Annotated[int, typer.Option(min=1)] = 32,
+    width: Annotated[int, typer.Option(min=1, help="Of a head.")] = 128,
+    segment_tokens: Annotated[int | None, typer.Option(min=64, help="Left out: what fills the GPU.")] = None,
+    steps: Steps = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """The delta rule over several ranks, against one process and against the local shard."""
+    from dnsp.bench.scan import run
+
+    status = run(
+        tokens, [_world(text) for text in ranks.split(",")], layouts.split(","), transports.split(","), heads=heads,
+        value_heads=value_heads, width=width, segment_tokens=segment_tokens, steps=steps, json_path=json_file,
+    )  # fmt: skip
+    raise typer.Exit(status)
+
+
+@bench_app.command("attention")
+def bench_attention(
+    tokens: Annotated[int, typer.Option(min=1, help="In all.")] = 65_536,
+    ranks: Worlds = "2,4",
+    layouts: Layouts = "contiguous,zigzag",
+    transports: Annotated[str, typer.Option(help="Of keys and values: any of peer,ring,gather.")] = "ring,gather",
+    heads: Annotated[int, typer.Option(min=1, help="Of queries.")] = 16,
+    key_heads: Annotated[int, typer.Option(min=1)] = 2,
+    widths: Annotated[str, typer.Option(help="Of a head, as in 256,128.")] = "256,128",
+    backend: Annotated[str, typer.Option(help="Of parallel.attention_backend.")] = "auto",
+    document: Annotated[int | None, typer.Option(min=1, help="Tokens of each document; left out: one.")] = None,
+    steps: Steps = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Softmax attention over several ranks, against one process."""
+    from dnsp.bench.attention import run
+
+    status = run(
+        tokens, [_world(text) for text in ranks.split(",")], layouts.split(","), transports.split(","), heads=heads,
+        key_heads=key_heads, widths=[_world(text) for text in widths.split(",")], backend=backend, document=document,
+        steps=steps, json_path=json_file,
+    )  # fmt: skip
+    raise typer.Exit(status)
+
+
+@app.command("bench-scan-ranks", hidden=True)
+def bench_scan_ranks(file: Path) -> None:
+    """One rank of what bench scan starts."""
+    from dnsp.bench.ranks import as_rank
+    from dnsp.bench.scan import rank_main
+
+    as_rank(file, rank_main)
+
+
+@app.command("bench-attention-ranks", hidden=True)
+def bench_attention_ranks(file: Path) -> None:
+    """One rank of what bench attention starts."""
+    from dnsp.bench.attention import rank_main
+    from dnsp.bench.ranks import as_rank
+
+    as_rank(file, rank_main)
 
 
 @data_app.command("prepare")

@@ -1,4 +1,4 @@
-"""What the ranks of a run could talk through: on this machine (no process group of the run is touched), and as a group."""
+"""What the ranks of a run could talk through: on this machine, without touching a process group, and as a group."""
 
 from __future__ import annotations
 
