@@ -268,7 +268,7 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         notes.append(f"not by peer: {why_not}")
     full = 0 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
-    alone = {}  # rank 0 by itself, at several segment lengths
+    alone: dict[str, dict[str, Any]] = {}  # rank 0 by itself, at several segment lengths
     for name, length in ((ONE, tokens), (LOCAL, tokens // grid.world)):
         timed: dict[int, Step] = {}
         if ranks.first:
