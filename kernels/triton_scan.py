@@ -83,10 +83,10 @@ def _now(TIMED: tl.constexpr):
         return tl.max(lanes, axis=0).to(tl.int64) * 0
 
 
-@triton.jit(do_not_specialize=["tiles", "limit", "where", "peer", "receives", "sends"])
+@triton.jit(do_not_specialize=["tiles", "limit", "where", "peer", "receives", "sends", "depth"])
 def wait_kernel(
-    ready, taken, free, sent, status, record, stamps, tiles, limit, where, peer, receives, sends,
-    DEPTH: tl.constexpr, BLOCK: tl.constexpr, TIMED: tl.constexpr,
+    ready, taken, free, sent, status, record, stamps, tiles, limit, where, peer, receives, sends, depth,
+    BLOCK: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, BLOCK)
     tile = tl.program_id(0) * BLOCK + lanes
@@ -104,7 +104,7 @@ def wait_kernel(
         come = tl.load(ready + tile, mask=mine & (receives != 0), other=0, volatile=True)
         room = tl.load(free + tile, mask=mine & (sends != 0), other=0, volatile=True)
         missing = tl.sum((mine & (receives != 0) & (come - wanted <= 0)).to(tl.int32), axis=0)
-        full = tl.sum((mine & (sends != 0) & (gone - room >= DEPTH)).to(tl.int32), axis=0)
+        full = tl.sum((mine & (sends != 0) & (gone - room >= depth)).to(tl.int32), axis=0)
         late = _now(TIMED) - began > limit.to(tl.int64) * 1000
         waiting = (missing + full > 0) & (late == 0)
     if TIMED:  # what was written before the flags is seen by all that comes after this
@@ -202,7 +202,7 @@ def wait(
         unused if inbox is None else inbox.ready_C, unused if inbox is None else inbox.taken_C,
         unused if outbox is None else outbox.free_C, unused if outbox is None else outbox.sent_C,
         clock.status, clock.record, clock.stamps, tiles, clock.limit, where, peer, int(inbox is not None),
-        int(outbox is not None), DEPTH=DEPTH, BLOCK=WAITED, TIMED=clock.status.is_cuda, num_warps=1, num_stages=1,
+        int(outbox is not None), DEPTH, BLOCK=WAITED, TIMED=clock.status.is_cuda, num_warps=1, num_stages=1,
     )  # fmt: skip
 
 

@@ -1,24 +1,23 @@
-"""Memory that the ranks of a sequence group share: an inbox a side and rank, written by the neighbour's own kernels.
+"""Memory that the ranks of a sequence group share: for the scan an inbox a side, written by the neighbour's kernels.
 
-It is allocated once, at the first scan (or before, by :func:`reserve`), through torch's symmetric memory: on one host,
-one GPU a rank or many ranks on one GPU. What is in it:
+It is allocated once, at the first scan (or before, by ``reserve``), through torch's symmetric memory: on one host, one
+GPU a rank or many ranks on one GPU. What is in it:
 
     status            this rank: has a wait failed, and whom does it wait for
     ready, free       counts of messages by tile (see ``kernels.triton_scan``), for the left and the right neighbour
     slots             the states that arrive from the left, and from the right
 
 Nothing on the host takes part in a message. A wait that was in vain leaves a record in the host's memory, which
-:meth:`Symmetric.check` turns into PeerLost: at the next scan, at every step, and by the watch of a run.
+:meth:`Region.check` turns into PeerLost: at the next scan, at every step, and by the watch of a run.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dnsp.kernels import proof, triton_scan
@@ -69,22 +68,124 @@ class _Part(NamedTuple):
         return _Part(status, (ready_left, ready_right), (free_left, free_right), (left, right))
 
 
-class Symmetric:
-    """One group's memory, and this rank's ends of it. All ranks of the group make it, and call :meth:`meet`, together.
+class Region:
+    """Memory of one group for one purpose, and what happens when a wait on it is in vain. Its ranks make it together.
 
-    Raises: PlanError where there is no room for it, or the ranks cannot share memory.
+    The first words of every rank's memory are its ``status`` (see :class:`~dnsp.kernels.triton_scan.Clock`).
+
+    Raises: PlanError where the ranks cannot share memory.
     """
 
     def __init__(self, comm: Transport, device: torch.device) -> None:
-        self.comm, self.device, self.capacity = comm, device, 0
-        self._met: set[tuple[Any, ...]] = set()
+        self.comm, self.device = comm, device
+        self.memories: list[Tensor] = []  # int32 words, by rank; none yet
         self._where: dict[tuple[str, int | None, int | None], int] = {}
-        self._parts: list[_Part] = []
         self._kept: list[Any] = []  # earlier, smaller memories: a graph may have captured their addresses
         words = refusal(comm)
         if words:
             raise PlanError(f"transport peer: {words}; use p2p (parallel.transport)")
         self._side = torch.cuda.Stream(device)
+
+    def grow(self, words: int, what: str) -> None:
+        """Another memory of so many words a rank, all zero. All ranks together; ``what``: is in it, for refusals.
+
+        Raises: PlanError with the figures of what does not fit.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"memory for {what} is shared out while a CUDA graph is captured, which takes all ranks' hosts; run "
+                f"once before the capture what is captured"
+            )
+        need = 4 * words
+        torch.cuda.synchronize(self.device)  # no message is under way when the memory changes
+        where = places(self.comm)
+        free = self.comm.from_all(torch.cuda.mem_get_info(self.device)[0])
+        for rank, place in enumerate(where):
+            sharers = where.count(place)
+            if need * sharers > free[rank]:
+                raise PlanError(
+                    f"transport peer: the symmetric buffers take {need / MIB:.0f} MiB a rank ({what}), {sharers} of "
+                    f"them on the GPU of rank {self.comm.ranks[rank]}, which has {free[rank] / MIB:.0f} MiB free; use "
+                    f"p2p and ring (parallel.transport, parallel.attention_transport), or a smaller model or batch"
+                )
+        mine, handle, error = None, None, ""
+        try:
+            mine, handle = _allocate(words, self.comm, self.device, len(set(where)) < len(where))
+        except RuntimeError as failure:
+            error = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        for rank, said in enumerate(self.comm.from_all(error)):
+            if said:
+                raise PlanError(
+                    f"transport peer: rank {self.comm.ranks[rank]} cannot share {need / MIB:.0f} MiB of memory: "
+                    f"{said}; use p2p and ring (parallel.transport, parallel.attention_transport)"
+                )
+        assert mine is not None and handle is not None
+        ranks = range(self.comm.size)
+        others = [mine if r == self.comm.rank else handle.get_buffer(r, (words,), torch.int32) for r in ranks]
+        self._kept.append(handle)
+        self.take(others)
+        torch.cuda.synchronize(self.device)
+        self.comm.barrier()  # all counts are zero everywhere
+
+    def take(self, memories: Sequence[Tensor], stamps: int = 1) -> None:
+        """From here on these are the memories of the group's ranks, words that are zero."""
+        self.memories = list(memories)
+        self.clock = triton_scan.make_clock(stamps, self.device, self.comm.timeout, self.memories[self.comm.rank][:4])
+        self._record = self.clock.record.numpy()
+        self._kept.append((*memories, self.clock))
+
+    @property
+    def bytes(self) -> int:
+        """Of this rank's own memory."""
+        return 4 * self.memories[self.comm.rank].numel() if self.memories else 0
+
+    def where(self, what: str, source: int | None, target: int | None) -> int:
+        """A number for a wait, as a kernel records it."""
+        return self._where.setdefault((what, source, target), len(self._where) + 1)
+
+    def check(self) -> None:
+        """Raises PeerLost where a wait was in vain: it names the rank that did not deliver. Waits for nothing."""
+        if self.memories and self._record[0]:
+            raise self._lost(int(self._record[0]))
+
+    def _lost(self, record: int) -> PeerLost:
+        kind, number = record % 4, record // 4
+        what, source, target = next(key for key, n in self._where.items() if n == number)
+        peer = source if kind == 1 else target
+        assert peer is not None
+        culprit = self._follow(peer)
+        seconds = f"{self.comm.timeout:g} s"
+        if kind == 1:
+            reason = f"rank {self.comm.ranks[peer]} did not deliver within {seconds}"
+        else:
+            reason = f"rank {self.comm.ranks[peer]} did not take what came before within {seconds}"
+        if culprit != peer:
+            reason += f", itself waiting for rank {self.comm.ranks[culprit]}"
+        return PeerLost(self.comm.ranks[self.comm.rank], self.comm.ranks[culprit], what, reason)
+
+    def _follow(self, peer: int) -> int:
+        """The rank at the end of those who wait for another: each rank's memory says whom it waits for."""
+        seen, last = {self.comm.rank}, peer
+        while peer not in seen:
+            seen.add(peer)
+            last = peer
+            with torch.cuda.stream(self._side):
+                status = self.memories[peer][:4].to("cpu", non_blocking=True)
+            self._side.synchronize()
+            peer = int(status[1]) - 1
+            if peer < 0:
+                break
+        return last
+
+
+class Symmetric(Region):
+    """The scan's memory, and this rank's ends of it. Ranks call :meth:`meet` together."""
+
+    def __init__(self, comm: Transport, device: torch.device) -> None:
+        super().__init__(comm, device)
+        self.capacity = 0
+        self._met: set[tuple[Any, ...]] = set()
+        self._parts: list[_Part] = []
 
     # Once a shape.
 
@@ -114,55 +215,15 @@ class Symmetric:
 
     def reserve(self, tiles: int) -> None:
         """Room for states of so many tiles. All ranks together; nothing is done where there is room."""
-        capacity = capacity_of(tiles)
-        if capacity <= self.capacity:
-            return
-        need = 4 * words_of(capacity)
-        where = places(self.comm)
-        free = self.comm.from_all(torch.cuda.mem_get_info(self.device)[0])
-        for rank, place in enumerate(where):
-            sharers = where.count(place)
-            if need * sharers > free[rank]:
-                raise PlanError(
-                    f"transport peer: the symmetric buffers take {need / MIB:.0f} MiB a rank (2 sides x {DEPTH} states "
-                    f"of {capacity} tiles), {sharers} of them on the GPU of rank {self.comm.ranks[rank]}, which has "
-                    f"{free[rank] / MIB:.0f} MiB free; use p2p (parallel.transport), or a smaller model or batch"
-                )
-        words, handle, error = None, None, ""
-        torch.cuda.synchronize(self.device)  # no message is under way when the memory changes
-        self.comm.barrier()
-        try:
-            words, handle = _allocate(words_of(capacity), self.comm, self.device, len(set(where)) < len(where))
-        except RuntimeError as failure:
-            error = (str(failure).strip() or type(failure).__name__).splitlines()[0]
-        for rank, said in enumerate(self.comm.from_all(error)):
-            if said:
-                raise PlanError(
-                    f"transport peer: rank {self.comm.ranks[rank]} cannot share {need / MIB:.0f} MiB of memory: "
-                    f"{said}; use p2p (parallel.transport)"
-                )
-        assert words is not None and handle is not None
-        size, me = words.numel(), self.comm.rank
-        others = [words if r == me else handle.get_buffer(r, (size,), torch.int32) for r in range(self.comm.size)]
-        self._kept.append((words, handle))
-        self.take(others, capacity)
-        torch.cuda.synchronize(self.device)
-        self.comm.barrier()  # all counts are zero everywhere
+        if (capacity := capacity_of(tiles)) > self.capacity:
+            self.grow(words_of(capacity), f"2 sides x {DEPTH} states of {capacity} tiles")
 
-    def take(self, memories: Sequence[Tensor], capacity: int) -> None:
-        """From here on these are the memories of the group's ranks, int32 words that are zero."""
-        self._parts = [_Part.of(words, capacity) for words in memories]
-        self._taken, self._sent = (torch.zeros(2, capacity, dtype=torch.int32, device=self.device) for _ in range(2))
-        status = self._parts[self.comm.rank].status[:4]
-        self.clock = triton_scan.make_clock(capacity, self.device, self.comm.timeout, status)
-        self._record = self.clock.record.numpy()
-        self._kept.append((*memories, self.clock))
-        self.capacity = capacity
-
-    @property
-    def bytes(self) -> int:
-        """Of this rank's own memory."""
-        return 4 * words_of(self.capacity)
+    def take(self, memories: Sequence[Tensor], stamps: int = 1) -> None:
+        self.capacity = (memories[0].numel() - STATUS) // (4 + 2 * DEPTH * TILE)
+        super().take(memories, self.capacity)
+        self._parts = [_Part.of(words, self.capacity) for words in memories]
+        shape = 2, self.capacity
+        self._taken, self._sent = (torch.zeros(shape, dtype=torch.int32, device=self.device) for _ in range(2))
 
     # Every message.
 
@@ -185,54 +246,13 @@ class Symmetric:
         outbox = None if target is None else self.outbox(target)
         peer = source if source is not None else target
         if peer is not None:
-            where = self._where.setdefault((what, source, target), len(self._where) + 1)
-            triton_scan.wait(tiles, inbox, outbox, self.clock, where, peer)
+            triton_scan.wait(tiles, inbox, outbox, self.clock, self.where(what, source, target), peer)
         return inbox, outbox
 
     def _sides(self, peer: int) -> tuple[int, int]:
         """(my side that faces a neighbour, its side that faces me)"""
         assert abs(peer - self.comm.rank) == 1, (peer, self.comm.rank)
         return (LEFT, RIGHT) if peer < self.comm.rank else (RIGHT, LEFT)
-
-    # What went wrong.
-
-    def check(self) -> None:
-        """Raises PeerLost where a wait was in vain: it names the rank that did not deliver. Waits for nothing."""
-        if self.capacity and self._record[0]:
-            raise self._lost(int(self._record[0]))
-
-    @property
-    def failed(self) -> bool:
-        return bool(self.capacity and self._record[0])
-
-    def _lost(self, record: int) -> PeerLost:
-        kind, number = record % 4, record // 4
-        what, source, target = next(key for key, n in self._where.items() if n == number)
-        peer = source if kind == 1 else target
-        assert peer is not None
-        culprit = self._follow(peer)
-        seconds = f"{self.comm.timeout:g} s"
-        if kind == 1:
-            reason = f"rank {self.comm.ranks[peer]} did not deliver the state within {seconds}"
-        else:
-            reason = f"rank {self.comm.ranks[peer]} did not take an earlier state within {seconds}"
-        if culprit != peer:
-            reason += f", itself waiting for rank {self.comm.ranks[culprit]}"
-        return PeerLost(self.comm.ranks[self.comm.rank], self.comm.ranks[culprit], what, reason)
-
-    def _follow(self, peer: int) -> int:
-        """The rank at the end of those who wait for another: each rank's memory says whom it waits for."""
-        seen, last = {self.comm.rank}, peer
-        while peer not in seen:
-            seen.add(peer)
-            last = peer
-            with torch.cuda.stream(self._side):
-                status = self._parts[peer].status.to("cpu", non_blocking=True)
-            self._side.synchronize()
-            peer = int(status[1]) - 1
-            if peer < 0:
-                break
-        return last
 
 
 def _warm_up(U_NBHKV: Tensor) -> None:
@@ -263,30 +283,25 @@ def _allocate(words: int, comm: Transport, device: torch.device, shared: bool) -
     return mine, symmetric_memory.rendezvous(mine, comm.control)
 
 
-_memories: dict[str, Symmetric] = {}  # of this process, by the name of the group
+R = TypeVar("R", bound=Region)
+_regions: dict[tuple[str, type], Any] = {}  # of this process, by the name of the group and the purpose
+
+
+def of_group(purpose: type[R], comm: Transport, device: torch.device) -> R:
+    """The group's memory for a purpose; made at the first call, which all its ranks make together."""
+    assert comm.group is not None
+    key = comm.group.group_name, purpose
+    if key not in _regions:
+        _regions[key] = purpose(comm, device)
+    return _regions[key]
 
 
 def memory(comm: Transport, device: torch.device) -> Symmetric:
-    """The group's memory; made at the first call, which all its ranks make together."""
-    assert comm.group is not None
-    name = comm.group.group_name
-    if name not in _memories:
-        _memories[name] = Symmetric(comm, device)
-    return _memories[name]
+    """The scan's."""
+    return of_group(Symmetric, comm, device)
 
 
 def check_all() -> None:
     """Raises PeerLost where a wait of this process was in vain. Waits for nothing."""
-    for found in _memories.values():
-        found.check()
-
-
-def any_failed() -> bool:
-    return any(found.failed for found in _memories.values())
-
-
-def forget() -> None:
-    """Drops all memories, as their process groups are dropped; collective, like those."""
-    if _memories and dist.is_initialized():
-        torch.cuda.synchronize()
-    _memories.clear()
+    for region in list(_regions.values()):
+        region.check()

@@ -38,7 +38,8 @@ def share_through(folder: str, comm: Transport) -> None:
 
     class OnHost(symmetric.Symmetric):
         def __init__(self) -> None:
-            self.comm, self.device, self.capacity, self._where, self._kept = comm, torch.device("cpu"), 0, {}, []
+            self.comm, self.device, self.capacity = comm, torch.device("cpu"), 0
+            self.memories, self._where, self._kept = [], {}, []
 
         def meet(self, U_NBHKV: Tensor) -> None:
             self.check()
@@ -46,12 +47,11 @@ def share_through(folder: str, comm: Transport) -> None:
             if capacity > self.capacity:
                 words = symmetric.words_of(capacity)
                 files = [f"{folder}/{rank}-{capacity}" for rank in range(comm.size)]
-                memories = [torch.from_file(file, True, words, dtype=torch.int32) for file in files]
-                self.take(memories, capacity)
+                self.take([torch.from_file(file, True, words, dtype=torch.int32) for file in files])
                 comm.barrier()
 
     assert comm.group is not None
-    symmetric._memories[comm.group.group_name] = OnHost()
+    symmetric._regions[comm.group.group_name, symmetric.Symmetric] = OnHost()
     triton_scan.takes = lambda U: True
     scan.on_gpu = kernels_scan.on_gpu = lambda U: True
 
@@ -105,7 +105,7 @@ def test_scans_by_mail_have_one_processs_bits(size: int, monkeypatch: pytest.Mon
 
 def compiled(kernel: Any, constants: dict[str, Any], warps: int) -> tuple[str, Compiled]:
     """PTX and binary for a GPU that need not be there."""
-    integers = {"N", "steps", "B", "HV", "start", "sends", "capacity", "tiles", "limit", "where", "peer", "receives"}
+    integers = {"N", "steps", "B", "HV", "start", "sends", "capacity", "tiles", "limit", "where", "peer", "receives", "depth"}
     counts = {"taken", "in_free", "out_ready", "sent", "status", "ready", "free"}
     types, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -126,7 +126,7 @@ def compiled(kernel: Any, constants: dict[str, Any], warps: int) -> tuple[str, C
 
 
 def test_the_wait_acquires_and_is_small() -> None:
-    constants = {"DEPTH": triton_scan.DEPTH, "BLOCK": triton_scan.WAITED, "TIMED": True}
+    constants = {"BLOCK": triton_scan.WAITED, "TIMED": True}
     ptx, binary = compiled(triton_scan.wait_kernel, constants, 1)
     loop = ptx[ptx.index("// %.lr.ph") : ptx.index("fence.acq_rel.sys")]
     assert "ld.volatile.global" in loop and "%globaltimer" in loop  # counts are read again, and time is looked at
