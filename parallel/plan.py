@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,8 +25,12 @@ from .layout import CHUNK, Layout
 from .scan import ParallelScan, in_layer
 from .transport import Transport
 
+if TYPE_CHECKING:
+    from .post import Post
+
 SCAN_TRANSPORTS = ("p2p", "gather", "peer")
-ATTENTION_TRANSPORTS = ("ring", "gather")
+mail_on_host = False  # for tests, whose ranks share files
+ATTENTION_TRANSPORTS = ("ring", "gather", "peer")
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,20 @@ class Plan:
     def at_layer(self, layer: int) -> Plan:
         """The same plan, whose messages name this layer where something goes wrong."""
         return replace(self, layer=layer, scan=replace(self.scan, layer=layer))
+
+    def mail(self, transport: str, like: Tensor, size: int) -> Transport | Post:
+        """What exchanges messages of at most ``size`` bytes like a tensor between ranks: symmetric memory for ``peer``.
+        ``size`` is the same on every rank."""
+        if transport != "peer":
+            return self.comm
+        if not like.is_cuda and not mail_on_host:
+            raise PlanError(f"transport peer: it is between GPUs, and this is a tensor on {like.device.type}; use p2p")
+        from .post import Post
+        from .symmetric import of_group
+
+        post = of_group(Post, self.comm, like.device)
+        post.reserve(size)
+        return post
 
     def named(self, operation: str) -> str:
         """An operation, and the layer that it is of."""
@@ -154,7 +173,8 @@ def make_plan(
         segment_tokens: tokens of the delta rule's segments, a multiple of 64 that divides the intervals; fixes the bits
             over all layouts and transports. None: :func:`default_segment_tokens`.
         transport: how states cross ranks, ``peer``, ``p2p`` or ``gather`` (``auto``: p2p, which works everywhere).
-        attention_transport: how keys and values do, ``ring`` or ``gather`` (``auto``: ring).
+        attention_transport: how keys and values do, ``ring``, ``gather`` or ``peer``, which is the ring through
+            symmetric memory (``auto``: ring).
         attention_backend: what computes a block of attention, ``auto`` or one of ``attention_backends.BACKENDS``.
 
     Raises:
