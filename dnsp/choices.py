@@ -22,11 +22,12 @@ MULTIPROCESSORS = 132  # of an H100 or H200; where bits must not depend on the d
 class Choices:
     """``attention_backend``: of ``parallel/attention_backends.py``. ``multiprocessors``: that the delta rule's segments
     are to fill; 0 on a CPU, where one segment an interval is the fewest summaries. ``transport``: how states cross
-    ranks."""
+    ranks; ``attention_transport``: how keys and values do."""
 
     attention_backend: str = "auto"
     multiprocessors: int = 0
     transport: str = "p2p"
+    attention_transport: str = "ring"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,11 +60,14 @@ def make_choices(
     """
     before = before or {}
     backend, why = _attention(config, before.get("attention_backend"))
-    transport = _transport(config, before.get("transport"), why_not_peer)
+    transports = (
+        _transport(config, before.get("transport"), why_not_peer),
+        _attention_transport(config, before.get("attention_transport"), why_not_peer),
+    )
     if not torch.cuda.is_available():
-        return Choices(backend, 0, transport), why
+        return Choices(backend, 0, *transports), why
     count = MULTIPROCESSORS if config.engine.deterministic else torch.cuda.get_device_properties().multi_processor_count
-    return Choices(backend, before.get("multiprocessors") or count, transport), why
+    return Choices(backend, before.get("multiprocessors") or count, *transports), why
 
 
 def _transport(config: Config, before: str | None, why_not_peer: str | None) -> str:
@@ -76,6 +80,17 @@ def _transport(config: Config, before: str | None, why_not_peer: str | None) -> 
     if before and not (before == "peer" and why_not):
         return before
     return "p2p" if why_not else "peer"
+
+
+def _attention_transport(config: Config, before: str | None, why_not_peer: str | None) -> str:
+    asked = config.parallel.attention_transport
+    if asked == "peer" and why_not_peer:
+        raise PlanError(f"parallel.attention_transport=peer: {why_not_peer}; use auto, ring or gather")
+    if asked != "auto":
+        return asked
+    if before and not (before == "peer" and why_not_peer):
+        return before
+    return "ring" if why_not_peer else "peer"
 
 
 def delta_shapes(model: ModelConfig) -> set[tuple[int, int, int]]:

@@ -201,7 +201,7 @@ def bench_attention(
     tokens: Annotated[int, typer.Option(min=1, help="In all.")] = 65_536,
     ranks: Worlds = "2,4",
     layouts: Layouts = "contiguous,zigzag",
-    transports: Annotated[str, typer.Option(help="Of keys and values: any of peer,ring,gather.")] = "ring,gather",
+    transports: Annotated[str, typer.Option(help="Of keys and values: any of peer,ring,gather.")] = "peer,ring,gather",
     heads: Annotated[int, typer.Option(min=1, help="Of queries.")] = 16,
     key_heads: Annotated[int, typer.Option(min=1)] = 2,
     widths: Annotated[str, typer.Option(help="Of a head, as in 256,128.")] = "256,128",

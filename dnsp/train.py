@@ -127,7 +127,9 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     if "attention" in config.model.layers:
         telemetry.say(f"attention: {choices.attention_backend}" + (f" ({why})" if why else ""))
     if grid.sequence_size > 1:
-        telemetry.say(f"states cross ranks by {choices.transport}{choices.why_transport(config, why_not_peer)}")
+        why_transport = choices.why_transport(config, why_not_peer)
+        keys = f", keys and values by {choices.attention_transport}" if "attention" in config.model.layers else ""
+        telemetry.say(f"states cross ranks by {choices.transport}{keys}{why_transport}")
     if engine.device.type == "cuda":
         telemetry.say(f"norms, SwiGLU, rotary positions, cross entropy: {liger.described()}")
 
@@ -332,7 +334,7 @@ def _micro_batch(config: Config, grid: Grid, work: Any, micro: int, stage: Span,
         grid,
         choices.segment_tokens(config, layout),
         transport=choices.transport,
-        attention_transport=config.parallel.attention_transport,
+        attention_transport=choices.attention_transport,
         attention_backend=choices.attention_backend,
     )
     return rows, plan

@@ -390,9 +390,9 @@ def _micro_batch(request: Request, grid: Grid, step: Step, micro: int, layout: s
 
 
 def _plan(request: Request, grid: Grid, doc_starts: list[list[int]], layout: str, transport: str) -> Plan:
-    chosen = request.config.parallel.attention_transport
+    chosen: str = request.config.parallel.attention_transport
     if chosen == "auto":
-        chosen = "gather" if transport == "gather" else "ring"
+        chosen = {"p2p": "ring"}.get(transport, transport)
     return make_plan(
         doc_starts,
         Layout(layout, grid.sequence_size, request.tokens),

@@ -26,13 +26,14 @@ from dnsp.parallel.attention import attention
 from dnsp.parallel.attention_backends import Heads, choose
 from dnsp.parallel.layout import KINDS, Layout
 from dnsp.parallel.plan import ATTENTION_TRANSPORTS, Plan, local_plan, make_plan
+from dnsp.parallel.probe import refusal
 
 
 def run(
     tokens: int = 65_536,
     ranks: Sequence[int] = (2, 4),
     layouts: Sequence[str] = KINDS,
-    transports: Sequence[str] = ATTENTION_TRANSPORTS,
+    transports: Sequence[str] = ("peer", "ring", "gather"),
     *,
     heads: int = 16,
     key_heads: int = 2,
@@ -70,6 +71,8 @@ def run(
     for found in worlds:
         for figures in found["widths"]:
             console.print(table(found, figures, shape))
+        for note in found["notes"]:
+            console.print(f"  {note}", markup=False, soft_wrap=True)
     if json_path is not None:
         json_path.write_text(json.dumps({**about(), **shape, "worlds": worlds}, indent=2) + "\n")
     return 0
@@ -129,6 +132,11 @@ def make_step(plan: Plan, request: dict[str, Any], width: int, device: torch.dev
 def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """One world's figures."""
     tokens, grid = request["tokens"], ranks.grid
+    notes: list[str] = []
+    why_not = refusal(ranks.comm)
+    transports = [t for t in request["transports"] if not (t == "peer" and why_not)]
+    if len(transports) < len(request["transports"]):
+        notes.append(f"not by peer: {why_not}")
     starts = [list(range(0, tokens, request["document"] or tokens))]
     found = []
     for width in request["widths"]:
@@ -139,7 +147,7 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
             works[ONE] = make_step(_with(one, backend), request, width, ranks.device)
         step: Step | None = None
         for kind in request["layouts"]:
-            for transport in request["transports"]:
+            for transport in transports:
                 plan = make_plan(
                     starts, Layout(kind, grid.world, tokens), grid, attention_transport=transport,
                     attention_backend=backend,
@@ -149,7 +157,7 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         both = ranks.turns(works, request["steps"])
         ways = [{"name": n, "forward_ms": middle(forward[n]), "both_ms": middle(both[n])} for n in works]
         found.append({"width": width, "backend": backend, "ways": ways})
-    return {"ranks": grid.world, "sharing": ranks.sharing, "widths": found}
+    return {"ranks": grid.world, "sharing": ranks.sharing, "widths": found, "notes": notes}
 
 
 def _backend(request: dict[str, Any], width: int, device: torch.device) -> str:
