@@ -63,6 +63,8 @@ def join(environment: Environment) -> None:
 
 def take_device(environment: Environment) -> None:
     """This rank's GPU becomes the current one, where there are GPUs; ranks share them where there are more ranks."""
+    # a stream that waits for a peer must not share a queue of the GPU with one that works
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if torch.cuda.is_available():
         torch.cuda.set_device(environment.local_rank % torch.cuda.device_count())
 

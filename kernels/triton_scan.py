@@ -185,6 +185,11 @@ def takes(U: Tensor) -> bool:
     return U.is_cuda and U.dtype == torch.float32 and K in (16, 32, 64, WIDEST) and V % COLUMNS == 0
 
 
+def options(K: int) -> dict[str, int]:
+    """How the fold is launched: the next segment's M is fetched while one is crossed, and no register spills."""
+    return {"num_warps": 8 if K >= 64 else 4, "num_stages": 2}
+
+
 def tiles_of(U_BHKV: Tensor) -> int:
     """Tiles of a state like these."""
     B, HV, _, V = U_BHKV.shape[-4:]
@@ -243,7 +248,7 @@ def fold(
         N, steps, B, HV, INBOX if inbox is not None else NOTHING if first_BHKV is None else FIRST,
         int(outbox is not None), mail.slots_DCN.shape[1] if mail else 1,
         K=K, V=V, BV=COLUMNS, DEPTH=DEPTH, TILE=TILE, TIMED=U_NBHKV.is_cuda,
-        HAS_CONTINUES=continues_NB is not None, REVERSE=reverse, num_warps=4, num_stages=1,
+        HAS_CONTINUES=continues_NB is not None, REVERSE=reverse, **options(K),
     )  # fmt: skip
     return states, last
 

@@ -155,7 +155,7 @@ def test_scans_by_mail_have_one_processs_bits(size: int, monkeypatch: pytest.Mon
             assert hops > 0 and not wrong, (rank, wrong)
 
 
-def compiled(kernel: Any, constants: dict[str, Any], warps: int) -> tuple[str, Compiled]:
+def compiled(kernel: Any, constants: dict[str, Any], num_warps: int, num_stages: int = 1) -> tuple[str, Compiled]:
     """PTX and binary for a GPU that need not be there."""
     integers = {"N", "steps", "B", "HV", "start", "sends", "capacity"}
     integers |= {"tiles", "limit", "where", "peer", "receives", "depth"}
@@ -173,7 +173,7 @@ def compiled(kernel: Any, constants: dict[str, Any], warps: int) -> tuple[str, C
     binary = triton.compile(
         ASTSource(kernel, types, constants, attributes),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps, "num_stages": 1},
+        options={"num_warps": num_warps, "num_stages": num_stages},
     )
     return binary.asm["ptx"], Compiled.of(binary.asm["cubin"])
 
@@ -194,9 +194,10 @@ def test_the_fold_releases_what_it_has_written(reverse: bool) -> None:
         **{"K": 128, "V": 128, "BV": triton_scan.COLUMNS, "DEPTH": triton_scan.DEPTH, "TILE": triton_scan.TILE},
         **{"TIMED": True, "HAS_CONTINUES": True, "REVERSE": reverse},
     }
-    ptx, binary = compiled(triton_scan.fold_kernel, constants, 4)
+    ptx, binary = compiled(triton_scan.fold_kernel, constants, **triton_scan.options(128))
     freed, raised = (found.start() for found in re.finditer(r"atom\.global\.sys\.release\.exch", ptx))
     read, written = ptx.index("ld.volatile.global.v4"), ptx.rindex("st.global.v4")
     assert read < ptx.index("bar.sync", read) < freed  # all threads have read the slot before it is given back
     assert written < ptx.index("bar.sync", written) < raised  # all have written the state before its flag is raised
-    assert binary.matrix
+    assert binary.matrix and binary.spilled == 0
+    assert "cp.async" in ptx  # the next summary is on its way while one is multiplied
