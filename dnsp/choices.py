@@ -11,6 +11,7 @@ from dnsp.config import Config, ModelConfig
 from dnsp.kernels.segments import kernels_for_program
 from dnsp.parallel.attention_backends import REPEATABLE, Heads, choose, unusable
 from dnsp.parallel.errors import PlanError
+from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import filling_segment_tokens
 
@@ -129,3 +130,32 @@ def _attention(config: Config, before: str | None) -> tuple[str, str]:
         return before, ""
     backend, why = choose(heads, settings.attention_backend, repeat)
     return backend.name, why
+
+
+def reserve(choices: Choices, config: Config, grid: Grid, length: int) -> int:
+    """Symmetric memory for the largest messages of a run of sequences of at most ``length`` tokens; its bytes.
+
+    Raises: PlanError where there is no room for it.
+    """
+    shapes, model, rows = delta_shapes(config.model), config.model, config.train.micro_batch
+    attends = "attention" in model.layers
+    by_peer = choices.transport == "peer" and bool(shapes), choices.attention_transport == "peer" and attends
+    if grid.sequence_size == 1 or not any(by_peer):
+        return 0
+    from dnsp.parallel import post, symmetric
+
+    comm, device = grid.transport(), torch.device("cuda", torch.cuda.current_device())
+    used: list[symmetric.Region] = []
+    message = 0
+    if by_peer[0]:
+        states = symmetric.memory(comm, device)
+        states.reserve(max(symmetric.tiles(rows, heads, width) for heads, _, width in shapes))
+        used.append(states)
+        channels = max(heads * (key + width) + heads * key for heads, key, width in shapes)
+        message = 4 * rows * (model.linear_conv_kernel_dim - 1) * channels  # a halo
+    if by_peer[1]:  # the gradients of all keys and values of a rank
+        tokens = length // grid.sequence_size
+        message = max(message, 4 * rows * tokens * 2 * model.num_key_value_heads * model.head_dim)
+    exchanges = symmetric.of_group(post.Post, comm, device)
+    exchanges.reserve(message)
+    return sum(region.bytes for region in [*used, exchanges])

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from dnsp import checkpoint, watchdog
-from dnsp.choices import Choices, delta_shapes, make_choices
+from dnsp.choices import Choices, make_choices, reserve
 from dnsp.config import Config
 from dnsp.data.batch import batch, micro_batches
 from dnsp.data.mix import Cursor, Mixture, open_data
@@ -103,7 +103,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     with watchdog.agreed():
         chosen = make_choices(config, found.state.get("choices") if found else None, why_not_peer) if first else None
     choices, why = watchdog.from_first(chosen)
-    reserve(choices, config, grid)
+    shared = reserve(choices, config, grid, max(stage.sequence_length for stage in stages))
     folder = open_folder(config, identity, name, first)
     watch.folder = folder
     engine = Engine(model, config, grid, accumulation, found.optimizer() if found else None)
@@ -129,7 +129,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     if grid.sequence_size > 1:
         why_transport = choices.why_transport(config, why_not_peer)
         keys = f", keys and values by {choices.attention_transport}" if "attention" in config.model.layers else ""
-        telemetry.say(f"states cross ranks by {choices.transport}{keys}{why_transport}")
+        memory = f"; {shared / MIB:.0f} MiB of symmetric memory a rank" if shared else ""
+        telemetry.say(f"states cross ranks by {choices.transport}{keys}{why_transport}{memory}")
     if engine.device.type == "cuda":
         telemetry.say(f"norms, SwiGLU, rotary positions, cross entropy: {liger.described()}")
 
@@ -199,6 +200,9 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     telemetry.close()
     last = loss if steps > start else None  # nothing was left to train
     return {"run_dir": str(folder), "step": steps, "loss": last, "tokens": tokens, "heldout": figures}
+
+
+MIB = 2**20
 
 
 def cure(folder: Path) -> str:
@@ -338,16 +342,6 @@ def _micro_batch(config: Config, grid: Grid, work: Any, micro: int, stage: Span,
         attention_backend=choices.attention_backend,
     )
     return rows, plan
-
-
-def reserve(choices: Choices, config: Config, grid: Grid) -> None:
-    """Symmetric memory for the largest state that crosses ranks. Raises: PlanError where there is no room for it."""
-    shapes = delta_shapes(config.model)
-    if choices.transport == "peer" and grid.sequence_size > 1 and shapes:
-        from dnsp.parallel import symmetric
-
-        tiles = max(symmetric.tiles(config.train.micro_batch, heads, width) for heads, _, width in shapes)
-        symmetric.memory(grid.transport(), torch.device("cuda", torch.cuda.current_device())).reserve(tiles)
 
 
 def agree_on_step(
