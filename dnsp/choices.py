@@ -15,6 +15,7 @@ from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import filling_segment_tokens
 
+MIB = 2**20
 NO_GPU = "it needs a GPU on every rank"
 MULTIPROCESSORS = 132  # of an H100 or H200; where bits must not depend on the device
 
@@ -33,11 +34,14 @@ class Choices:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def why_transport(self, config: Config, why_not_peer: str | None) -> str:
-        """In words, why it is nothing faster; empty where nothing is, or it was asked for."""
-        if self.transport == "peer" or config.parallel.transport != "auto":
-            return ""
-        return f" (not by peer: {why_not_peer or unfit_for_peer(config.model) or 'the run began so'})"
+    def transports(self, config: Config, why_not_peer: str | None, shared: int) -> str:
+        """In words, how ranks talk, and why by nothing faster; ``shared``: bytes of symmetric memory a rank."""
+        words = f"states cross ranks by {self.transport}"
+        if "attention" in config.model.layers:
+            words += f", keys and values by {self.attention_transport}"
+        if self.transport != "peer" and config.parallel.transport == "auto":
+            words += f" (not by peer: {why_not_peer or unfit_for_peer(config.model) or 'the run began so'})"
+        return words + (f"; {shared / MIB:.0f} MiB of symmetric memory a rank" if shared else "")
 
     def segment_tokens(self, config: Config, layout: Layout) -> int | None:
         """Tokens of the delta rule's segments; None: one segment an interval."""

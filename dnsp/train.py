@@ -123,17 +123,12 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         f"{count:,} parameters, {grid.data_size} x {grid.sequence_size} ranks (data x sequence), "
         f"{accumulation} micro-batches a step, {steps} steps; {folder}"
     )
-
     if "attention" in config.model.layers:
         telemetry.say(f"attention: {choices.attention_backend}" + (f" ({why})" if why else ""))
     if grid.sequence_size > 1:
-        why_transport = choices.why_transport(config, why_not_peer)
-        keys = f", keys and values by {choices.attention_transport}" if "attention" in config.model.layers else ""
-        memory = f"; {shared / MIB:.0f} MiB of symmetric memory a rank" if shared else ""
-        telemetry.say(f"states cross ranks by {choices.transport}{keys}{why_transport}{memory}")
+        telemetry.say(choices.transports(config, why_not_peer, shared))
     if engine.device.type == "cuda":
         telemetry.say(f"norms, SwiGLU, rotary positions, cross entropy: {liger.described()}")
-
     for path in aside:
         telemetry.say(f"this run goes on from step {start}: a later checkpoint of the folder is now {path.name}")
 
@@ -147,14 +142,11 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             local_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
             for micro in range(accumulation):
                 rows, plan = _micro_batch(config, grid, work, micro, stage, choices)
-                plan.agreed()
                 tokens_BT, targets_BT = rows.to(engine.device)
-                local_loss += engine.backward(tokens_BT, targets_BT, plan.to(engine.device), work.targets)
+                local_loss += engine.backward(tokens_BT, targets_BT, plan.agreed().to(engine.device), work.targets)
                 if micro + 1 < accumulation:
                     engine.advance()
-            watchdog.check_peers()
             loss, stopping = agree_on_step(local_loss, work.targets, watch.stop, step + 1, grid, folder)
-            watchdog.check_peers()
             lr = learning_rate(step, steps, config.train)
             grad_norm = engine.step(lr)
             if not grad_norm < float("inf"):
@@ -200,9 +192,6 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     telemetry.close()
     last = loss if steps > start else None  # nothing was left to train
     return {"run_dir": str(folder), "step": steps, "loss": last, "tokens": tokens, "heldout": figures}
-
-
-MIB = 2**20
 
 
 def cure(folder: Path) -> str:
@@ -358,6 +347,7 @@ def agree_on_step(
     shared[1] = float(stopping)
     shared[2 + grid.rank] = (~finite).double()
     total, asked, *broken = watchdog.total(shared, grid).tolist()
+    watchdog.check_peers()
     if any(broken):
         ranks = ", ".join(str(rank) for rank, flag in enumerate(broken) if flag)
         raise both_see(grid.rank == 0, f"the loss is not finite at step {step} on rank {ranks}; {cure(folder)}")
