@@ -115,6 +115,13 @@ class Transport:
         self.guard(lambda: dist.all_gather(parts, tensor, group=self.group), None, what)
         return parts
 
+    def all_to_all(self, tensor: Tensor, what: str) -> Tensor:
+        """Part r of every rank's contiguous tensor, along its first axis of as many parts as ranks, to rank r."""
+        arriving = torch.empty_like(tensor)
+        self.calls += 1
+        self.guard(lambda: dist.all_to_all_single(arriving, tensor, group=self.group), None, what)
+        return arriving
+
     # What hosts tell each other; nothing on a GPU waits for it.
 
     def from_all(self, value: Any) -> list[Any]:
