@@ -207,6 +207,7 @@ class Symmetric(Region):
             )
         proof.require_fold(U_NBHKV)
         _warm_up(U_NBHKV)
+        self.comm.barrier()  # however long the others compile
         self.comm.compare({"rows": B, "value heads": HV, "key width": K, "value width": V}, "the state of a scan")
         self.reserve(triton_scan.tiles_of(U_NBHKV))
         torch.cuda.synchronize(self.device)

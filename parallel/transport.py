@@ -7,6 +7,7 @@ GPU go through pinned memory where the group speaks gloo alone, which cannot sen
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -138,6 +139,8 @@ class Transport:
 
     def compare(self, fields: dict[str, Any], what: str) -> None:
         """Raises PlanError on every rank, naming rank and field, where one has another value than the group's first."""
+        if self.control is None or self._digests_agree(fields, what):
+            return
         first, *others = self.from_all(fields)
         for rank, mine in enumerate(others, 1):
             for name, value in mine.items():
@@ -146,6 +149,15 @@ class Transport:
                         f"the ranks disagree about {what}: {name} is {_short(first.get(name))} on rank {self.ranks[0]} "
                         f"and {_short(value)} on rank {self.ranks[rank]}; give every rank of a group the same"
                     )
+
+    def _digests_agree(self, fields: dict[str, Any], what: str) -> bool:
+        """Whether all ranks have these fields; asked within the time that a message may take, where the group's backends
+        carry tensors of the host."""
+        if "gloo" not in str(dist.get_backend_config(self.group)):
+            return False
+        digest = hashlib.sha256(repr(sorted(fields.items())).encode()).digest()
+        mine = torch.frombuffer(bytearray(digest), dtype=torch.int64)
+        return all(torch.equal(mine, other) for other in self.all_gather(mine, f"the comparison of {what}"))
 
     def guard(self, call: Callable[[], T], peer: int | None, what: str) -> T:
         try:
