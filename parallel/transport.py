@@ -151,8 +151,8 @@ class Transport:
                     )
 
     def _digests_agree(self, fields: dict[str, Any], what: str) -> bool:
-        """Whether all ranks have these fields; asked within the time that a message may take, where the group's backends
-        carry tensors of the host."""
+        """Whether all ranks have these fields; asked within the time that a message may take, where the group's
+        backends carry tensors of the host."""
         if "gloo" not in str(dist.get_backend_config(self.group)):
             return False
         digest = hashlib.sha256(repr(sorted(fields.items())).encode()).digest()
