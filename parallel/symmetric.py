@@ -13,6 +13,7 @@ Nothing on the host takes part in a message. A wait that was in vain leaves a re
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -272,11 +273,11 @@ def _warm_up(U_NBHKV: Tensor) -> None:
 
 def _allocate(words: int, comm: Transport, device: torch.device, shared: bool) -> tuple[Tensor, Any]:
     """Zeroed words of symmetric memory, and torch's handle on everyone's."""
-    import torch.distributed._symmetric_memory as symmetric_memory
-
     if shared:
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # never used here, and not everywhere to be had
+    os.environ.setdefault("TORCH_SYMMMEM_IMPLICIT_POOL", "0")  # a pool's blocks begin elsewhere on every rank
+    symmetric_memory = importlib.import_module("torch.distributed._symmetric_memory")
     mine = symmetric_memory.empty(words, dtype=torch.int32, device=device)
     mine.zero_()
     assert comm.control is not None
