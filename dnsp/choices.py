@@ -14,9 +14,9 @@ from dnsp.parallel.errors import PlanError
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import filling_segment_tokens
+from dnsp.parallel.probe import NO_GPU
 
 MIB = 2**20
-NO_GPU = "it needs a GPU on every rank"
 MULTIPROCESSORS = 132  # of an H100 or H200; where bits must not depend on the device
 
 

@@ -89,7 +89,7 @@ class Plan:
     def mail(self, transport: str, like: Tensor, size: int) -> Transport | Post:
         """What exchanges messages of at most ``size`` bytes like a tensor between ranks: symmetric memory for ``peer``.
         ``size`` is the same on every rank."""
-        if transport != "peer":
+        if transport != "peer" or len(self.comm.near) < self.comm.size:  # a group over several hosts
             return self.comm
         if not like.is_cuda and not mail_on_host:
             raise PlanError(f"transport peer: it is between GPUs, and this is a tensor on {like.device.type}; use p2p")

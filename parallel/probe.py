@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
@@ -68,6 +69,9 @@ def _symmetric_memory() -> tuple[bool, str]:
 _PROBES = {"gloo": _gloo, "nccl": _nccl, "symmetric memory": _symmetric_memory}
 
 
+NO_GPU = "it needs a GPU on every rank"
+
+
 class Place(NamedTuple):
     """Where a rank is."""
 
@@ -77,16 +81,14 @@ class Place(NamedTuple):
 
 def places(comm: Transport) -> list[Place]:
     """Of every rank of the group; all call it together."""
-    return comm.from_all(Place(_host(), _gpu()))
+    return comm.from_all(Place(host(), _gpu()))
 
 
 def unreachable(where: Sequence[Place]) -> str | None:
-    """Why ranks at these places cannot write each other's memory, in words; None where they can. Asks this rank's own
-    devices; see :func:`refusal` for the group's answer."""
+    """Why ranks at these places of one host cannot write each other's memory, in words; None where they can. Asks this
+    rank's own devices; see :func:`refusal` for the group's answer."""
     if not all(place.gpu for place in where):
-        return "it needs a GPU on every rank"
-    if len({place.host for place in where}) > 1:
-        return f"the group spans {len({place.host for place in where})} hosts, and memory is shared inside one"
+        return NO_GPU
     mine = torch.cuda.current_device()
     numbers = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
     for place in where:
@@ -101,16 +103,26 @@ def unreachable(where: Sequence[Place]) -> str | None:
 
 
 def refusal(comm: Transport) -> str | None:
-    """Why this group cannot use ``peer``, the same words on every rank; None where it can. All call it together."""
+    """Why this group cannot use ``peer``, the same words on every rank; None where it can. All call it together.
+
+    Ranks of a host share memory; where a group spans hosts, states go from one to the next by p2p.
+    """
     if comm.size == 1:
-        return None
-    for rank, words in enumerate(comm.from_all(unreachable(places(comm)))):
+        return None if torch.cuda.is_available() else NO_GPU
+    where = places(comm)
+    answers = comm.from_all((len(comm.near), unreachable([where[rank] for rank in comm.near])))
+    if max(near for near, _ in answers) == 1:
+        return "no two neighbours of the group are on one host, and memory is shared inside one"
+    for rank, (_, words) in enumerate(answers):
         if words:
-            return words if words.startswith("the group") else f"rank {comm.ranks[rank]}: {words}"
+            return f"rank {comm.ranks[rank]}: {words}"
     return None
 
 
-def _host() -> str:
+def host() -> str:
+    """A name of this rank's host, which no other has; DNSP_HOST gives it another, to try several hosts on one."""
+    if name := os.environ.get("DNSP_HOST"):
+        return name
     try:  # two containers may have one name
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{socket.gethostname()} {file.read().strip()}"

@@ -109,7 +109,8 @@ class _Chain:
         return stack_states(self.entering, self.U), end
 
     def _peer(self, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """A wait and a launch an interval; where a document starts in it, first what does not depend on what enters."""
+        """A wait and a launch an interval; where a document starts in it, first what does not depend on what enters.
+        States go from host to host by p2p."""
         if not on_gpu(self.U):
             raise PlanError(
                 f"transport peer: it carries states that the fold's kernel takes, and not [..., K, V]="
@@ -120,20 +121,36 @@ class _Chain:
 
         from . import symmetric
 
-        memory = symmetric.memory(self.scan.comm, self.U.device)
-        memory.meet(self.U)
+        comm, near = self.scan.comm, self.scan.comm.near
+        memory = symmetric.memory(comm.nearby(), self.U.device) if len(near) > 1 else None
+        if memory is not None:
+            memory.meet(self.U)
         tiles, each = triton_scan.tiles_of(self.U), self.scan.per_interval
         entering = torch.empty_like(self.U, memory_format=torch.contiguous_format)
         state = start
 
-        def through(first: int, last: int, goes_on: bool, **mail: Any) -> Tensor:
+        def through(first: int, last: int, goes_on: bool, **boxes: Any) -> Tensor:
             part = slice(first, last)
             _, leaving = triton_scan.fold(
-                self.M[part], self.U[part], None if mail.get("inbox") else state,
+                self.M[part], self.U[part], None if boxes.get("inbox") else state,
                 None if self.continues is None else self.continues[part], last - first - (not goes_on), self.backward,
-                states_NBHKV=entering[part], clock=memory.clock, **mail,
+                states_NBHKV=entering[part], clock=None if memory is None else memory.clock, **boxes,
             )  # fmt: skip
             return leaving
+
+        def mail(source: int | None, target: int | None, what: str) -> dict[str, Any]:
+            """Of neighbours on this host, whom the stream has waited for."""
+            come, go = (rank - near[0] if rank is not None and rank in near else None for rank in (source, target))
+            if memory is None or (come is None and go is None):
+                return {}
+            comm.calls += 1
+            return dict(zip(("inbox", "outbox"), memory.wait(tiles, come, go, what), strict=True))
+
+        def send(target: int | None, leaving: Tensor, what: str) -> None:
+            if target is not None and target not in near:
+                under_way.append(comm.exchange([(target, leaving.contiguous())], [], what))
+
+        under_way: list[Exchange] = []
 
         for place, interval in enumerate(self.order):
             if interval not in self.mine:
@@ -146,16 +163,21 @@ class _Chain:
             leaving = None
             if source is not None and closed and goes_on:
                 state = None
-                _, outbox = memory.wait(tiles, None, target, what)
+                to = mail(None, target, what)
                 if self.backward:
-                    leaving, first = through(first, closed[0] + 1, True, outbox=outbox), closed[0]
+                    leaving, first = through(first, closed[0] + 1, True, **to), closed[0]
                 else:
-                    leaving, last = through(closed[-1], last, True, outbox=outbox), closed[-1] + 1
+                    leaving, last = through(closed[-1], last, True, **to), closed[-1] + 1
+                send(target, leaving, what)
                 target, goes_on = None, False
-            inbox, outbox = memory.wait(tiles, source, target, what)
-            self.scan.comm.calls += inbox is not None or outbox is not None
-            onward = through(first, last, goes_on, inbox=inbox, outbox=outbox)
+            if source is not None and source not in near:
+                state = torch.empty_like(self.U[0], memory_format=torch.contiguous_format)
+                comm.exchange([], [(source, state)], what).wait()
+            onward = through(first, last, goes_on, **mail(source, target, what))
+            send(target, onward, what)
             state = onward if leaving is None else leaving
+        for exchange in under_way:
+            exchange.wait()
         return entering, state if self.want_end and self._owner(len(self.order) - 1) == self.scan.rank else None
 
     def _neighbour(self, place: int) -> int | None:

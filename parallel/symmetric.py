@@ -291,8 +291,8 @@ _regions: dict[tuple[str, type], Any] = {}  # of this process, by the name of th
 
 def of_group(purpose: type[R], comm: Transport, device: torch.device) -> R:
     """The group's memory for a purpose; made at the first call, which all its ranks make together."""
-    assert comm.group is not None
-    key = comm.group.group_name, purpose
+    assert comm.control is not None
+    key = comm.control.group_name, purpose
     if key not in _regions:
         _regions[key] = purpose(comm, device)
     return _regions[key]

@@ -62,7 +62,8 @@ class Exchange:
 class Transport:
     """The messages of a group. ``group`` None: the group of one, which never sends; ``ranks``: its global ranks.
     ``control``: the same ranks in a gloo group that has long patience, for what hosts tell each other before a step;
-    ``timeout``: seconds that a message may take."""
+    ``timeout``: seconds that a message may take; ``near``: the ranks of the group on this rank's host, neighbours of
+    each other, and ``near_control`` those as a group."""
 
     def __init__(
         self,
@@ -71,9 +72,13 @@ class Transport:
         rank: int = 0,
         control: dist.ProcessGroup | None = None,
         timeout: float = 30.0,
+        near: Sequence[int] | None = None,
+        near_control: dist.ProcessGroup | None = None,
     ) -> None:
         self.group, self.ranks, self.rank = group, tuple(ranks), rank
         self.control, self.timeout = control, timeout
+        self.near = tuple(range(len(self.ranks)) if near is None else near)
+        self.near_control = near_control
         self.calls = 0  # exchanges, gathers and hops started: recomputation must add none
 
     @property
@@ -122,6 +127,13 @@ class Transport:
         self.calls += 1
         self.guard(lambda: dist.all_to_all_single(arriving, tensor, group=self.group), None, what)
         return arriving
+
+    def nearby(self) -> Transport:
+        """The messages of the ranks on this host."""
+        if len(self.near) == self.size:
+            return self
+        ranks, control = [self.ranks[rank] for rank in self.near], self.near_control
+        return Transport(control, ranks, self.near.index(self.rank), control, self.timeout)
 
     # What hosts tell each other; nothing on a GPU waits for it.
 

@@ -5,6 +5,7 @@ of the heads."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,8 +29,7 @@ def missing(ranks: Ranks) -> str | None:
 
 def peers(request: dict[str, Any], ranks: Ranks, inputs: dict[str, Tensor], do: Tensor) -> dict[str, Step]:
     """Each as a step, forward and backward, on this rank's tokens."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
+    chunk_gated_delta_rule = import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
     group, tokens, world = ranks.comm.group, request["tokens"], ranks.grid.world
     assert group is not None
     leaves = list(inputs.values())
@@ -39,8 +39,7 @@ def peers(request: dict[str, Any], ranks: Ranks, inputs: dict[str, Tensor], do: 
 
     found: dict[str, Step] = {}
     try:
-        from fla.ops.cp import build_cp_context
-
+        build_cp_context = import_module("fla.ops.cp").build_cp_context
         bounds = torch.tensor([0, tokens], dtype=torch.int32)
         for kind in request["layouts"]:
             context = build_cp_context(bounds.to(ranks.device), group, cu_seqlens_cpu=bounds, layout=kind)
@@ -49,7 +48,7 @@ def peers(request: dict[str, Any], ranks: Ranks, inputs: dict[str, Tensor], do: 
                     q, k, v, g, beta, use_qk_l2norm_in_kernel=True, cp_context=context
                 )[0]
             )
-    except (ImportError, TypeError):  # an fla without it, or without this layout
+    except (ImportError, AttributeError, TypeError):  # an fla without it, or without this layout
         pass
     if request["heads"] % world == 0 and request["value_heads"] % world == 0:
 

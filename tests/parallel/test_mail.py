@@ -6,6 +6,7 @@ Everything is as on a GPU but the device's timer (a wait has no end here) and th
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import re
 import tempfile
@@ -62,17 +63,21 @@ def share_through(folder: str, comm: Transport) -> None:
             self.take([torch.from_file(file, True, words, dtype=torch.int32) for file in files])
             comm.barrier()
 
-    assert comm.group is not None
+    if comm.size == 1:  # alone on its host
+        scan.on_gpu = kernels_scan.on_gpu = triton_scan.takes = lambda U: True
+        return
+    assert comm.control is not None
     plan.mail_on_host = True
-    symmetric._regions[comm.group.group_name, post.Post] = PostOnHost()
-    symmetric._regions[comm.group.group_name, symmetric.Symmetric] = OnHost()
+    symmetric._regions[comm.control.group_name, post.Post] = PostOnHost()
+    symmetric._regions[comm.control.group_name, symmetric.Symmetric] = OnHost()
     triton_scan.takes = lambda U: True
     scan.on_gpu = kernels_scan.on_gpu = lambda U: True
 
 
-def on_every_rank(folder: str) -> tuple[int, list[str]]:
+def on_every_rank(folder: str, a_host: int) -> tuple[int, list[str]]:
+    os.environ["DNSP_HOST"] = f"host {int(os.environ['RANK']) // a_host}"
     grid = make_grid(timeout=60)
-    share_through(folder, grid.transport())
+    share_through(f"{folder}/{grid.rank // a_host}", grid.transport().nearby())
     draw, mine = random.Random(grid.world), random.Random(grid.rank)
     wrong, hops = [], 0
     for step, (kind, shape, each) in enumerate(itertools.product(KINDS, SHAPES, (1, 2))):
@@ -147,11 +152,17 @@ def test_exchanges_by_mail_are_those_of_the_ring(size: int, monkeypatch: pytest.
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
-def test_scans_by_mail_have_one_processs_bits(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("size", "a_host"),
+    [(2, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, 3), (4, 4), (4, 2), (3, 2)))],
+)
+def test_scans_by_mail_have_one_processs_bits(size: int, a_host: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one host, and over several, from one to the next of which states go by p2p."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with tempfile.TemporaryDirectory(prefix="mail-") as folder:
-        for rank, (hops, wrong) in enumerate(run_ranks(on_every_rank, size, str(Path(folder)), timeout=280)):
+        for n in range(size):
+            Path(folder, str(n)).mkdir()
+        for rank, (hops, wrong) in enumerate(run_ranks(on_every_rank, size, folder, a_host, timeout=280)):
             assert hops > 0 and not wrong, (rank, wrong)
 
 
