@@ -54,12 +54,16 @@ class Choices:
 
 
 def make_choices(
-    config: Config, before: dict[str, Any] | None = None, why_not_peer: str | None = NO_GPU
+    config: Config,
+    before: dict[str, Any] | None = None,
+    why_not_peer: str | None = NO_GPU,
+    several_hosts: bool = False,
 ) -> tuple[Choices, str]:
     """What this machine is given, and in words why attention is not computed by something faster.
 
     ``before``: the choices of the run that goes on; they are kept where they work here, too, and the configuration
     names no others. ``why_not_peer``: what keeps the group's ranks from each other's memory; None where nothing does.
+    ``several_hosts``: the group spans them.
 
     Raises: PlanError where the configuration asks for what cannot be used.
     """
@@ -67,7 +71,11 @@ def make_choices(
     backend, why = _attention(config, before.get("attention_backend"))
     transports = (
         _transport(config, before.get("transport"), why_not_peer),
-        _attention_transport(config, before.get("attention_transport"), why_not_peer),
+        _attention_transport(
+            config,
+            before.get("attention_transport"),
+            why_not_peer or ("the sequence group spans several hosts" if several_hosts else None),
+        ),
     )
     if not torch.cuda.is_available():
         return Choices(backend, 0, *transports), why

@@ -101,7 +101,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         model.cuda()
     why_not_peer = watchdog.peer_refusal(grid)
     with watchdog.agreed():
-        chosen = make_choices(config, found.state.get("choices") if found else None, why_not_peer) if first else None
+        before = found.state.get("choices") if found else None
+        chosen = make_choices(config, before, why_not_peer, bool(grid.near)) if first else None
     choices, why = watchdog.from_first(chosen)
     shared = reserve(choices, config, grid, max(stage.sequence_length for stage in stages))
     folder = open_folder(config, identity, name, first)
@@ -109,7 +110,6 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     engine = Engine(model, config, grid, accumulation, found.optimizer() if found else None)
     if found:
         checkpoint.set_random_state(found.random(), rank, engine.device)
-
     steps = stages[-1].stop
     start = found.step if found else 0
     aside = checkpoint.set_aside(folder, start) if found and first else []

@@ -392,7 +392,7 @@ def _micro_batch(request: Request, grid: Grid, step: Step, micro: int, layout: s
 def _plan(request: Request, grid: Grid, doc_starts: list[list[int]], layout: str, transport: str) -> Plan:
     chosen: str = request.config.parallel.attention_transport
     if chosen == "auto":
-        chosen = {"p2p": "ring"}.get(transport, transport)
+        chosen = "ring" if transport == "p2p" or (transport == "peer" and grid.near is not None) else transport
     return make_plan(
         doc_starts,
         Layout(layout, grid.sequence_size, request.tokens),

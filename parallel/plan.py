@@ -189,6 +189,8 @@ def make_plan(
     size = _checked_segments(segment_tokens, layout)
     scan_kind = _one_of(transport, SCAN_TRANSPORTS, "parallel.transport")
     attention_kind = _one_of(attention_transport, ATTENTION_TRANSPORTS, "parallel.attention_transport")
+    if attention_kind == "peer" and grid.near is not None:
+        raise PlanError("parallel.attention_transport=peer: the sequence group spans several hosts; use ring")
     backend = _one_of(attention_backend, ("auto", *BACKENDS), "parallel.attention_backend")
     comm = grid.transport()
 
