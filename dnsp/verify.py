@@ -148,7 +148,8 @@ def run(
         request.save(folder)
         cases = []
         for world in sorted({1, *request.ranks}):  # the process alone finds the truth
-            status = start_ranks(["verify-ranks", str(folder)], world)
+            with watchdog.room_for(world):
+                status = start_ranks(["verify-ranks", str(folder)], world)
             if status:
                 return status
             cases += [Case(**case) for case in json.loads((folder / f"{world}.json").read_text())]

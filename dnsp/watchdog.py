@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from torch import Tensor
 from dnsp.checkpoint import way_on
 from dnsp.errors import Echo, PeerFailed, RunError, UsageError
 from dnsp.launch.environment import Environment
+from dnsp.launch.mps import shared_gpu
 from dnsp.parallel.errors import LayoutError, PeerLost, PlanError
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.probe import refusal
@@ -61,10 +63,20 @@ def join(environment: Environment) -> None:
         raise UsageError(f"rank {environment.rank} cannot reach the others at {where}: {_first_line(error)}") from None
 
 
+@contextmanager
+def room_for(ranks: int) -> Iterator[None]:
+    """Around the start of ranks: where there are more of them than GPUs they run on one at the same time (MPS)."""
+    if not torch.cuda.is_available() or ranks <= torch.cuda.device_count():
+        yield
+        return
+    with shared_gpu() as variables, patch.dict(os.environ, variables):
+        yield
+
+
 def take_device(environment: Environment) -> None:
     """This rank's GPU becomes the current one, where there are GPUs; ranks share them where there are more ranks."""
     # a stream that waits for a peer must not share a queue of the GPU with one that works
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "16")
     if torch.cuda.is_available():
         torch.cuda.set_device(environment.local_rank % torch.cuda.device_count())
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -24,7 +22,6 @@ from dnsp import watchdog
 from dnsp.errors import UsageError
 from dnsp.launch.environment import find_environment
 from dnsp.launch.local import start_ranks
-from dnsp.launch.mps import shared_gpu
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.transport import Transport
 
@@ -103,22 +100,12 @@ def measure(command: str, request: dict[str, Any], worlds: Sequence[int]) -> lis
         file, report = Path(name, "request.json"), Path(name, "report.json")
         for world in worlds:
             file.write_text(json.dumps(request))
-            with _environment(world):
+            with watchdog.room_for(world):
                 status = start_ranks([command, str(file)], world)
             if status:
                 raise UsageError(f"{world} ranks could not be measured (status {status}); what they said stands above")
             found.append(json.loads(report.read_text()))
     return found
-
-
-@contextmanager
-def _environment(world: int) -> Iterator[None]:
-    """MPS where ranks share a GPU."""
-    if world == 1 or not torch.cuda.is_available() or world <= torch.cuda.device_count():
-        yield
-        return
-    with shared_gpu() as variables, patch.dict("os.environ", variables):
-        yield
 
 
 def as_rank(file: Path, work: Callable[[dict[str, Any], Ranks], dict[str, Any]]) -> None:

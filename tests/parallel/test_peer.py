@@ -54,7 +54,7 @@ def _together() -> Iterator[None]:
 
 def on_gpu(timeout: float = 60.0) -> Grid:
     """A rank's grid, and its GPU."""
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "16")
     torch.cuda.set_device(int(os.environ["RANK"]) % torch.cuda.device_count())
     return make_grid(timeout=timeout)
 
