@@ -221,6 +221,31 @@ def bench_attention(
     raise typer.Exit(status)
 
 
+@bench_app.command("stack")
+def bench_stack(
+    overrides: Overrides = None,
+    tokens: Annotated[int, typer.Option(min=1, help="In all.")] = 65_536,
+    ranks: Worlds = "4",
+    layouts: Layouts = "contiguous,zigzag",
+    steps: Steps = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Three gated delta layers and one of attention over several ranks, against one process."""
+    from dnsp.bench.stack import run
+
+    worlds = [_world(text) for text in ranks.split(",")]
+    raise typer.Exit(run(overrides or [], tokens, worlds, layouts.split(","), steps=steps, json_path=json_file))
+
+
+@app.command("bench-stack-ranks", hidden=True)
+def bench_stack_ranks(file: Path) -> None:
+    """One rank of what bench stack starts."""
+    from dnsp.bench.ranks import as_rank
+    from dnsp.bench.stack import rank_main
+
+    as_rank(file, rank_main)
+
+
 @app.command("bench-scan-ranks", hidden=True)
 def bench_scan_ranks(file: Path) -> None:
     """One rank of what bench scan starts."""

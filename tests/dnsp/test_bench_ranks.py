@@ -13,6 +13,12 @@ from dnsp.parallel.layout import Layout
 
 SMALL = {
     "scan": ["--tokens", "1024", "--heads", "1", "--value-heads", "2", "--width", "16"],
+    "stack": [
+        *("--tokens", "1024", "--layouts", "contiguous,zigzag", "model.hidden_size=32", "model.intermediate_size=64"),
+        *("model.num_attention_heads=2", "model.num_key_value_heads=1", "model.head_dim=16", "engine.dtype=fp32"),
+        *("model.linear_num_key_heads=1", "model.linear_num_value_heads=2", "model.linear_key_head_dim=16"),
+        *("model.linear_value_head_dim=16", "model.vocab_size=64"),
+    ],
     "attention": ["--tokens", "1024", "--heads", "2", "--key-heads", "1", "--widths", "16", "--document", "300"],
 }
 
@@ -31,6 +37,9 @@ def test_figures_of_every_way(what: str, tmp_path: Path) -> None:
         assert all(way["ms"] > 0 for way in [*world["ways"], world["one process"], world["local shard"]])
         if not any(by == "peer" for _, by in ways):
             assert world["notes"][0] == "not by peer: rank 0: it needs a GPU on every rank"
+    elif what == "stack":
+        assert [way["name"].split(",")[0] for way in world["ways"]] == ["one process", "contiguous", "zigzag"]
+        assert all(way["ms"] > 0 for way in world["ways"])
     else:
         (figures,) = world["widths"]
         names = [way["name"] for way in figures["ways"]]
