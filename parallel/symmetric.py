@@ -164,16 +164,18 @@ class Region:
             reason += f", itself waiting for rank {self.comm.ranks[culprit]}"
         return PeerLost(self.comm.ranks[self.comm.rank], self.comm.ranks[culprit], what, reason)
 
+    def _status(self, rank: int) -> list[int]:
+        """A rank's, now: on a stream of its own, for the others may stand."""
+        with torch.cuda.stream(self._side):
+            return self.memories[rank][:4].tolist()
+
     def _follow(self, peer: int) -> int:
         """The rank at the end of those who wait for another: each rank's memory says whom it waits for."""
         seen, last = {self.comm.rank}, peer
         while peer not in seen:
             seen.add(peer)
             last = peer
-            with torch.cuda.stream(self._side):
-                status = self.memories[peer][:4].to("cpu", non_blocking=True)
-            self._side.synchronize()
-            peer = int(status[1]) - 1
+            peer = self._status(peer)[1] - 1
             if peer < 0:
                 break
         return last

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from dnsp.kernels import scan as kernels_scan
 from dnsp.kernels import triton_scan
 from dnsp.parallel.attention import attention
+from dnsp.parallel.errors import PeerLost
 from dnsp.parallel.grid import make_grid
 from dnsp.parallel.halo import causal_conv1d
 from dnsp.parallel.layout import KINDS, Layout
@@ -111,6 +112,70 @@ def on_every_rank(folder: str, a_host: int) -> tuple[int, list[str]]:
                     wrong.append(f"{kind} {shape} {each} {way} {starts} {has_initial}")
         hops += plan.comm.calls
     return hops, wrong
+
+
+def in_vain() -> dict[str, Any]:
+    """Waits whose time is up at once, on one rank that plays the second of four."""
+    from dnsp.kernels import proof, proof_run
+    from dnsp.kernels.verdicts import candidates
+    from dnsp.parallel import symmetric
+
+    inbox, outbox, clock = triton_scan.loopback(4, torch.device("cpu"))
+    clock = clock._replace(limit=-1)
+    M, U = torch.randn(1, 1, 4, 16, 16), torch.randn(1, 1, 4, 16, 16)
+
+    def post() -> None:
+        triton_scan.fold(M, U, None, None, 1, False, outbox=outbox, clock=clock)
+
+    found: dict[str, Any] = {}
+    with proof.mode(proof_run.Recording(candidates()["as tuned"])):
+        post()
+        triton_scan.wait(4, inbox, outbox, clock, 3, 0)
+        found["in time"] = clock.record.tolist(), clock.status.tolist()
+        for _ in range(triton_scan.DEPTH - 1):
+            post()
+        triton_scan.wait(4, None, outbox, clock, 5, 2)
+        found["no room"] = clock.record.tolist(), clock.status.tolist()
+        sent = inbox.ready_C.tolist()
+        post()
+        triton_scan.wait(4, inbox, None, clock, 7, 1)
+        found["after"] = clock.record.tolist(), clock.status.tolist(), inbox.ready_C.tolist() == sent
+
+    class Told(symmetric.Region):
+        def __init__(self) -> None:
+            self.comm = Transport(None, (10, 11, 12, 13), 1, timeout=7.0)
+            self.device = torch.device("cpu")
+            self.memories, self._where, self._kept = [], {}, []
+            self.take([torch.zeros(16, dtype=torch.int32) for _ in range(4)])
+
+        def _status(self, rank: int) -> list[int]:
+            return self.memories[rank][:4].tolist()
+
+    for name, kind, waits in (("direct", 1, {}), ("behind", 1, {0: 3}), ("full", 2, {}), ("ring", 1, {0: 3, 3: 1})):
+        told = Told()
+        number = told.where("the hop", 0, 2)
+        told.check()
+        for rank, other in waits.items():
+            told.memories[rank][1] = other + 1
+        told.clock.record[0] = 4 * number + kind
+        try:
+            told.check()
+        except PeerLost as lost:
+            found[name] = lost.peer, str(lost)
+    return found
+
+
+def test_a_wait_in_vain_is_recorded_once_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    (found,) = run_ranks(in_vain, 1)
+    assert found["in time"] == ([0], [0, 0, 0, 0])
+    assert found["no room"] == ([5 * 4 + 2], [1, 3, 0, 0])
+    assert found["after"] == ([5 * 4 + 2], [1, 3, 0, 0], True)  # nothing is waited for or delivered any more
+    words = "rank 11 lost rank {} during the hop: rank {} did not {} within 7 s"
+    assert found["direct"] == (10, words.format(10, 10, "deliver"))
+    assert found["behind"] == (13, words.format(13, 10, "deliver") + ", itself waiting for rank 13")
+    assert found["full"] == (12, words.format(12, 12, "take what came before"))
+    assert found["ring"][0] == 13
 
 
 def exchanging() -> list[tuple[str, bool, float]]:
