@@ -137,7 +137,7 @@ def verify(
     overrides: Overrides = None,
     ranks: Annotated[str, typer.Option(help="World sizes to check, as in 1,2,4.")] = "1,2",
     layouts: Annotated[str, typer.Option(help="Any of contiguous,zigzag.")] = "contiguous,zigzag",
-    transports: Annotated[str, typer.Option(help="Any of p2p,gather.")] = "p2p,gather",
+    transports: Annotated[str, typer.Option(help="Any of peer,p2p,gather; peer needs GPUs.")] = "p2p,gather",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     json_file: JsonFile = None,
 ) -> None:
@@ -180,6 +180,102 @@ def doctor(
     from dnsp.doctor import run
 
     raise typer.Exit(run(json_file))
+
+
+Layouts = Annotated[str, typer.Option(help="Any of contiguous,zigzag.")]
+Worlds = Annotated[str, typer.Option(help="Numbers of ranks, as in 2,4,8; on one GPU they share it.")]
+Steps = Annotated[int, typer.Option(min=1, help="Timed turns of each; the median counts.")]
+
+
+@bench_app.command("scan")
+def bench_scan(
+    tokens: Annotated[int, typer.Option(min=1, help="In all.")] = 131_072,
+    ranks: Worlds = "2,4,8",
+    layouts: Layouts = "contiguous,zigzag",
+    transports: Annotated[str, typer.Option(help="Any of peer,p2p,gather.")] = "peer,p2p,gather",
+    heads: Annotated[int, typer.Option(min=1, help="Of keys.")] = 16,
+    value_heads: Annotated[int, typer.Option(min=1)] = 32,
+    width: Annotated[int, typer.Option(min=1, help="Of a head.")] = 128,
+    segment_tokens: Annotated[int | None, typer.Option(min=64, help="Left out: what fills the GPU.")] = None,
+    steps: Steps = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """The delta rule over several ranks, against one process and against the local shard."""
+    from dnsp.bench.scan import run
+
+    status = run(
+        tokens, [_world(text) for text in ranks.split(",")], layouts.split(","), transports.split(","), heads=heads,
+        value_heads=value_heads, width=width, segment_tokens=segment_tokens, steps=steps, json_path=json_file,
+    )  # fmt: skip
+    raise typer.Exit(status)
+
+
+@bench_app.command("attention")
+def bench_attention(
+    tokens: Annotated[int, typer.Option(min=1, help="In all.")] = 65_536,
+    ranks: Worlds = "2,4",
+    layouts: Layouts = "contiguous,zigzag",
+    transports: Annotated[str, typer.Option(help="Of keys and values: any of peer,ring,gather.")] = "peer,ring,gather",
+    heads: Annotated[int, typer.Option(min=1, help="Of queries.")] = 16,
+    key_heads: Annotated[int, typer.Option(min=1)] = 2,
+    widths: Annotated[str, typer.Option(help="Of a head, as in 256,128.")] = "256,128",
+    backend: Annotated[str, typer.Option(help="Of parallel.attention_backend.")] = "auto",
+    document: Annotated[int | None, typer.Option(min=1, help="Tokens of each document; left out: one.")] = None,
+    steps: Steps = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Softmax attention over several ranks, against one process."""
+    from dnsp.bench.attention import run
+
+    status = run(
+        tokens, [_world(text) for text in ranks.split(",")], layouts.split(","), transports.split(","), heads=heads,
+        key_heads=key_heads, widths=[_world(text) for text in widths.split(",")], backend=backend, document=document,
+        steps=steps, json_path=json_file,
+    )  # fmt: skip
+    raise typer.Exit(status)
+
+
+@bench_app.command("stack")
+def bench_stack(
+    overrides: Overrides = None,
+    tokens: Annotated[int, typer.Option(min=1, help="In all.")] = 65_536,
+    ranks: Worlds = "4",
+    layouts: Layouts = "contiguous,zigzag",
+    steps: Steps = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Three gated delta layers and one of attention over several ranks, against one process."""
+    from dnsp.bench.stack import run
+
+    worlds = [_world(text) for text in ranks.split(",")]
+    raise typer.Exit(run(overrides or [], tokens, worlds, layouts.split(","), steps=steps, json_path=json_file))
+
+
+@app.command("bench-stack-ranks", hidden=True)
+def bench_stack_ranks(file: Path) -> None:
+    """One rank of what bench stack starts."""
+    from dnsp.bench.ranks import as_rank
+    from dnsp.bench.stack import rank_main
+
+    as_rank(file, rank_main)
+
+
+@app.command("bench-scan-ranks", hidden=True)
+def bench_scan_ranks(file: Path) -> None:
+    """One rank of what bench scan starts."""
+    from dnsp.bench.ranks import as_rank
+    from dnsp.bench.scan import rank_main
+
+    as_rank(file, rank_main)
+
+
+@app.command("bench-attention-ranks", hidden=True)
+def bench_attention_ranks(file: Path) -> None:
+    """One rank of what bench attention starts."""
+    from dnsp.bench.attention import rank_main
+    from dnsp.bench.ranks import as_rank
+
+    as_rank(file, rank_main)
 
 
 @data_app.command("prepare")
@@ -302,13 +398,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except (UsageError, LaunchError, LayoutError, PlanError) as error:
         # every rank refuses alike; one a node says it
-        return _end(2, str(error), quiet=os.environ.get("LOCAL_RANK", "0") != "0")
+        return end_rank(2, str(error), quiet=os.environ.get("LOCAL_RANK", "0") != "0")
     except PeerFailed as error:
-        return _end(1, str(error), consequence=True)
+        return end_rank(1, str(error), consequence=True)
     except Echo as error:
-        return _end(1, str(error), consequence=True, quiet=True)
+        return end_rank(1, str(error), consequence=True, quiet=True)
     except RunError as error:
-        return _end(1, str(error))
+        return end_rank(1, str(error))
     except (KeyboardInterrupt, typer.Abort):
         return 128 + signal.SIGINT
     except Exception as error:
@@ -316,14 +412,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             error.show()
             return int(error.exit_code)
         if isinstance(status := getattr(error, "exit_status", None), int):  # kernels that fail their proof
-            return _end(status, str(error))
+            return end_rank(status, str(error))
         if "OutOfMemory" in type(error).__name__:
-            return _end(1, f"out of memory: {str(error).splitlines()[0]}")
+            return end_rank(1, f"out of memory: {str(error).splitlines()[0]}")
         if "RANK" not in os.environ:
             raise
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # see _end
+        os._exit(1)  # see end_rank
 
 
 def _format_warning(
@@ -335,7 +431,7 @@ def _format_warning(
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
-def _end(status: int, message: str, consequence: bool = False, quiet: bool = False) -> int:
+def end_rank(status: int, message: str, consequence: bool = False, quiet: bool = False) -> int:
     """Say why this rank ends, to the process that started the ranks if there is one, else on stderr; and end."""
     text = "error: " + message.strip()
     if ERROR_FILE in os.environ:

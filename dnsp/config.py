@@ -148,8 +148,8 @@ class DataConfig(Section):
 class ParallelConfig(Section):
     sequence: int | None = Field(None, gt=0)  # size of the sequence group; None: all ranks
     layout: Literal["contiguous", "zigzag"] = "zigzag"
-    transport: Literal["auto", "p2p", "gather"] = "auto"
-    attention_transport: Literal["auto", "ring", "gather"] = "auto"
+    transport: Literal["auto", "peer", "p2p", "gather"] = "auto"
+    attention_transport: Literal["auto", "peer", "ring", "gather"] = "auto"
     attention_backend: Literal["auto", "cudnn", "flash", "flash_deterministic", "flash_cpu", "plain"] = "auto"
     segment_tokens: int | None = Field(None, gt=0)  # None: chosen from the layout
 

@@ -203,6 +203,20 @@ def _backends() -> Iterator[Row]:
         needed = backend.name == "gloo" or (backend.name == "nccl" and torch.cuda.is_available())
         status: Status = "ok" if backend.works else "missing" if needed else "absent"
         yield backend.name, status, backend.found, "" if backend.works else cures[backend.name]
+        if backend.name == "symmetric memory" and backend.works:
+            yield _symmetric_budget()
+
+
+def _symmetric_budget() -> Row:
+    """What the scan's share of it takes, for the state of a layer such as Qwen3.5's."""
+    import torch
+
+    from dnsp.parallel.symmetric import budget
+
+    need, free = budget(1, 32, 128), torch.cuda.mem_get_info()[0]
+    found = f"{need / 2**20:.0f} MiB a rank and row of 32 value heads of 128 x 128, {free / 2**20:,.0f} MiB free"
+    cure = "" if need < free else "make room on the GPU, or parallel.transport=p2p"
+    return "its budget", "ok" if need < free else "warn", found, cure
 
 
 def _attention() -> Iterator[Row]:

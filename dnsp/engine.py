@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -81,6 +82,8 @@ class Engine:
             config=deepspeed_config(config, accumulation),
             mpu=grid.mpu(),
             dist_init_required=False,
+            # ranks that share a GPU have another number on their node than their device has
+            args=SimpleNamespace(device_rank=self.device.index) if self.device.type == "cuda" else None,
         )
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._make_moments()

@@ -108,8 +108,7 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> tuple[Decoder, C
 
 def evaluate_run(run: Path, overrides: Sequence[str], environment: Environment) -> dict[str, Any]:
     """``dnsp eval``: held-out figures of a trained model, on one process or on the ranks of a launcher."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(environment.local_rank)
+    watchdog.take_device(environment)
     watchdog.join(environment)
     with watchdog.agreed():
         model, config, found = load_run(run, overrides)

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from dnsp import checkpoint, watchdog
-from dnsp.choices import Choices, make_choices
+from dnsp.choices import Choices, make_choices, reserve
 from dnsp.config import Config
 from dnsp.data.batch import batch, micro_batches
 from dnsp.data.mix import Cursor, Mixture, open_data
@@ -53,8 +53,7 @@ def train(config: Config, environment: Environment, name: str) -> dict[str, Any]
     began = time.monotonic()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores() // environment.local_world_size))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(environment.local_rank)
+    watchdog.take_device(environment)
     watchdog.join(environment)
     with watchdog.Watch(environment) as watch:
         return _train(config, environment, name, watch, began)
@@ -100,15 +99,17 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             initial_weights(model, config, stages[0].rope_theta, first)
     if torch.cuda.is_available():
         model.cuda()
+    why_not_peer = watchdog.peer_refusal(grid)
     with watchdog.agreed():
-        chosen = make_choices(config, found.state.get("choices") if found else None) if first else None
+        before = found.state.get("choices") if found else None
+        chosen = make_choices(config, before, why_not_peer, bool(grid.near)) if first else None
     choices, why = watchdog.from_first(chosen)
+    shared = reserve(choices, config, grid, max(stage.sequence_length for stage in stages))
     folder = open_folder(config, identity, name, first)
     watch.folder = folder
     engine = Engine(model, config, grid, accumulation, found.optimizer() if found else None)
     if found:
         checkpoint.set_random_state(found.random(), rank, engine.device)
-
     steps = stages[-1].stop
     start = found.step if found else 0
     aside = checkpoint.set_aside(folder, start) if found and first else []
@@ -122,12 +123,12 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         f"{count:,} parameters, {grid.data_size} x {grid.sequence_size} ranks (data x sequence), "
         f"{accumulation} micro-batches a step, {steps} steps; {folder}"
     )
-
     if "attention" in config.model.layers:
         telemetry.say(f"attention: {choices.attention_backend}" + (f" ({why})" if why else ""))
+    if grid.sequence_size > 1:
+        telemetry.say(choices.transports(config, why_not_peer, shared))
     if engine.device.type == "cuda":
         telemetry.say(f"norms, SwiGLU, rotary positions, cross entropy: {liger.described()}")
-
     for path in aside:
         telemetry.say(f"this run goes on from step {start}: a later checkpoint of the folder is now {path.name}")
 
@@ -142,7 +143,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             for micro in range(accumulation):
                 rows, plan = _micro_batch(config, grid, work, micro, stage, choices)
                 tokens_BT, targets_BT = rows.to(engine.device)
-                local_loss += engine.backward(tokens_BT, targets_BT, plan.to(engine.device), work.targets)
+                local_loss += engine.backward(tokens_BT, targets_BT, plan.agreed().to(engine.device), work.targets)
                 if micro + 1 < accumulation:
                     engine.advance()
             loss, stopping = agree_on_step(local_loss, work.targets, watch.stop, step + 1, grid, folder)
@@ -325,8 +326,8 @@ def _micro_batch(config: Config, grid: Grid, work: Any, micro: int, stage: Span,
         layout,
         grid,
         choices.segment_tokens(config, layout),
-        transport=config.parallel.transport,
-        attention_transport=config.parallel.attention_transport,
+        transport=choices.transport,
+        attention_transport=choices.attention_transport,
         attention_backend=choices.attention_backend,
     )
     return rows, plan
@@ -346,6 +347,7 @@ def agree_on_step(
     shared[1] = float(stopping)
     shared[2 + grid.rank] = (~finite).double()
     total, asked, *broken = watchdog.total(shared, grid).tolist()
+    watchdog.check_peers()
     if any(broken):
         ranks = ", ".join(str(rank) for rank, flag in enumerate(broken) if flag)
         raise both_see(grid.rank == 0, f"the loss is not finite at step {step} on rank {ranks}; {cure(folder)}")

@@ -120,7 +120,7 @@ def run(
     overrides: Sequence[str],
     ranks: Sequence[int],
     layouts: Sequence[str] = KINDS,
-    transports: Sequence[str] = SCAN_TRANSPORTS,
+    transports: Sequence[str] = ("p2p", "gather"),
     dtype: str = "fp32",
     json_path: Path | None = None,
 ) -> int:
@@ -148,7 +148,8 @@ def run(
         request.save(folder)
         cases = []
         for world in sorted({1, *request.ranks}):  # the process alone finds the truth
-            status = start_ranks(["verify-ranks", str(folder)], world)
+            with watchdog.room_for(world):
+                status = start_ranks(["verify-ranks", str(folder)], world)
             if status:
                 return status
             cases += [Case(**case) for case in json.loads((folder / f"{world}.json").read_text())]
@@ -284,8 +285,7 @@ def check_world(request: Request, environment: Environment, truth: Truth) -> lis
     from dnsp.engine import Engine  # DeepSpeed: not in the process that only asks, nor where the truth is found
 
     config = request.config
-    if torch.cuda.is_available():
-        torch.cuda.set_device(environment.local_rank)
+    watchdog.take_device(environment)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores() // environment.local_world_size))
     watchdog.join(environment)
@@ -293,10 +293,14 @@ def check_world(request: Request, environment: Environment, truth: Truth) -> lis
     step = _step(request)
     accumulation = request.rows // (config.train.micro_batch * grid.data_size)
     engine = Engine(make_model(config, config.engine.activation_checkpointing), config, grid, accumulation)
+    why_not = watchdog.peer_refusal(grid)
+    if why_not and "peer" in request.transports:
+        raise UsageError(f"--transports peer: {why_not}; take p2p or gather")
     everyone = Transport(grid.everyone, range(grid.world), grid.rank)
     cases = []
     for layout, transport in itertools.product(request.layouts, request.transports):
         mine = _check_case(request, grid, engine, step, truth, layout, transport)
+        watchdog.check_peers()
         all_ranks = torch.stack(everyone.all_gather(mine, "the verdict"))
         cases.append(_judge(request, truth, grid.world, layout, transport, all_ranks))
     watchdog.leave()
@@ -387,9 +391,9 @@ def _micro_batch(request: Request, grid: Grid, step: Step, micro: int, layout: s
 
 
 def _plan(request: Request, grid: Grid, doc_starts: list[list[int]], layout: str, transport: str) -> Plan:
-    chosen = request.config.parallel.attention_transport
+    chosen: str = request.config.parallel.attention_transport
     if chosen == "auto":
-        chosen = "ring" if transport == "p2p" else "gather"
+        chosen = "ring" if transport == "p2p" or (transport == "peer" and grid.near is not None) else transport
     return make_plan(
         doc_starts,
         Layout(layout, grid.sequence_size, request.tokens),

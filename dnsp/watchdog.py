@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -21,8 +23,10 @@ from torch import Tensor
 from dnsp.checkpoint import way_on
 from dnsp.errors import Echo, PeerFailed, RunError, UsageError
 from dnsp.launch.environment import Environment
+from dnsp.launch.mps import shared_gpu
 from dnsp.parallel.errors import LayoutError, PeerLost, PlanError
 from dnsp.parallel.grid import Grid
+from dnsp.parallel.probe import refusal
 
 JOIN_TIMEOUT = timedelta(minutes=10)  # ranks of a cluster start at different times; preparing data takes a while too
 REFUSALS = (UsageError, LayoutError, PlanError)
@@ -32,6 +36,7 @@ _LOST = re.compile(
     r"|failed to (recv|send|connect)|Application timeout",
 )
 _CLAIM = "failure.txt"
+NOTICE = 3.0  # seconds that the main thread has to notice by itself that a peer is lost
 
 
 def join(environment: Environment) -> None:
@@ -40,7 +45,9 @@ def join(environment: Environment) -> None:
     Raises:
         UsageError: when rank 0 cannot listen on the port, or the ranks do not find each other.
     """
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # NCCL refuses two ranks on a device; gloo carries tensors of a GPU through the host's memory
+    alone_on_gpu = torch.cuda.is_available() and environment.local_world_size <= torch.cuda.device_count()
+    backend = "cpu:gloo,cuda:nccl" if alone_on_gpu else "gloo"
     if environment.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=JOIN_TIMEOUT)
         return
@@ -54,6 +61,37 @@ def join(environment: Environment) -> None:
                 f"rank 0 cannot listen on {where}: the port is in use; give the launcher another (--master_port)"
             ) from None
         raise UsageError(f"rank {environment.rank} cannot reach the others at {where}: {_first_line(error)}") from None
+
+
+@contextmanager
+def room_for(ranks: int) -> Iterator[None]:
+    """Around the start of ranks: where there are more of them than GPUs they run on one at the same time (MPS)."""
+    if not torch.cuda.is_available() or ranks <= torch.cuda.device_count():
+        yield
+        return
+    with shared_gpu() as variables, patch.dict(os.environ, variables):
+        yield
+
+
+def take_device(environment: Environment) -> None:
+    """This rank's GPU becomes the current one, where there are GPUs; ranks share them where there are more ranks."""
+    # a stream that waits for a peer must not share a queue of the GPU with one that works
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "16")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(environment.local_rank % torch.cuda.device_count())
+
+
+def peer_refusal(grid: Grid) -> str | None:
+    """Why states cannot cross ranks through symmetric memory here, the same words everywhere; None where they can."""
+    words = refusal(grid.transport())
+    everyone = from_all(words) if grid.world > 1 else [words]
+    return next((said for said in everyone if said), None)
+
+
+def check_peers() -> None:
+    """Raises PeerLost where a wait on this rank's GPU was in vain; waits for nothing."""
+    if symmetric := sys.modules.get("dnsp.parallel.symmetric"):
+        symmetric.check_all()
 
 
 def leave() -> None:
@@ -113,12 +151,16 @@ class Watch:
         self.stop = False
         self.at_end: Callable[[], None] = lambda: None  # gives the terminal back, whatever happened
         self._handlers: dict[signal.Signals, Any] = {}
+        self._ended = threading.Event()
 
     def __enter__(self) -> Watch:
         self._handlers = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        if not self.alone and torch.cuda.is_available():
+            threading.Thread(target=self._look, daemon=True, name="peers").start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._ended.set()
         self._restore()
         self.at_end()
         if self.alone:
@@ -130,6 +172,21 @@ class Watch:
         if isinstance(error, RuntimeError) and not isinstance(error, RunError) and _LOST.search(str(error)):
             raise self._lost(f"rank {self.rank} lost a peer: {_first_line(error)}") from None
         self._claim(f"rank {self.rank}: {_first_line(error)}")
+
+    def _look(self) -> None:
+        """Ends this rank where a peer is lost and the main thread does not notice: it waits inside a collective."""
+        while not self._ended.wait(0.2):
+            try:
+                check_peers()
+            except PeerLost as lost:
+                if self._ended.wait(NOTICE):
+                    return
+                from dnsp.cli import end_rank  # imports this module
+
+                self.at_end()
+                error = self._lost(str(lost))
+                end_rank(1, str(error), consequence=True, quiet=isinstance(error, Echo))
+                os._exit(1)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.stop and number != signal.SIGUSR1:

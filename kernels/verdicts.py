@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Launches = Mapping[str, "Launch"]
 
-FORMAT = 1  # of the files; another number where a proof asks for more than it did
+FORMAT = 2  # of the files; another number where a proof asks for more than it did
 _log = logging.getLogger(__name__)
 
 

@@ -182,10 +182,10 @@ class Decoder(nn.Module):
         offload = Offload() if self.activation_offloading and torch.is_grad_enabled() and x.is_cuda else None
         for i, layer in enumerate(self._layers()):
             if offload is None or i + 1 == len(self.config.layers):  # the last layer's are wanted back at once
-                x = layer(x, plan, rotary, None if states is None else states[i])
+                x = layer(x, plan.at_layer(i), rotary, None if states is None else states[i])
                 continue
             with offload.saving():
-                x = layer(x, plan, rotary, tape=offload.tape())
+                x = layer(x, plan.at_layer(i), rotary, tape=offload.tape())
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
