@@ -83,7 +83,7 @@ def table(world: dict[str, Any], figures: dict[str, Any], shape: dict[str, Any])
     alone = world["sharing"] == 1
     title = (
         f"{world['ranks']} ranks, {shape['tokens']:,} tokens in all, {shape['heads']}/{shape['key_heads']} heads of "
-        f"{figures['width']}, {figures['backend']}; {'a GPU each' if alone else 'one GPU together'}"
+        f"{figures['width']}, {figures['backend']}; {world['where']}"
     )
     rows = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     for column in ("", "forward, ms", "and backward, ms", "efficiency" if alone else "over one process"):
@@ -157,7 +157,7 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         both = ranks.turns(works, request["steps"])
         ways = [{"name": n, "forward_ms": middle(forward[n]), "both_ms": middle(both[n])} for n in works]
         found.append({"width": width, "backend": backend, "ways": ways})
-    return {"ranks": grid.world, "sharing": ranks.sharing, "widths": found, "notes": notes}
+    return {**ranks.about, "widths": found, "notes": notes}
 
 
 def _backend(request: dict[str, Any], width: int, device: torch.device) -> str:

@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from rich.progress import Progress
 
 from dnsp import watchdog
 from dnsp.errors import UsageError
@@ -45,11 +46,15 @@ class Ranks:
     def turns(self, works: Mapping[str, Work | None], steps: int, repeat: int = 1) -> dict[str, list[float]]:
         """Milliseconds of each work, turn about; None: this rank only waits. Every rank gets the same figures."""
         found: dict[str, list[float]] = {name: [] for name in works}
-        for step in range(-WARM, steps):
-            for name, work in works.items():
-                seconds = self.turn(work, repeat)
-                if step >= 0:
-                    found[name].append(1e3 * seconds / repeat)
+        with Progress(transient=True, disable=not self.first) as bar:
+            line = bar.add_task(f"{self.grid.world} ranks", total=(WARM + steps) * len(works))
+            for step in range(-WARM, steps):
+                for name, work in works.items():
+                    bar.update(line, description=f"{self.grid.world} ranks: {name}")
+                    seconds = self.turn(work, repeat)
+                    bar.advance(line)
+                    if step >= 0:
+                        found[name].append(1e3 * seconds / repeat)
         return found
 
     def turn(self, work: Work | None, repeat: int = 1) -> float:
@@ -78,6 +83,13 @@ class Ranks:
         if self.device.type == "cpu":
             return self.grid.world
         return -(-self.grid.world // torch.cuda.device_count())
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """How many ranks there are, how many of them share a GPU, and that in words."""
+        where = "a GPU each" if self.sharing == 1 else f"{self.sharing} on one GPU"
+        words = "on the CPU" if self.device.type == "cpu" else where
+        return {"ranks": self.grid.world, "sharing": self.sharing, "where": words}
 
     @property
     def multiprocessors(self) -> int:

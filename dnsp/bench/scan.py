@@ -91,7 +91,7 @@ def table(world: dict[str, Any], shape: dict[str, Any]) -> Table:
     alone = world["sharing"] == 1
     title = (
         f"{world['ranks']} ranks, {shape['tokens']:,} tokens in all, {shape['heads']}/{shape['value_heads']} heads of "
-        f"{shape['width']}, bf16, forward + backward; {'a GPU each' if alone else 'one GPU together'}"
+        f"{shape['width']}, bf16, forward + backward; {world['where']}"
     )
     rows = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     columns = ["", "segment", "ms", "efficiency" if alone else "over one", "makespan", "over local", "hop, us"]
@@ -319,7 +319,7 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
             hop_us = next((w["hop_us"] for w in ways if w.get("hop_us")), HOP_US)
             way["makespan_ms"], way["work_ms"] = _replayed(way["layout"], request, ranks, hop_us / 1e3, step)
     beside = [{"name": name, "ms": middle(times[name])} for name in others]
-    return {"ranks": grid.world, "sharing": ranks.sharing, "ways": ways, "notes": notes, "peers": beside, **alone}
+    return {**ranks.about, "ways": ways, "notes": notes, "peers": beside, **alone}
 
 
 def _segments(length: int, request: dict[str, Any], multiprocessors: int) -> list[int]:

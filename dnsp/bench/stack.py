@@ -70,7 +70,7 @@ def table(world: dict[str, Any], config: Config) -> Table:
     alone = world["sharing"] == 1
     title = (
         f"{world['ranks']} ranks, {config.data.sequence_length:,} tokens in all, {', '.join(config.model.layers)} of "
-        f"width {config.model.hidden_size:,}; {'a GPU each' if alone else 'one GPU together'}"
+        f"width {config.model.hidden_size:,}; {world['where']}"
     )
     rows = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     for column in ("", "ms", "efficiency" if alone else "over one process"):
@@ -132,7 +132,7 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         works[f"{kind}, {choices.transport}"] = step(plan)
     times = ranks.turns(works, request["steps"])
     ways = [{"name": name, "ms": middle(times[name])} for name in works]
-    return {"ranks": grid.world, "sharing": ranks.sharing, "ways": ways, "choices": choices.to_dict()}
+    return {**ranks.about, "ways": ways, "choices": choices.to_dict()}
 
 
 def _with(plan: Plan, backend: str) -> Plan:
