@@ -73,11 +73,17 @@ def room_for(ranks: int) -> Iterator[None]:
         yield
 
 
+def queues(ranks: int) -> int:
+    """Queues of the GPU that each of a node's ranks takes: a stream that waits for a peer must not share one with a
+    stream that works. Ranks that share a GPU share them: eight of 16 queues each did not start."""
+    sharing = -(-ranks // max(1, torch.cuda.device_count()))
+    return max(1, min(16, 64 // sharing))
+
+
 def take_device(environment: Environment) -> None:
     """This rank's GPU becomes the current one, where there are GPUs; ranks share them where there are more ranks."""
-    # a stream that waits for a peer must not share a queue of the GPU with one that works
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "16")
     if torch.cuda.is_available():
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(queues(environment.local_world_size)))
         torch.cuda.set_device(environment.local_rank % torch.cuda.device_count())
 
 

@@ -190,7 +190,8 @@ def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
     B, T, HV, _ = x.v.shape
     NC, device, launches = -(-T // CHUNK), x.v.device, proof.require(x)
     if tensors is not None:
-        return Prepared(x, *tensors, NC, launches)
+        A, P, rows, through, bound = tensors
+        return Prepared(x, A, P, rows, through, bound, NC, launches)
     tiles = (B * HV, NC, CHUNK, CHUNK)
     A, P = (torch.empty(tiles, dtype=x.v.dtype, device=device) for _ in range(2))
     N = torch.empty(tiles if x.rule.erase else 0, dtype=torch.float32, device=device)

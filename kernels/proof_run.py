@@ -196,6 +196,7 @@ def _folded(
     M /= K**0.5
     continues = torch.tensor([[True, True], [True, False], [True, True], [False, True]], device=device)
     start, passes = first if has_first else None, continues if documents else None
+    last: Tensor | None
     if dtype == torch.float32:
         states, last = triton_scan.fold(M, U, start, passes, N, reverse)
         mailed = _by_mail(M, U, start, passes, reverse)

@@ -131,7 +131,8 @@ def to_try(signature: Signature | Fold) -> list[str]:
 
 
 def _at_most(how: Launch, **change: Any) -> Launch:
-    return replace(how, **{n: value if value is None else min(getattr(how, n), value) for n, value in change.items()})
+    less: dict[str, Any] = {n: x if x is None else min(getattr(how, n), x) for n, x in change.items()}
+    return replace(how, **less)
 
 
 def folder() -> Path:

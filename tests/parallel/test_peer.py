@@ -27,6 +27,7 @@ from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.halo import causal_conv1d
 from dnsp.parallel.layout import KINDS, Layout
 from dnsp.parallel.plan import Plan, local_plan, make_plan
+from dnsp.watchdog import queues
 from tests.ranks import RankFailure, run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
@@ -54,7 +55,7 @@ def _together() -> Iterator[None]:
 
 def on_gpu(timeout: float = 60.0) -> Grid:
     """A rank's grid, and its GPU."""
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "16")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(queues(int(os.environ["WORLD_SIZE"]))))
     torch.cuda.set_device(int(os.environ["RANK"]) % torch.cuda.device_count())
     return make_grid(timeout=timeout)
 
