@@ -75,8 +75,8 @@ def train(
     environment = find_environment()
     if ranks is not None and environment.launcher != "none":
         raise UsageError(f"--ranks {ranks} under {environment.launcher}; leave it out, the launcher decides")
+    check_ranks(settings, ranks or environment.world_size)
     if ranks is not None and ranks > 1:
-        check_ranks(settings, ranks)
         raise typer.Exit(start_ranks(_without_ranks(sys.argv[1:]), ranks, port))
 
     from dnsp.train import train as run
@@ -184,12 +184,19 @@ def prepare(
 
 
 def check_ranks(config: Config, ranks: int) -> None:
-    """Refuse what can be known to fail before any rank is started."""
+    """Refuse what can be known to fail before the ranks meet: a world that sequence x data does not make, and so on."""
     sequence = config.parallel.sequence or ranks
     if ranks % sequence:
         raise UsageError(
             f"parallel.sequence={sequence} does not divide {ranks} ranks; "
             f"take a multiple of {sequence} ranks or another size"
+        )
+    rows = config.train.micro_batch * (ranks // sequence)
+    if config.train.global_batch % rows:
+        raise UsageError(
+            f"train.global_batch={config.train.global_batch} is not a multiple of "
+            f"train.micro_batch={config.train.micro_batch} times {ranks // sequence} data-parallel ranks "
+            f"({ranks} ranks / parallel.sequence={sequence}): use a multiple of {rows}"
         )
     for span in spans(config):
         Layout(config.parallel.layout, sequence, span.sequence_length)

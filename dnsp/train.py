@@ -31,6 +31,7 @@ from dnsp.model.decoder import Decoder
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
+from dnsp.placement import describe
 from dnsp.schedule import Span, learning_rate, spans
 from dnsp.telemetry import Telemetry, peak_memory
 
@@ -51,6 +52,8 @@ def train(config: Config, environment: Environment, name: str) -> dict[str, Any]
         RunError: what ends the run later: a loss that is not finite, a full disk, a lost rank.
     """
     began = time.monotonic()
+    config = started_again(config, environment)
+    environment = environment.placed(config.parallel.sequence)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores() // environment.local_world_size))
     if torch.cuda.is_available():
@@ -123,6 +126,10 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         f"{accumulation} micro-batches a step, {steps} steps; {folder}"
     )
 
+    for line in describe(watchdog.from_all((environment.node, environment.host)), grid.sequence_size):
+        telemetry.say(line)
+    if environment.restarts:
+        telemetry.say(f"{environment.launcher} has started this run again ({environment.restarts}): from step {start}")
     if "attention" in config.model.layers:
         telemetry.say(f"attention: {choices.attention_backend}" + (f" ({why})" if why else ""))
     if engine.device.type == "cuda":
@@ -191,6 +198,16 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     telemetry.close()
     last = loss if steps > start else None  # nothing was left to train
     return {"run_dir": str(folder), "step": steps, "loss": last, "tokens": tokens, "heldout": figures}
+
+
+def started_again(config: Config, environment: Environment) -> Config:
+    """The configuration of a run that its launcher starts once more: it goes on by itself, from its own newest
+    checkpoint rather than from where its first start began."""
+    if not environment.restarts or config.run.dir is None or config.resume == "auto":
+        return config
+    if config.resume != "none" and not checkpoint.checkpoints(Path(config.run.dir)):
+        return config
+    return config.model_copy(update={"resume": "auto"})
 
 
 def cure(folder: Path) -> str:
