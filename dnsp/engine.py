@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dnsp.config import Config
+from dnsp.deepspeed_options import merged
 from dnsp.model.decoder import Decoder
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.plan import Plan
@@ -78,7 +79,7 @@ class Engine:
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config, accumulation),
+            config=merged(deepspeed_config(config, accumulation), config.engine.deepspeed),
             mpu=grid.mpu(),
             dist_init_required=False,
         )

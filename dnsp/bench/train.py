@@ -5,11 +5,8 @@ Both start from the same weights and see the same tokens, one document a row. A 
 checkpointing as the configuration says. transformers takes fla's kernels where fla is installed. Steps are taken by
 turns; what is reported is the median.
 
-    model FLOPs of a step = 6 N T + sum over attention layers of 6 H D T^2      (rows of T tokens, added up)
-
-with N the parameters in matrix products (a tied embedding once, an untied one not at all), and causal attention counted
-as half of its square, forward and twice that backward. Recomputation, and the delta rule's own products, do not count.
-MFU is that rate over what this device's bf16 matrix products reach, measured in the same run.
+Model FLOPs of a step are those of dnsp/flops.py, one document a row. MFU is that rate over what this device's bf16 matrix
+products reach, measured in the same run.
 
 Activation memory is the peak of allocated memory in a step above parameters, gradients and optimizer state.
 """
@@ -33,8 +30,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dnsp.choices import make_choices
-from dnsp.config import Config, ModelConfig, override_tree, parse_config
+from dnsp.config import Config, override_tree, parse_config
 from dnsp.errors import UsageError
+from dnsp.flops import matmul_ceiling, step_flops
 from dnsp.loss import IGNORE
 from dnsp.model import liger
 from dnsp.model.decoder import Decoder
@@ -45,7 +43,6 @@ from dnsp.parallel.plan import make_plan
 GIB = 2**30
 PACKAGES = ("dnsp", "torch", "triton", "liger-kernel", "transformers", "flash-linear-attention", "causal-conv1d")
 LOSS_TOLERANCE = 1e-2  # |ours - peer's| / peer's, before the first update
-CEILING_WIDTH = 8192  # of the square matrices whose product is the ceiling
 
 # 1.1 billion parameters; every key may be overridden
 SHAPE: dict[str, Any] = {
@@ -239,32 +236,10 @@ def _timed(side: Side, device: torch.device) -> tuple[float, int, float]:
     return seconds, peak, float(loss)
 
 
-def model_flops(config: ModelConfig, parameters: int, rows: int, tokens: int) -> float:
-    """Of a training step, as the head of this file counts them."""
-    if not config.tie_word_embeddings:
-        parameters -= config.vocab_size * config.hidden_size
-    attention = config.layers.count("attention") * 6 * config.num_attention_heads * config.head_dim * tokens**2
-    return float(rows * (6 * parameters * tokens + attention))
-
-
-def matmul_ceiling(device: torch.device) -> float:
-    """FLOP/s of square bf16 matrix products: the best of 20."""
-    a, b = (torch.randn(CEILING_WIDTH, CEILING_WIDTH, device=device, dtype=torch.bfloat16) for _ in range(2))
-    best = float("inf")
-    for _ in range(25):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        a @ b
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end) / 1e3)
-    return 2 * CEILING_WIDTH**3 / best
-
-
 def _report(config: Config, sides: list[Side], missing: str, device: torch.device) -> dict[str, Any]:
     rows, tokens = config.train.micro_batch, config.data.sequence_length
     parameters = sum(p.numel() for p in sides[0].model.parameters())
-    flops = model_flops(config.model, parameters, rows, tokens)
+    flops = step_flops(config.model, parameters, [tokens] * rows)
     ceiling = matmul_ceiling(device) if device.type == "cuda" else None
     figures = [_figures(side, rows * tokens, flops, ceiling) for side in sides]
     report: dict[str, Any] = {
