@@ -149,21 +149,35 @@ def verify_ranks(folder: Path) -> None:
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="With --prove: whose model.")] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="Whether it can run, too.")] = None,
     overrides: Overrides = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Whether deepspeed --hostfile FILE can start CONFIG.")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Of CONFIG; left out, every slot or GPU.")] = None,
+    ssh_port: Annotated[int | None, typer.Option(min=1, max=65535, help="As deepspeed's --ssh_port.")] = None,
     prove: Annotated[bool, typer.Option("--prove", help="Prove the Triton kernels on this GPU, for CONFIG.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """What this machine can and cannot do, with the cure for each."""
+    """What this machine can and cannot do, with the cure for each; whether CONFIG can run on it, or on other hosts."""
+    settings = None if config is None else load_config(config, overrides or [])
     if prove:
         from dnsp.prove import run as prove_kernels
 
-        raise typer.Exit(prove_kernels(None if config is None else load_config(config, overrides or []), json_file))
-    if config is not None:
-        raise UsageError(f"doctor {config}: a configuration goes with --prove; doctor alone looks at the machine")
+        raise typer.Exit(prove_kernels(settings, json_file))
+    if settings is None and (hostfile, ranks) != (None, None):
+        raise UsageError("--hostfile and --ranks go with a configuration: dnsp doctor CONFIG --hostfile FILE")
     from dnsp.doctor import run
 
-    raise typer.Exit(run(json_file))
+    raise typer.Exit(run(json_file, None, settings, hostfile, ranks, ssh_port))
+
+
+@app.command("host-facts", hidden=True)
+def host_facts() -> None:
+    """What doctor --hostfile asks a host over ssh."""
+    from dnsp.hosts import facts
+
+    print(facts())
 
 
 @data_app.command("prepare")

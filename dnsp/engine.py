@@ -22,6 +22,7 @@ from dnsp.deepspeed_options import merged
 from dnsp.model.decoder import Decoder
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.plan import Plan
+from dnsp.parallel.waits import WAITS
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
@@ -83,6 +84,7 @@ class Engine:
             mpu=grid.mpu(),
             dist_init_required=False,
         )
+        self.deepspeed.allreduce_gradients = WAITS.counting(self.deepspeed.allreduce_gradients)
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._make_moments()
         if optimizer_state is not None:

@@ -22,6 +22,8 @@ from dnsp.data.tokenizer import Tokenizer, load_tokenizer
 from dnsp.engine import Engine
 from dnsp.errors import Echo, RunError, UsageError
 from dnsp.evaluate import evaluate, table
+from dnsp.figures import Figures
+from dnsp.flops import document_lengths, step_flops
 from dnsp.generate import generate_text
 from dnsp.kernels.segments import kernels_for_program
 from dnsp.launch.environment import Environment
@@ -34,6 +36,7 @@ from dnsp.parallel.plan import make_plan
 from dnsp.placement import describe
 from dnsp.schedule import Span, learning_rate, spans
 from dnsp.telemetry import Telemetry, peak_memory
+from dnsp.timing import StepClock
 
 
 def train(config: Config, environment: Environment, name: str) -> dict[str, Any]:
@@ -126,7 +129,11 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         f"{accumulation} micro-batches a step, {steps} steps; {folder}"
     )
 
-    for line in describe(watchdog.from_all((environment.node, environment.host)), grid.sequence_size):
+    places = watchdog.from_all((environment.node, environment.host, environment.local_rank))
+    figures_of = Figures(config, grid, engine.device, places)
+    watch.at_end = lambda: (telemetry.stop(), figures_of.stop())[0]
+    clock = StepClock(model, engine.device)
+    for line in [*describe([place[:2] for place in places], grid.sequence_size), *figures_of.about()]:
         telemetry.say(line)
     if environment.restarts:
         telemetry.say(f"{environment.launcher} has started this run again ({environment.restarts}): from step {start}")
@@ -144,15 +151,19 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             telemetry.say(f"context of {stage.sequence_length:,} tokens from step {stage.start + 1}")
         for step in range(max(start, stage.start), stage.stop):
             step_began = time.perf_counter()
+            clock.begin()
             work = data.step(cursor, stage.sequence_length, config.train.global_batch)
             local_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
             for micro in range(accumulation):
+                clock.mark("data")
                 rows, plan = _micro_batch(config, grid, work, micro, stage, choices)
                 tokens_BT, targets_BT = rows.to(engine.device)
                 local_loss += engine.backward(tokens_BT, targets_BT, plan.to(engine.device), work.targets)
                 if micro + 1 < accumulation:
                     engine.advance()
+            clock.mark("communication")
             loss, stopping = agree_on_step(local_loss, work.targets, watch.stop, step + 1, grid, folder)
+            clock.mark("optimizer")
             lr = learning_rate(step, steps, config.train)
             grad_norm = engine.step(lr)
             if not grad_norm < float("inf"):
@@ -160,19 +171,27 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
 
             cursor, done = work.cursor, step + 1
             tokens += stage.sequence_length * config.train.global_batch
-            seconds = time.perf_counter() - step_began
+            phases, seconds = clock.end(), time.perf_counter() - step_began
+            documents = [n for row in work.sequences for n in document_lengths(row.doc_starts, stage.sequence_length)]
+            step_tokens = stage.sequence_length * config.train.global_batch
+            flops = step_flops(config.model, count, documents)
+            more, of_ranks, words = figures_of.step(done, seconds, step_tokens, flops, phases)
+            for line in words:
+                telemetry.say(line)
+            telemetry.ranks(of_ranks)
             telemetry.step(
                 {
                     "step": done,
                     "loss": loss,
                     "grad_norm": grad_norm,
                     "lr": lr,
-                    "tokens_per_s": stage.sequence_length * config.train.global_batch / seconds,
+                    "tokens_per_s": step_tokens / seconds,
                     "tokens": tokens,
                     "sequence_length": stage.sequence_length,
                     "step_s": seconds,
                     "time": time.time(),
                     **peak_memory(engine.device),
+                    **more,
                 }
             )
             if stopping or done == steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
