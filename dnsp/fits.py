@@ -17,6 +17,7 @@ from dnsp.data.mix import open_data
 from dnsp.data.tokenizer import load_tokenizer
 from dnsp.errors import RunError, UsageError
 from dnsp.flops import step_flops
+from dnsp.launch.local import cores
 from dnsp.model.decoder import Decoder
 from dnsp.parallel.errors import LayoutError, PlanError
 from dnsp.schedule import spans
@@ -76,7 +77,7 @@ def _ranks(config: Config, ranks: int, here: bool) -> str:
             f"{ranks} ranks on {torch.cuda.device_count()} GPUs; take as many ranks as GPUs (parallel.sequence, "
             "--ranks), or more hosts (--hostfile)"
         )
-    return f"{ranks // sequence} x {sequence} (data x sequence)"
+    return f"{ranks // sequence} x {sequence} (data x sequence){f', on {cores()} cores' if here and ranks > cores() else ''}"
 
 
 def _settings(config: Config) -> str:
