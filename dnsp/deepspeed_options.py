@@ -64,7 +64,8 @@ def merged(generated: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str
             node = node.setdefault(part, {})
         if node.get(last, value) != value:
             raise UsageError(
-                f"engine.deepspeed.{key}={_yaml(value)} contradicts what dnsp needs there, {_yaml(node[last])}; remove it"
+                f"engine.deepspeed.{key}={_yaml(value)} contradicts what dnsp needs there, {_yaml(node[last])}; "
+                "remove it"
             )
         node[last] = value
     return result

@@ -77,7 +77,8 @@ def _ranks(config: Config, ranks: int, here: bool) -> str:
             f"{ranks} ranks on {torch.cuda.device_count()} GPUs; take as many ranks as GPUs (parallel.sequence, "
             "--ranks), or more hosts (--hostfile)"
         )
-    return f"{ranks // sequence} x {sequence} (data x sequence){f', on {cores()} cores' if here and ranks > cores() else ''}"
+    crowded = f", on {cores()} cores" if here and ranks > cores() else ""
+    return f"{ranks // sequence} x {sequence} (data x sequence){crowded}"
 
 
 def _settings(config: Config) -> str:
@@ -108,8 +109,8 @@ def _memory(config: Config, parameters: int, ranks: int, here: bool) -> Row:
     found += f", {room / GIB:,.1f} GiB {what}"
     if needed < 0.9 * room:
         return "memory", "ok", found, ""
-    cure = "take more ranks with engine.zero_stage=1" if shards == 1 or ranks == 1 else "take more ranks, or a smaller model"
-    return "memory", "missing", found, cure
+    sharded = "take more ranks with engine.zero_stage=1" if shards == 1 else "take more ranks"
+    return "memory", "missing", found, f"{sharded}, or a smaller model"
 
 
 def _folder(config: Config) -> str:

@@ -3,11 +3,11 @@
 A multiplication and an addition are two operations. Forward, for a row of T tokens in documents of L_1, L_2, ... tokens
 (their sum is T):
 
-    matrix products    2 N T                                  N: every parameter but an embedding that is only looked up
-    attention          2 H D sum_i L_i^2     a layer          q k^T and p v, each 2 D a pair of tokens, half of the pairs
-    delta rule         (6 + 1) K V T         a value head     a token reads the state with k, adds to it and reads it with
-                                                              q: 2 K V each; K V for the decay where there is one
-    linear attention   4 K V T               a head           nothing is read with k
+    matrix products    2 N T                                N: all parameters but an embedding that is looked up
+    attention          2 H D sum_i L_i^2     a layer        q k^T and p v, each 2 D a pair of tokens, half the pairs
+    delta rule         (6 + 1) K V T         a value head   a token reads the state with k, adds to it and reads it
+                                                            with q: 2 K V each; K V for the decay where there is one
+    linear attention   4 K V T               a head         nothing is read with k
 
 and twice that backward. This is the work of the recurrence: what a chunked algorithm does beyond it to have matrix
 products, what recomputation does again and what runs over masked pairs is not the model's and does not count. Norms,

@@ -41,7 +41,7 @@ def read_hostfile(path: Path) -> list[Host]:
     """The hosts of a file as deepspeed reads it: ``NAME slots=N`` a line, ``#`` before a comment.
 
     Raises:
-        UsageError: with the line that is wrong; deepspeed itself would train on this machine alone where there is no file.
+        UsageError: with the line that is wrong. Where there is no file deepspeed would train on this machine alone.
     """
     try:
         lines = path.read_text().splitlines()

@@ -104,7 +104,8 @@ class Sampler:
             self._sample()
 
     def _sample(self) -> None:
-        self._latest = {name: value for name, ask in self._asks().items() if (value := self._ask(name, ask)) is not None}
+        answers = {name: self._ask(name, ask) for name, ask in self._asks().items()}
+        self._latest = {name: value for name, value in answers.items() if value is not None}
 
     def _asks(self) -> dict[str, Callable[[], float]]:
         handle = self._handle

@@ -1,7 +1,7 @@
 """Which rank is slower than the others: all of them wait for it.
 
-Ranks of a run end their steps together, so that their step times are equal; what tells them apart is the time of their own
-work, without the waiting for messages, and on GPUs the clock.
+Ranks of a run end their steps together, so that their step times are equal; what tells them apart is the time of their
+own work, without the waiting for messages, and on GPUs the clock.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, median_high, median_low
 
 from dnsp.nvml import throttles
 
@@ -54,10 +54,10 @@ class SlowRanks:
         return lines
 
     def _reasons(self) -> list[str]:
-        work = [median(step[rank].work_s for step in self._window) for rank in range(len(self.names))]
+        work = [median_low(step[rank].work_s for step in self._window) for rank in range(len(self.names))]
         clocks = [
             None if any(step[rank].clock_mhz is None for step in self._window)
-            else median(step[rank].clock_mhz or 0.0 for step in self._window)
+            else median_high(step[rank].clock_mhz or 0.0 for step in self._window)
             for rank in range(len(self.names))
         ]  # fmt: skip
         reasons = []
@@ -69,9 +69,8 @@ class SlowRanks:
             known = [clock for clock in clocks if clock is not None]
             clock = clocks[rank]
             if clock is not None and clock < SLOW_CLOCK * median(known):
-                cause = throttles(self._window[-1][rank].throttle)
-                found.append(
-                    f"its clock is {clock:.0f} MHz, the median is {median(known):.0f} MHz" + (f" ({cause})" if cause else "")
-                )
+                causes = throttles(self._window[-1][rank].throttle)
+                cause = f" ({causes})" if causes else ""
+                found.append(f"its clock is {clock:.0f} MHz, the median is {median(known):.0f} MHz{cause}")
             reasons.append("; ".join(found))
         return reasons

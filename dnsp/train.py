@@ -131,7 +131,12 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
 
     places = watchdog.from_all((environment.node, environment.host, environment.local_rank))
     figures_of = Figures(config, grid, engine.device, places)
-    watch.at_end = lambda: (telemetry.stop(), figures_of.stop())[0]
+
+    def at_end() -> None:
+        telemetry.stop()
+        figures_of.stop()
+
+    watch.at_end = at_end
     clock = StepClock(model, engine.device)
     for line in [*describe([place[:2] for place in places], grid.sequence_size), *figures_of.about()]:
         telemetry.say(line)

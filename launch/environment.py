@@ -145,8 +145,8 @@ def _from_slurm(environ: Mapping[str, str]) -> Environment:
 def placed_rank(node: int, local_rank: int, nodes: int, per_node: int, sequence: int) -> int:
     """The rank of a process such that as many sequence groups as can lie within one node do.
 
-    Sequence groups are ``sequence`` neighbouring ranks. Each node first makes the whole groups that it has room for; what
-    is left over on the nodes makes the groups that span them, in order. Where ``sequence`` divides ``per_node``, or a
+    Sequence groups are ``sequence`` neighbouring ranks. Each node first makes the whole groups that it has room for;
+    what is left over on the nodes makes the groups that span them, in order. Where ``sequence`` divides ``per_node``, or a
     group is larger than a node, that is the launcher's own order; the first process of the first node is rank 0 always.
 
     >>> [placed_rank(node, i, 2, 3, 2) for node in (0, 1) for i in range(3)]

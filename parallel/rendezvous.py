@@ -1,9 +1,9 @@
 """Where the ranks meet under torchrun, in every attempt anew.
 
 torchrun's agent keeps one store for all restarts of its ranks, and with it the addresses that the ranks of the last
-attempt left there: a restarted rank then waits for a process that is gone (pytorch issue 135712). How many restarts there
-were does not help, for agents of different nodes count them differently. So rank 0 opens a store of its own, and says in
-the agent's where it is; what an earlier rank 0 said is known by nobody answering there.
+attempt left there: a restarted rank then waits for a process that is gone (pytorch issue 135712). How many restarts
+there were does not help, for agents of different nodes count them differently. So rank 0 opens a store of its own, and
+says in the agent's where it is; what an earlier rank 0 said is known by nobody answering there.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Both start from the same weights and see the same tokens, one document a row. A 
 checkpointing as the configuration says. transformers takes fla's kernels where fla is installed. Steps are taken by
 turns; what is reported is the median.
 
-Model FLOPs of a step are those of dnsp/flops.py, one document a row. MFU is that rate over what this device's bf16 matrix
-products reach, measured in the same run.
+Model FLOPs of a step are those of dnsp/flops.py, one document a row. MFU is that rate over what this device's bf16
+matrix products reach, measured in the same run.
 
 Activation memory is the peak of allocated memory in a step above parameters, gradients and optimizer state.
 """

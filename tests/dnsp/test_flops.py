@@ -56,7 +56,7 @@ def products(model: Decoder, tokens: int, backward: bool) -> int:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("backward", [False, True])
 def test_products_and_attention(tied: bool, backward: bool) -> None:
-    """c(T) = a T + b T^2: a is the products', b the attention's, twice, for the plain backend computes the masked half."""
+    """c(T) = a T + b T^2: a is the products', b the attention's, twice, for the plain backend has the masked half."""
     config, model, parameters = model_of(pattern=["attention"], tie_word_embeddings=tied)
     formula = step_flops if backward else forward_flops
     T = 256

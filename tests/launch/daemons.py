@@ -1,7 +1,7 @@
 """Real daemons for the launchers' tests, on this host and on free ports: an sshd, and Slurm's controller and two nodes.
 
-They run as whoever runs the tests, from files in a folder of the tests, and end with them; a system's own sshd and Slurm
-are not touched.
+They run as whoever runs the tests, from files in a folder of the tests, and end with them; a system's own sshd and
+Slurm are not touched.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Ssh:
 
 
 class Slurm:
-    """munged, slurmctld and two slurmd with four cores and two GPUs each, as they say: the GPUs are /dev/null and /dev/zero.
+    """munged, slurmctld and two slurmd with four cores and two GPUs each, as they say: /dev/null and /dev/zero.
 
     Partition ``low`` is the default, and ``high`` preempts its jobs, which get their ``--signal`` and 60 s.
     """

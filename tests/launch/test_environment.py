@@ -88,7 +88,8 @@ def test_where_the_ranks_are_is_said() -> None:
         "  a (node 0): ranks 0-2, sequence groups 0-1 (1 with other nodes)",
         "  a (node 1): ranks 3-5, sequence groups 1-2 (1 with other nodes)",
     ]
-    assert describe([(0, "a"), (1, "b")], 1)[0] == "placement: 2 ranks on 2 nodes, 2 sequence groups of 1, all inside a node"
+    alone = describe([(0, "a"), (1, "b")], 1)
+    assert alone[0] == "placement: 2 ranks on 2 nodes, 2 sequence groups of 1, all inside a node"
     many = describe([(node, f"n{node}") for node in range(40) for _ in range(8)], 8)
     assert len(many) == 18 and many[-1] == "  and 24 more nodes"
     assert describe([(0, "a")], 1) == ["placement: one rank on a"]

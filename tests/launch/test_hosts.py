@@ -27,7 +27,9 @@ SLIPS = [
 
 
 @pytest.mark.parametrize(("text", "said"), SLIPS)
-def test_slips_in_the_file(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], text: str, said: str) -> None:
+def test_slips_in_the_file(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
     (tmp_path / "hosts").write_text(text)
     assert main(["doctor", str(folder / "tiny.yaml"), "--hostfile", str(tmp_path / "hosts")]) == 2
     output = capsys.readouterr()

@@ -77,10 +77,8 @@ def test_a_job_makes_way_and_resumes_by_itself(
     wait_for(lambda: steps() >= 3, said)
     assert slurm.job(job)["JobState"] == "RUNNING"
     # a job of the other partition wants the nodes
-    other = slurm.call(
-        *("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"),
-        check=True,
-    ).strip()
+    wanted = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    other = slurm.call("sbatch", "--parsable", *wanted, check=True).strip()
     wait_for(lambda: slurm.job(other)["JobState"] == "COMPLETED", said)
     preempted = newest()
     assert preempted >= 3, said()
