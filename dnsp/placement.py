@@ -22,9 +22,10 @@ def describe(nodes: Sequence[tuple[int, str]], sequence: int) -> list[str]:
         ranks.setdefault(node, []).append(rank)
     groups = [set(nodes[first : first + sequence]) for first in range(0, len(nodes), sequence)]
     inside = sum(len(where) == 1 for where in groups)
+    most = "all" if inside == len(groups) else inside
     lines = [
         f"placement: {_many(len(nodes), 'rank')} on {_many(len(ranks), 'node')}, "
-        f"{_many(len(groups), 'sequence group')} of {sequence}, {'all' if inside == len(groups) else inside} inside a node"
+        f"{_many(len(groups), 'sequence group')} of {sequence}, {most} inside a node"
     ]
     for node, mine in list(ranks.items())[:SHOWN]:
         touched = sorted({rank // sequence for rank in mine})

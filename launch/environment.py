@@ -146,8 +146,8 @@ def placed_rank(node: int, local_rank: int, nodes: int, per_node: int, sequence:
     """The rank of a process such that as many sequence groups as can lie within one node do.
 
     Sequence groups are ``sequence`` neighbouring ranks. Each node first makes the whole groups that it has room for;
-    what is left over on the nodes makes the groups that span them, in order. Where ``sequence`` divides ``per_node``, or a
-    group is larger than a node, that is the launcher's own order; the first process of the first node is rank 0 always.
+    what is left over on the nodes makes the groups that span them, in order. Where ``sequence`` divides ``per_node``,
+    or a group is larger than a node, that is the launcher's own order. Rank 0 is the first process of the first node.
 
     >>> [placed_rank(node, i, 2, 3, 2) for node in (0, 1) for i in range(3)]
     [0, 1, 4, 2, 3, 5]
