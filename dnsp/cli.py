@@ -81,7 +81,7 @@ def train(
 
     from dnsp.train import train as run
 
-    figures = run(settings, environment, name=config.stem)
+    figures = run(started_again(settings, environment.restarts), environment, name=config.stem)
     if json_file is not None and environment.rank == 0:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
 
@@ -195,6 +195,16 @@ def prepare(
     made = done.metadata
     empty = f" ({done.empty_documents:,} empty ones left out)" if done.empty_documents else ""
     print(f"{done.prefix}: {made.documents:,} documents{empty}, {made.tokens:,} tokens, {done.seconds:.1f} s")
+
+
+def started_again(config: Config, restarts: int) -> Config:
+    """The configuration of a run that its launcher has started before: it goes on by itself, from its own newest
+    checkpoint rather than from where its first start began."""
+    if not restarts or config.run.dir is None:
+        return config
+    if config.resume != "none" and not any(Path(config.run.dir, "checkpoints").glob("step-*")):
+        return config
+    return config.model_copy(update={"resume": "auto"})
 
 
 def check_ranks(config: Config, ranks: int) -> None:

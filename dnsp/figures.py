@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from dnsp.config import Config
-from dnsp.flops import matmul_ceiling
+from dnsp.data.mix import Step
+from dnsp.flops import document_lengths, matmul_ceiling, step_flops
 from dnsp.nvml import Sampler, throttles
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.waits import gather_rows
+from dnsp.placement import describe
 from dnsp.slow import Sample, SlowRanks
-from dnsp.timing import PHASES
+from dnsp.timing import PHASES, StepClock
+
+if TYPE_CHECKING:
+    from dnsp.telemetry import Telemetry
 
 # of each rank in each step, in this order; not a number where it is not known
 GPU = (
@@ -35,22 +41,37 @@ class Figures:
 
     Args:
         config, grid, device: of the run, this rank's.
-        nodes: of each rank, its node's number and name and its local rank.
+        model: whose forward pass is timed.
+        places: of each rank, its node's number and name and its local rank.
+        telemetry: of the run; where the ranks are, and what can be measured, is said at once.
     """
 
-    def __init__(self, config: Config, grid: Grid, device: torch.device, nodes: Sequence[tuple[int, str, int]]) -> None:
-        self.grid, self.device = grid, device
+    def __init__(
+        self,
+        config: Config,
+        grid: Grid,
+        model: nn.Module,
+        device: torch.device,
+        places: Sequence[tuple[int, str, int]],
+        telemetry: Telemetry,
+    ) -> None:
+        self.config, self.grid, self.device, self.telemetry = config.model, grid, device, telemetry
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.clock = StepClock(model, device)
+        self.begin, self.mark, self.end = self.clock.begin, self.clock.mark, self.clock.end
         self.sampler = Sampler(device).start()
         # what this device's matrix products reach, measured once
         self.ceiling = matmul_ceiling(device) if device.type == "cuda" else None
-        self.names = [f"{host}, {'GPU' if device.type == 'cuda' else 'local rank'} {local}" for _, host, local in nodes]
+        what = "GPU" if device.type == "cuda" else "local rank"
+        self.names = [f"{host}, {what} {local}" for _, host, local in places]
         # under a contiguous layout causal attention is more work in the later ranks of a sequence group
         uneven = config.parallel.layout == "contiguous" and "attention" in config.model.layers
         self.slow = SlowRanks(self.names, [rank % grid.sequence_size if uneven else 0 for rank in range(grid.world)])
         self._faults: list[tuple[float, float]] | None = None
+        for line in [*describe([place[:2] for place in places], grid.sequence_size), *self._about()]:
+            telemetry.say(line)
 
-    def about(self) -> list[str]:
-        """What a run says of its telemetry at its start."""
+    def _about(self) -> list[str]:
         if self.sampler.absent:
             return [f"no figures of GPUs: {self.sampler.absent}"]
         lines = [f"matrix products reach {(self.ceiling or 0.0) / 1e12:,.0f} TFLOP/s here, what MFU is of"]
@@ -58,17 +79,17 @@ class Figures:
             lines.append(f"the GPU does not report {', '.join(self.sampler.unsupported)}")
         return lines
 
-    def step(
-        self, step: int, seconds: float, tokens: int, flops: float, phases: dict[str, float]
-    ) -> tuple[dict[str, float], dict[str, Any], list[str]]:
-        """After a step of ``seconds`` over ``tokens`` that asked for ``flops``; every rank calls it.
+    def step(self, step: int, seconds: float, work: Step, phases: dict[str, float]) -> dict[str, float]:
+        """After a step of ``seconds`` over the sequences of ``work``; ``phases`` as :meth:`end` gave them.
 
-        Returns:
-            figures of the step, every one finite; of each rank (name to a list, None where not known); lines to say.
+        Every rank calls it. What each rank measured is written, what is wrong with one is said. Returns the step's
+        figures, every one finite.
         """
+        documents = [n for row in work.sequences for n in document_lengths(row.doc_starts, row.length)]
+        tokens, flops = sum(documents), step_flops(self.config, self.parameters, documents)
         sampled = self.sampler.latest()
-        work = phases["data"] + phases["forward"] + phases["backward"]
-        row = [work, *(phases[phase] for phase in PHASES), *(sampled.get(name, math.nan) for name in GPU)]
+        own = phases["data"] + phases["forward"] + phases["backward"]
+        row = [own, *(phases[phase] for phase in PHASES), *(sampled.get(name, math.nan) for name in GPU)]
         rows = gather_rows(row, self.grid.everyone)
         ranks = {name: [_known(row[n]) for row in rows] for n, name in enumerate(RANK)}
         ranks = {name: values for name, values in ranks.items() if any(value is not None for value in values)}
@@ -81,11 +102,20 @@ class Figures:
         }
         if self.ceiling is not None:
             figures["mfu"] = flops / seconds / world / self.ceiling
-        figures |= _summary(ranks)
-        return figures, {"step": step, **ranks}, [*self.slow.update(step, _samples(ranks)), *self._new_faults(ranks)]
+        self.telemetry.ranks({"step": step, **ranks})
+        for line in [*self.slow.update(step, _samples(ranks)), *self._new_faults(ranks)]:
+            self.telemetry.say(line)
+        return figures | _summary(ranks) | self._peak()
 
     def stop(self) -> None:
+        """End what goes on beside the run, its progress line too."""
+        self.telemetry.stop()
         self.sampler.stop()
+
+    def _peak(self) -> dict[str, float]:
+        """The most that tensors have taken on a GPU so far, GiB; nothing of a CPU."""
+        cuda = self.device.type == "cuda"
+        return {"peak_gib": torch.cuda.max_memory_allocated(self.device) / 2**30} if cuda else {}
 
     def _new_faults(self, ranks: dict[str, list[float | None]]) -> list[str]:
         """Xid and uncorrected memory errors that were not there a step ago."""

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -120,11 +119,6 @@ class Telemetry:
             with _written(self.folder):
                 self.file.close()
                 self.board.close()
-
-
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """The most that tensors have taken on a GPU so far, GiB; nothing of a CPU."""
-    return {"peak_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
 
 
 @contextmanager

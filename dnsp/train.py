@@ -23,8 +23,7 @@ from dnsp.engine import Engine
 from dnsp.errors import Echo, RunError, UsageError
 from dnsp.evaluate import evaluate, table
 from dnsp.figures import Figures
-from dnsp.flops import document_lengths, step_flops
-from dnsp.generate import generate_text
+from dnsp.generate import sample_text
 from dnsp.kernels.segments import kernels_for_program
 from dnsp.launch.environment import Environment
 from dnsp.launch.local import cores
@@ -33,10 +32,8 @@ from dnsp.model.decoder import Decoder
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
-from dnsp.placement import describe
 from dnsp.schedule import Span, learning_rate, spans
-from dnsp.telemetry import Telemetry, peak_memory
-from dnsp.timing import StepClock
+from dnsp.telemetry import Telemetry
 
 
 def train(config: Config, environment: Environment, name: str) -> dict[str, Any]:
@@ -55,7 +52,6 @@ def train(config: Config, environment: Environment, name: str) -> dict[str, Any]
         RunError: what ends the run later: a loss that is not finite, a full disk, a lost rank.
     """
     began = time.monotonic()
-    config = started_again(config, environment)
     environment = environment.placed(config.parallel.sequence)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores() // environment.local_world_size))
@@ -130,23 +126,14 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     )
 
     places = watchdog.from_all((environment.node, environment.host, environment.local_rank))
-    figures_of = Figures(config, grid, engine.device, places)
-
-    def at_end() -> None:
-        telemetry.stop()
-        figures_of.stop()
-
-    watch.at_end = at_end
-    clock = StepClock(model, engine.device)
-    for line in [*describe([place[:2] for place in places], grid.sequence_size), *figures_of.about()]:
-        telemetry.say(line)
+    meter = Figures(config, grid, model, engine.device, places, telemetry)
+    watch.at_end = meter.stop
     if environment.restarts:
         telemetry.say(f"{environment.launcher} has started this run again ({environment.restarts}): from step {start}")
     if "attention" in config.model.layers:
         telemetry.say(f"attention: {choices.attention_backend}" + (f" ({why})" if why else ""))
     if engine.device.type == "cuda":
         telemetry.say(f"norms, SwiGLU, rotary positions, cross entropy: {liger.described()}")
-
     for path in aside:
         telemetry.say(f"this run goes on from step {start}: a later checkpoint of the folder is now {path.name}")
 
@@ -156,19 +143,19 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             telemetry.say(f"context of {stage.sequence_length:,} tokens from step {stage.start + 1}")
         for step in range(max(start, stage.start), stage.stop):
             step_began = time.perf_counter()
-            clock.begin()
+            meter.begin()
             work = data.step(cursor, stage.sequence_length, config.train.global_batch)
             local_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
             for micro in range(accumulation):
-                clock.mark("data")
+                meter.mark("data")
                 rows, plan = _micro_batch(config, grid, work, micro, stage, choices)
                 tokens_BT, targets_BT = rows.to(engine.device)
                 local_loss += engine.backward(tokens_BT, targets_BT, plan.to(engine.device), work.targets)
                 if micro + 1 < accumulation:
                     engine.advance()
-            clock.mark("communication")
+            meter.mark("communication")
             loss, stopping = agree_on_step(local_loss, work.targets, watch.stop, step + 1, grid, folder)
-            clock.mark("optimizer")
+            meter.mark("optimizer")
             lr = learning_rate(step, steps, config.train)
             grad_norm = engine.step(lr)
             if not grad_norm < float("inf"):
@@ -176,27 +163,19 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
 
             cursor, done = work.cursor, step + 1
             tokens += stage.sequence_length * config.train.global_batch
-            phases, seconds = clock.end(), time.perf_counter() - step_began
-            documents = [n for row in work.sequences for n in document_lengths(row.doc_starts, stage.sequence_length)]
-            step_tokens = stage.sequence_length * config.train.global_batch
-            flops = step_flops(config.model, count, documents)
-            more, of_ranks, words = figures_of.step(done, seconds, step_tokens, flops, phases)
-            for line in words:
-                telemetry.say(line)
-            telemetry.ranks(of_ranks)
+            phases, seconds = meter.end(), time.perf_counter() - step_began
             telemetry.step(
                 {
                     "step": done,
                     "loss": loss,
                     "grad_norm": grad_norm,
                     "lr": lr,
-                    "tokens_per_s": step_tokens / seconds,
+                    "tokens_per_s": stage.sequence_length * config.train.global_batch / seconds,
                     "tokens": tokens,
                     "sequence_length": stage.sequence_length,
                     "step_s": seconds,
                     "time": time.time(),
-                    **peak_memory(engine.device),
-                    **more,
+                    **meter.step(done, seconds, work, phases),
                 }
             )
             if stopping or done == steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
@@ -216,22 +195,12 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         telemetry.stop()
         telemetry.console.print(table(figures))
         if config.generate.tokens:
-            telemetry.console.print(sample(model, tokenizer, config), markup=False, style="cyan")
+            telemetry.console.print(sample_text(model, tokenizer, config.generate), markup=False, style="cyan")
         telemetry.say(f"held-out bits per byte {figures['bits_per_byte']:.3f} after {time.monotonic() - began:.0f} s")
         telemetry.say(f"run folder: {folder}")
     telemetry.close()
     last = loss if steps > start else None  # nothing was left to train
     return {"run_dir": str(folder), "step": steps, "loss": last, "tokens": tokens, "heldout": figures}
-
-
-def started_again(config: Config, environment: Environment) -> Config:
-    """The configuration of a run that its launcher starts once more: it goes on by itself, from its own newest
-    checkpoint rather than from where its first start began."""
-    if not environment.restarts or config.run.dir is None or config.resume == "auto":
-        return config
-    if config.resume != "none" and not checkpoint.checkpoints(Path(config.run.dir)):
-        return config
-    return config.model_copy(update={"resume": "auto"})
 
 
 def cure(folder: Path) -> str:
@@ -429,11 +398,3 @@ def save(
         }
         checkpoint.save(folder, step, tensors, state, config.checkpoint.keep)
     watchdog.wait_for_first()
-
-
-def sample(model: Decoder, tokenizer: Tokenizer, config: Config) -> str:
-    """Text by the recurrent decoder."""
-    settings = config.generate
-    model.eval()
-    pieces = generate_text(model, tokenizer, settings.prompt, settings.tokens, temperature=settings.temperature)
-    return settings.prompt + "".join(pieces)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -152,7 +153,12 @@ def test_faults_of_a_gpu_are_said(workplace: Path, monkeypatch: pytest.MonkeyPat
     from dnsp.config import load_config
 
     config = load_config(workplace / "tiny.yaml")
-    of = Figures(config, Grid(2, 0, 2), torch.device("cpu"), [(0, "a", 0), (1, "b", 0)])
+    said: list[str] = []
+    telemetry: Any = SimpleNamespace(say=said.append, ranks=lambda record: None)
+    places = [(0, "a", 0), (1, "b", 0)]
+    of = Figures(config, Grid(2, 0, 2), Sleeper(), torch.device("cpu"), places, telemetry)
+    work: Any = SimpleNamespace(sequences=[SimpleNamespace(doc_starts=[0], length=512)])
+    assert said[0] == "placement: 2 ranks on 2 nodes, 1 sequence group of 2, 0 inside a node"
     values = dict.fromkeys(GPU, 0.0) | {"power_w": 400.0, "sm_clock_mhz": 1980.0, "ecc_uncorrected": 2.0}
     rows: list[list[float]] = []
     monkeypatch.setattr(figures, "gather_rows", lambda row, group: rows)
@@ -160,8 +166,8 @@ def test_faults_of_a_gpu_are_said(workplace: Path, monkeypatch: pytest.MonkeyPat
     def step(number: int, **second: float) -> tuple[dict[str, float], list[str]]:
         head = [1.0, 0.0, 0.3, 0.6, 0.05, 0.05]
         rows[:] = [[*head, *values.values()], [*head, *(values | second).values()]]
-        record, _, lines = of.step(number, 1.0, 512, 1e12, dict.fromkeys(PHASES, 0.2))
-        return record, lines
+        said.clear()
+        return of.step(number, 1.0, work, dict.fromkeys(PHASES, 0.2)), list(said)
 
     record, lines = step(1)
     assert lines == []  # errors from before the run are not its own
