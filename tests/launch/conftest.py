@@ -63,7 +63,7 @@ def environ() -> dict[str, str]:
 def launched(folder: Path, environ: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a command in the folder."""
 
-    def run(*command: str, timeout: float = 100, **more: str) -> subprocess.CompletedProcess[str]:
+    def run(*command: str, timeout: float = 200, **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command, cwd=folder, env={**environ, **more}, capture_output=True, text=True, timeout=timeout
         )
@@ -100,7 +100,7 @@ def losses() -> Callable[[Path], list[float]]:
 def wait_for() -> Callable[..., None]:
     """Waits until ``true()`` is; fails with ``what()``."""
 
-    def wait(true: Callable[[], Any], what: Callable[[], str], timeout: float = 90) -> None:
+    def wait(true: Callable[[], Any], what: Callable[[], str], timeout: float = 180) -> None:
         deadline = time.monotonic() + timeout
         while not true():
             assert time.monotonic() < deadline, what()

@@ -23,6 +23,7 @@ WholeLosses = Callable[[int], list[float]]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_torchrun(folder: Path, launched: Launched) -> None:
     torchrun = (str(SCRIPTS / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "dnsp")
     done = launched(*torchrun, "train", "tiny.yaml", "run.dir=torchrun")
@@ -36,7 +37,7 @@ def test_torchrun(folder: Path, launched: Launched) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_torchrun_starts_two_nodes_again(
     folder: Path,
     environ: dict[str, str],
@@ -86,6 +87,7 @@ def test_torchrun_starts_two_nodes_again(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_deepspeed(folder: Path, launched: Launched, losses: Losses, whole_losses: WholeLosses) -> None:
     deepspeed = (str(SCRIPTS / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()))
     done = launched(*deepspeed, "--module", "dnsp", "train", "tiny.yaml", "run.dir=deepspeed")
@@ -95,7 +97,7 @@ def test_deepspeed(folder: Path, launched: Launched, losses: Losses, whole_losse
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_deepspeed_over_ssh(
     folder: Path,
     environ: dict[str, str],
@@ -114,7 +116,7 @@ def test_deepspeed_over_ssh(
     assert done.returncode == 0, done.stdout + done.stderr
     deepspeed = (str(SCRIPTS / "deepspeed"), "--hostfile", "hostfile", "--master_port", str(free_port()))
     deepspeed = (*deepspeed, "--master_addr", HOSTS[0])
-    done = launched(*deepspeed, "--module", "dnsp", "train", "tiny.yaml", "run.dir=hosts", timeout=200, PATH=path)
+    done = launched(*deepspeed, "--module", "dnsp", "train", "tiny.yaml", "run.dir=hosts", PATH=path)
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stdout.count("run folder: hosts") == 1
     assert "placement: 2 ranks on 2 nodes, 1 sequence group of 2, 0 inside a node" in done.stdout
@@ -122,6 +124,7 @@ def test_deepspeed_over_ssh(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_master_port_in_use(launched: Launched) -> None:
     """Rank 0 of a launcher that does not look: it says so, and the others do not wait for it."""
     import socket
@@ -137,6 +140,7 @@ def test_a_master_port_in_use(launched: Launched) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_world_that_does_not_fit(launched: Launched) -> None:
     """Refused by every rank before it looks for the others, said once a node."""
     torchrun = (str(SCRIPTS / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "dnsp")

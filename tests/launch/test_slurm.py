@@ -26,7 +26,7 @@ sys.stdout.write(said + "\\n")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_srun_tells_each_task_its_place(slurm: Slurm) -> None:
     """Ranks of a node are neighbours, however tasks are dealt out; the master is found where no resolver knows it."""
     for options, local_ranks in (
@@ -47,7 +47,7 @@ def test_srun_tells_each_task_its_place(slurm: Slurm) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_job_makes_way_and_resumes_by_itself(
     slurm: Slurm,
     folder: Path,
@@ -89,7 +89,7 @@ def test_a_job_makes_way_and_resumes_by_itself(
     began = time.strptime(slurm.job(job)["StartTime"], "%Y-%m-%dT%H:%M:%S")
     minutes = math.ceil((time.time() - time.mktime(began)) / 60) + 1
     slurm.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}", check=True)
-    wait_for(lambda: slurm.job(job).get("Restarts") == "2", said, timeout=100)
+    wait_for(lambda: slurm.job(job).get("Restarts") == "2", said)
     timed_out = newest()
     assert timed_out > preempted, said()
     slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=10", check=True)
@@ -112,7 +112,7 @@ def test_a_job_makes_way_and_resumes_by_itself(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_job_that_is_done_or_refused_ends(slurm: Slurm, folder: Path, wait_for: Callable[..., Any]) -> None:
     """Exit status of the ranks is the job's; a refusal is read in its output."""
     options = ("--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--wait")
@@ -122,6 +122,6 @@ def test_a_job_that_is_done_or_refused_ends(slurm: Slurm, folder: Path, wait_for
     ):
         out = folder / f"{state}.log"
         script = (str(ROOT / "launch" / "slurm.sbatch"), "tiny.yaml", *overrides)
-        job = slurm.call("sbatch", *options, f"--output={out}", f"--chdir={folder}", *script, timeout=100).strip()
+        job = slurm.call("sbatch", *options, f"--output={out}", f"--chdir={folder}", *script, timeout=200).strip()
         assert slurm.job(job)["JobState"] == state, out.read_text()
         assert line in out.read_text()
