@@ -91,13 +91,13 @@ def train(
     environment = find_environment()
     if ranks is not None and environment.launcher != "none":
         raise UsageError(f"--ranks {ranks} under {environment.launcher}; leave it out, the launcher decides")
+    check_ranks(settings, ranks or environment.world_size)
     if ranks is not None and ranks > 1:
-        check_ranks(settings, ranks)
         raise typer.Exit(start_ranks(_without_ranks(sys.argv[1:]), ranks, port))
 
     from dnsp.train import train as run
 
-    figures = run(settings, environment, name=config.stem)
+    figures = run(started_again(settings, environment.restarts), environment, name=config.stem)
     if json_file is not None and environment.rank == 0:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
 
@@ -165,21 +165,35 @@ def verify_ranks(folder: Path) -> None:
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="With --prove: whose model.")] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="Whether it can run, too.")] = None,
     overrides: Overrides = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Whether deepspeed --hostfile FILE can start CONFIG.")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Of CONFIG; left out, every slot or GPU.")] = None,
+    ssh_port: Annotated[int | None, typer.Option(min=1, max=65535, help="As deepspeed's --ssh_port.")] = None,
     prove: Annotated[bool, typer.Option("--prove", help="Prove the Triton kernels on this GPU, for CONFIG.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """What this machine can and cannot do, with the cure for each."""
+    """What this machine can and cannot do, with the cure for each; whether CONFIG can run on it, or on other hosts."""
+    settings = None if config is None else load_config(config, overrides or [])
     if prove:
         from dnsp.prove import run as prove_kernels
 
-        raise typer.Exit(prove_kernels(None if config is None else load_config(config, overrides or []), json_file))
-    if config is not None:
-        raise UsageError(f"doctor {config}: a configuration goes with --prove; doctor alone looks at the machine")
+        raise typer.Exit(prove_kernels(settings, json_file))
+    if settings is None and (hostfile, ranks) != (None, None):
+        raise UsageError("--hostfile and --ranks go with a configuration: dnsp doctor CONFIG --hostfile FILE")
     from dnsp.doctor import run
 
-    raise typer.Exit(run(json_file))
+    raise typer.Exit(run(json_file, None, settings, hostfile, ranks, ssh_port))
+
+
+@app.command("host-facts", hidden=True)
+def host_facts() -> None:
+    """What doctor --hostfile asks a host over ssh."""
+    from dnsp.hosts import facts
+
+    print(facts())
 
 
 Layouts = Annotated[str, typer.Option(help="Any of contiguous,zigzag.")]
@@ -354,13 +368,30 @@ def bench_train(
     raise typer.Exit(status)
 
 
+def started_again(config: Config, restarts: int) -> Config:
+    """The configuration of a run that its launcher has started before: it goes on by itself, from its own newest
+    checkpoint rather than from where its first start began."""
+    if not restarts or config.run.dir is None:
+        return config
+    if config.resume != "none" and not any(Path(config.run.dir, "checkpoints").glob("step-*")):
+        return config
+    return config.model_copy(update={"resume": "auto"})
+
+
 def check_ranks(config: Config, ranks: int) -> None:
-    """Refuse what can be known to fail before any rank is started."""
+    """Refuse what can be known to fail before the ranks meet: a world that sequence x data does not make, and so on."""
     sequence = config.parallel.sequence or ranks
     if ranks % sequence:
         raise UsageError(
             f"parallel.sequence={sequence} does not divide {ranks} ranks; "
             f"take a multiple of {sequence} ranks or another size"
+        )
+    rows = config.train.micro_batch * (ranks // sequence)
+    if config.train.global_batch % rows:
+        raise UsageError(
+            f"train.global_batch={config.train.global_batch} is not a multiple of "
+            f"train.micro_batch={config.train.micro_batch} times {ranks // sequence} data-parallel ranks "
+            f"({ranks} ranks / parallel.sequence={sequence}): use a multiple of {rows}"
         )
     for span in spans(config):
         Layout(config.parallel.layout, sequence, span.sequence_length)

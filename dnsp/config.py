@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dnsp.deepspeed_options import contradiction
 from dnsp.errors import UsageError
 
 
@@ -161,6 +162,7 @@ class EngineConfig(Section):
     activation_offloading: bool = False  # what checkpointing keeps waits in the host's memory
     mlp_tile: int = Field(8192, ge=0)  # local tokens that are in a feed-forward at once; 0: all
     deterministic: bool = False  # attention repeats its bits
+    deepspeed: dict[str, Any] = Field(default_factory=dict)  # DeepSpeed's own options, nested as in its JSON
 
     @model_validator(mode="after")
     def _offloading_needs_checkpoints(self) -> EngineConfig:
@@ -233,6 +235,21 @@ class Config(Section):
     generate: GenerateConfig = GenerateConfig()
     resume: str = "none"  # none | auto | a checkpoint folder
     init_from: str | None = None  # run:PATH
+
+    @model_validator(mode="after")
+    def _deepspeed_agrees(self) -> Config:
+        ours = {
+            "train_batch_size": ("train.global_batch", self.train.global_batch),
+            "train_micro_batch_size_per_gpu": ("train.micro_batch", self.train.micro_batch),
+            "gradient_clipping": ("train.clip", self.train.clip),
+            "zero_optimization.stage": ("engine.zero_stage", self.engine.zero_stage),
+            # products run in engine.dtype by autocast; parameters and sums stay fp32
+            "bf16.enabled": (f"engine.dtype={self.engine.dtype} (by autocast)", False),
+            "fp16.enabled": (f"engine.dtype={self.engine.dtype} (by autocast)", False),
+        }
+        if why := contradiction(self.engine.deepspeed, ours):
+            raise ValueError(why)
+        return self
 
 
 # Reading: YAML, then overrides, then validation; every refusal is one or two lines.

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from dnsp.config import Config
+from dnsp.deepspeed_options import merged
 from dnsp.model.decoder import Decoder
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.plan import Plan
+from dnsp.parallel.waits import WAITS
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
@@ -79,12 +81,13 @@ class Engine:
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config, accumulation),
+            config=merged(deepspeed_config(config, accumulation), config.engine.deepspeed),
             mpu=grid.mpu(),
             dist_init_required=False,
             # ranks that share a GPU have another number on their node than their device has
             args=SimpleNamespace(device_rank=self.device.index) if self.device.type == "cuda" else None,
         )
+        self.deepspeed.allreduce_gradients = WAITS.counting(self.deepspeed.allreduce_gradients)
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._make_moments()
         if optimizer_state is not None:

@@ -22,7 +22,8 @@ from dnsp.data.tokenizer import Tokenizer, load_tokenizer
 from dnsp.engine import Engine
 from dnsp.errors import Echo, RunError, UsageError
 from dnsp.evaluate import evaluate, table
-from dnsp.generate import generate_text
+from dnsp.figures import Figures
+from dnsp.generate import sample_text
 from dnsp.kernels.segments import kernels_for_program
 from dnsp.launch.environment import Environment
 from dnsp.launch.local import cores
@@ -32,7 +33,7 @@ from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
 from dnsp.schedule import Span, learning_rate, spans
-from dnsp.telemetry import Telemetry, peak_memory
+from dnsp.telemetry import Telemetry
 
 
 def train(config: Config, environment: Environment, name: str) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def train(config: Config, environment: Environment, name: str) -> dict[str, Any]
         RunError: what ends the run later: a loss that is not finite, a full disk, a lost rank.
     """
     began = time.monotonic()
+    environment = environment.placed(config.parallel.sequence)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores() // environment.local_world_size))
     watchdog.take_device(environment)
@@ -123,6 +125,12 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         f"{count:,} parameters, {grid.data_size} x {grid.sequence_size} ranks (data x sequence), "
         f"{accumulation} micro-batches a step, {steps} steps; {folder}"
     )
+
+    places = watchdog.from_all((environment.node, environment.host, environment.local_rank))
+    meter = Figures(config, grid, model, engine.device, places, telemetry)
+    watch.at_end = meter.stop
+    if environment.restarts:
+        telemetry.say(f"{environment.launcher} has started this run again ({environment.restarts}): from step {start}")
     if "attention" in config.model.layers:
         telemetry.say(f"attention: {choices.attention_backend}" + (f" ({why})" if why else ""))
     if grid.sequence_size > 1:
@@ -138,15 +146,19 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             telemetry.say(f"context of {stage.sequence_length:,} tokens from step {stage.start + 1}")
         for step in range(max(start, stage.start), stage.stop):
             step_began = time.perf_counter()
+            meter.begin()
             work = data.step(cursor, stage.sequence_length, config.train.global_batch)
             local_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
             for micro in range(accumulation):
+                meter.mark("data")
                 rows, plan = _micro_batch(config, grid, work, micro, stage, choices)
                 tokens_BT, targets_BT = rows.to(engine.device)
                 local_loss += engine.backward(tokens_BT, targets_BT, plan.agreed().to(engine.device), work.targets)
                 if micro + 1 < accumulation:
                     engine.advance()
+            meter.mark("communication")
             loss, stopping = agree_on_step(local_loss, work.targets, watch.stop, step + 1, grid, folder)
+            meter.mark("optimizer")
             lr = learning_rate(step, steps, config.train)
             grad_norm = engine.step(lr)
             if not grad_norm < float("inf"):
@@ -154,7 +166,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
 
             cursor, done = work.cursor, step + 1
             tokens += stage.sequence_length * config.train.global_batch
-            seconds = time.perf_counter() - step_began
+            phases, seconds = meter.end(), time.perf_counter() - step_began
             telemetry.step(
                 {
                     "step": done,
@@ -166,7 +178,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                     "sequence_length": stage.sequence_length,
                     "step_s": seconds,
                     "time": time.time(),
-                    **peak_memory(engine.device),
+                    **meter.step(done, seconds, work, phases),
                 }
             )
             if stopping or done == steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
@@ -186,7 +198,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         telemetry.stop()
         telemetry.console.print(table(figures))
         if config.generate.tokens:
-            telemetry.console.print(sample(model, tokenizer, config), markup=False, style="cyan")
+            telemetry.console.print(sample_text(model, tokenizer, config.generate), markup=False, style="cyan")
         telemetry.say(f"held-out bits per byte {figures['bits_per_byte']:.3f} after {time.monotonic() - began:.0f} s")
         telemetry.say(f"run folder: {folder}")
     telemetry.close()
@@ -390,11 +402,3 @@ def save(
         }
         checkpoint.save(folder, step, tensors, state, config.checkpoint.keep)
     watchdog.wait_for_first()
-
-
-def sample(model: Decoder, tokenizer: Tokenizer, config: Config) -> str:
-    """Text by the recurrent decoder."""
-    settings = config.generate
-    model.eval()
-    pieces = generate_text(model, tokenizer, settings.prompt, settings.tokens, temperature=settings.temperature)
-    return settings.prompt + "".join(pieces)

@@ -27,6 +27,7 @@ from dnsp.launch.mps import shared_gpu
 from dnsp.parallel.errors import LayoutError, PeerLost, PlanError
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.probe import refusal
+from dnsp.parallel.rendezvous import own_store
 
 JOIN_TIMEOUT = timedelta(minutes=10)  # ranks of a cluster start at different times; preparing data takes a while too
 REFUSALS = (UsageError, LayoutError, PlanError)
@@ -52,8 +53,11 @@ def join(environment: Environment) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=JOIN_TIMEOUT)
         return
     os.environ.update(environment.variables())
+    place = (environment.rank, environment.world_size)
     try:
-        dist.init_process_group(backend, timeout=JOIN_TIMEOUT)
+        store = own_store(*place, environment.master_address, environment.master_port, JOIN_TIMEOUT)
+        rank, world = (-1, -1) if store is None else place  # -1: from the variables
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=JOIN_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         where = f"{environment.master_address}:{environment.master_port}"
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():

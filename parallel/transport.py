@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import PeerLost, PlanError
+from .waits import WAITS
 
 T = TypeVar("T")
 Message = tuple[int, Tensor]  # (peer, contiguous tensor)
@@ -173,7 +174,8 @@ class Transport:
 
     def guard(self, call: Callable[[], T], peer: int | None, what: str) -> T:
         try:
-            return call()
+            with WAITS.counted():
+                return call()
         except RuntimeError as error:
             missing = None if peer is None else self.ranks[peer]
             raise PeerLost(self.ranks[self.rank], missing, what, _reason(error)) from error
