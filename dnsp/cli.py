@@ -22,6 +22,7 @@ from dnsp.launch.local import ERROR_FILE, SUPERVISOR, start_ranks
 from dnsp.parallel.errors import LayoutError, PlanError
 from dnsp.parallel.layout import Layout
 from dnsp.schedule import spans
+from dnsp.tasks.commands import report, tasks_app
 
 app = typer.Typer(
     name="dnsp",
@@ -33,6 +34,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+app.add_typer(tasks_app, name="tasks")
+app.command("report")(report)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.steps=10.")]
