@@ -59,6 +59,14 @@ def worker() -> None:
     serve()
 
 
+@tasks_app.command("prefill-rank", hidden=True)
+def prefill_rank(folder: Path) -> None:
+    """One rank of a prefill that speed measures."""
+    from dnsp.tasks.speed import prefill_rank as run_rank
+
+    run_rank(folder)
+
+
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of dnsp tasks run --out.")],
 ) -> None:

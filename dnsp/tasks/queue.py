@@ -383,8 +383,9 @@ def run(suite: Suite, request: Request, console: Console | None = None) -> int:
                     environ = {**environ, **mps.environ}
                 numbers = range(1 if measurements else count)
                 workers = [
-                    Worker(queue, n, {**environ, "CUDA_VISIBLE_DEVICES": devices[n % len(devices)]}, measurements)
+                    Worker(queue, n, {**environ, "CUDA_VISIBLE_DEVICES": visible}, measurements)
                     for n in numbers
+                    if (visible := ",".join(devices) if measurements else devices[n % len(devices)]) is not None
                 ]
                 if any(True for job, ready in queue._jobs(measurements) if job["name"] not in queue.results):
                     _watch(queue, workers, deadline, console)
