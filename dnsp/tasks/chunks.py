@@ -27,10 +27,10 @@ def chunk(tokens: int, heads: int, width: int, chunk: int) -> dict[str, Any]:
     with chunks_of(chunk):
         found = [timed_pass(inputs, grad) for _ in range(REPEATS + 1)][1:]
     _, outputs, keys_grad = found[-1]
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    reference, _ = recurrence(*wide[:3], wide[3], wide[4], scale=1.0)
+    q, k, v, g, beta = (x.detach().double().requires_grad_() for x in inputs)
+    reference, _ = recurrence(q, k, v, g, beta, scale=1.0)
     reference.backward(grad.double())
-    wide_grad = wide[1].grad
+    wide_grad = k.grad
     assert wide_grad is not None
     return {
         "chunk": chunk,
@@ -56,7 +56,8 @@ def timed_pass(inputs: list[Tensor], grad: Tensor) -> tuple[float, Tensor, Tenso
         x.grad = None
     wait(grad)
     began = time.perf_counter()
-    o, _ = chunk_gated_delta_rule(*inputs, scale=1.0, backend="torch")
+    q, k, v, g, beta = inputs
+    o, _ = chunk_gated_delta_rule(q, k, v, g, beta, scale=1.0, backend="torch")
     o.backward(grad)
     wait(grad)
     seconds = time.perf_counter() - began
@@ -71,7 +72,7 @@ def wait(x: Tensor) -> None:
 
 
 def relative(x: Tensor, reference: Tensor) -> float:
-    return float((x.double() - reference).norm() / reference.norm())
+    return float((x.detach().double() - reference.detach()).norm() / reference.detach().norm())
 
 
 @contextmanager
@@ -79,8 +80,8 @@ def chunks_of(tokens: int) -> Iterator[None]:
     """The torch path's chunk length, for as long as this is measured: it is a constant everywhere else, because the
     grid of segments and of ranks is made of it."""
     before = chunk_torch.CHUNK
-    chunk_torch.CHUNK = tokens  # type: ignore[misc]
+    chunk_torch.CHUNK = tokens
     try:
         yield
     finally:
-        chunk_torch.CHUNK = before  # type: ignore[misc]
+        chunk_torch.CHUNK = before

@@ -13,30 +13,44 @@ tasks_app = typer.Typer(help="The experiments: recall, ablations, speed, languag
                         rich_markup_mode=None)  # fmt: skip
 
 
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Of a task, or all; several with commas.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of every run's configuration.")]
+Out = Annotated[Path | None, typer.Option(help="The folder of runs and results; an unfinished queue goes on.")]
+ScaleOption = Annotated[str, typer.Option(help="smoke (minutes on a CPU) or full (one GPU).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda (all GPUs) or cuda:N; a GPU where there is one.")]
+Models = Annotated[str | None, typer.Option(help="attention,linear_attention,deltanet,gated_delta,hybrid or some.")]
+Text = Annotated[str | None, typer.Option(help="For lm: prefix of a .bin/.idx pair, in place of python-stdlib.")]
+Workers = Annotated[int | None, typer.Option(help="Runs at once; left out, what the device and the cores bear.")]
+Minutes = Annotated[float | None, typer.Option(help="Save and stop before this time is over.")]
+Ranks = Annotated[int, typer.Option(min=1, help="Local ranks that share each run's sequences.")]
+MpsOption = Annotated[
+    bool | None,
+    typer.Option("--mps/--no-mps", help="NVIDIA's MPS for runs that share a GPU; left out, where it works."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete another queue's results in OUT.")]
+
+
 @tasks_app.command("run")
 def run(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="kv copy mqar recall32k ablations speed lm pitfalls all; "
-                                        "several with commas.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
-                         help="Of every run's configuration, for example train.steps=100.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder of runs and results; an unfinished queue goes on.")] = None,
-    scale: Annotated[str, typer.Option(help="smoke (minutes on a CPU) or full (one GPU).")] = "smoke",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda (all GPUs) or cuda:N; a GPU where there is one.")] = None,
-    models: Annotated[str | None, typer.Option(help="Some of attention,linear_attention,deltanet,gated_delta,hybrid.")] = None,
-    text: Annotated[str | None, typer.Option(help="For lm: prefix of a .bin/.idx pair instead of python-stdlib.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Runs at once; left out, what the device and cores bear.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Save and stop before this time is over.")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Local ranks that share each run's sequences.")] = 1,
-    mps: Annotated[bool | None, typer.Option("--mps/--no-mps", help="NVIDIA's MPS for several runs on a GPU; left out, "
-                                             "where it works.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete another queue's results in OUT.")] = False,
-) -> None:  # fmt: skip
+    name: Name,
+    overrides: Overrides = None,
+    out: Out = None,
+    scale: ScaleOption = "smoke",
+    device: Device = None,
+    models: Models = None,
+    text: Text = None,
+    workers: Workers = None,
+    minutes: Minutes = None,
+    ranks: Ranks = 1,
+    mps: MpsOption = None,
+    overwrite: Overwrite = False,
+) -> None:
     """Train and measure; every model gets the same search. The same command goes on where it was stopped."""
     import torch
 
     from dnsp.tasks.queue import Request, devices_of
     from dnsp.tasks.queue import run as run_queue
-    from dnsp.tasks.suite import MODELS, suite
+    from dnsp.tasks.suite import MODELS, Scale, suite
 
     if scale not in ("smoke", "full"):
         raise UsageError(f"--scale {scale}: give smoke or full")
@@ -46,8 +60,9 @@ def run(
     devices_of(device)
     chosen = MODELS if models is None else tuple(models.split(","))
     names = name.split(",")
-    found = suite(names, scale, device != "cpu", chosen, text)  # type: ignore[arg-type]
-    request = Request(names, scale, device, out, overrides or [], chosen, text, workers, minutes, ranks, overwrite, mps)  # type: ignore[arg-type]
+    size: Scale = "full" if scale == "full" else "smoke"
+    found = suite(names, size, device != "cpu", chosen, text)
+    request = Request(names, size, device, out, overrides or [], chosen, text, workers, minutes, ranks, overwrite, mps)
     raise typer.Exit(run_queue(found, request))
 
 

@@ -61,7 +61,9 @@ class Mps:
             try:
                 subprocess.run([CONTROL], input=b"quit\n", env=environ, capture_output=True, timeout=60)
             except (OSError, subprocess.SubprocessError):
-                print(f"the MPS daemon of {self._folder} did not end; end it with: echo quit | {CONTROL}", file=sys.stderr)
+                print(
+                    f"the MPS daemon of {self._folder} did not end; end it with: echo quit | {CONTROL}", file=sys.stderr
+                )
         self._running = False
         self.environ = {}
         if self._folder is not None:

@@ -4,8 +4,8 @@
     OUT/runs/TASK/CELL/lr-L-seed-S/       a run: its configuration, metrics, log, and result.json once it is finished
     OUT/runs/TASK/NAME/                   a measurement: its log and result.json
 
-Nothing else is state. Which run comes next follows from the results that are there: the search of every cell, and behind
-a cell's search its final seeds. Measurements of time go first, one at a time, with the device to themselves.
+Nothing else is state. Which run comes next follows from the results that are there: the search of every cell, and
+behind a cell's search its final seeds. Measurements of time go first, one at a time, with the device to themselves.
 """
 
 from __future__ import annotations
@@ -200,7 +200,9 @@ class Queue:
         except Timeout:
             raise UsageError(f"--out {out} is in use by a running queue; wait for it, or give another folder") from None
         except OSError as error:
-            raise UsageError(f"--out {out} cannot be used: {error.strerror}; give a folder that you can write to") from None
+            raise UsageError(
+                f"--out {out} cannot be used: {error.strerror}; give a folder that you can write to"
+            ) from None
         found = _read(file)
         if found is not None and found.get("identity") != self.identity and not self.request.overwrite:
             before = found.get("identity") or {}

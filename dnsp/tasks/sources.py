@@ -151,7 +151,7 @@ class TaskPacker:
             if 4 * most > length:
                 raise UsageError(
                     f"{self.source.prefix}: pairs={most} need {4 * most} tokens (a key, a value and two for the "
-                    f"question), the sequence length is {length}: lower pairs to {length // 4}, or lengthen the sequence"
+                    f"question), the sequence length is {length}: lower pairs to {length // 4}, or lengthen it"
                 )
         elif length < 4 or length % 2:
             raise UsageError(
@@ -278,4 +278,3 @@ def _distinct(bits: np.random.Philox, rows: int, bound: int, count: int) -> np.n
     chosen = np.argpartition(raw, count - 1, axis=1)[:, :count] if count < bound else np.argsort(raw, axis=1)
     order = np.argsort(np.take_along_axis(raw, chosen, axis=1), axis=1)  # a partition's own order is not random
     return np.take_along_axis(chosen, order, axis=1)
-

@@ -95,7 +95,9 @@ def memory(decoder: Decoder, states: list[LayerState]) -> dict[str, Any]:
         return 0 if x is None else x.numel() * x.element_size()
 
     cache = sum(
-        size(x if x is None else x[:, :, : state.length]) for state in states for x in (state.keys_BGTK, state.values_BGTK)
+        size(x if x is None else x[:, :, : state.length])
+        for state in states
+        for x in (state.keys_BGTK, state.values_BGTK)
     )
     recurrent = sum(size(x) for state in states for x in (state.S_BHKV, state.conv_tail_BWD, state.key_sum_BHK))
     parameters = list(decoder.parameters())

@@ -1,7 +1,7 @@
 """What each task trains and asks: sizes, fixed here before any training, and one configuration a run.
 
-A *cell* is a line of a table: one model on one task. Every cell gets the same search: each learning rate of its scale on
-the first seed, the best by validation, then that one on the seeds of ``FINAL_SEEDS``. Models of a task have the same
+A *cell* is a line of a table: one model on one task. Every cell gets the same search: each learning rate of its scale
+on the first seed, the best by validation, then that one on the seeds of ``FINAL_SEEDS``. Models of a task have the same
 depth, width, feed-forward and batches; delta-rule states, linear attention's and those of gated delta layers are of
 equal size (one head of the width, up to 128).
 """
@@ -64,7 +64,9 @@ class Suite:
     measurements: tuple[Measurement, ...]
 
 
-def suite(names: list[str], scale: Scale, gpu: bool, models: tuple[str, ...] = MODELS, text: str | None = None) -> Suite:
+def suite(
+    names: list[str], scale: Scale, gpu: bool, models: tuple[str, ...] = MODELS, text: str | None = None
+) -> Suite:
     """All cells and measurements of some tasks.
 
     gpu: in bf16, otherwise in fp32. text: ``.bin/.idx`` prefix for ``lm`` instead of ``python-stdlib``.
@@ -113,6 +115,7 @@ def model_tree(kind: str, width: int, vocab: int, layers: int = 2) -> dict[str, 
         "linear_key_head_dim": width // heads,
         "linear_value_head_dim": width // (2 * heads),
         "deltanet": {"num_heads": heads},
+        "initializer_range": round(width**-0.5, 4),  # by the fan-in: the default is for models far wider than these
     }
 
 
@@ -316,7 +319,9 @@ PITFALLS = (
 def pitfall_measurements(scale: Scale) -> list[Measurement]:
     tokens, width = (8192, 128) if scale == "full" else (512, 32)
     return [
-        Measurement("pitfalls", f"{n}-{_file_name(name)}", "pitfall", {"pitfall": name, "tokens": tokens, "width": width})
+        Measurement(
+            "pitfalls", f"{n}-{_file_name(name)}", "pitfall", {"pitfall": name, "tokens": tokens, "width": width}
+        )
         for n, name in enumerate(PITFALLS, 1)
     ]
 

@@ -65,7 +65,11 @@ def carry_out(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             return {"status": "finished", "recycle": _leftover()}
         except Exception as error:
             traceback.print_exc()
-            return {"status": "failed", "message": f"{type(error).__name__}: {str(error).strip()[:500]}", "recycle": True}
+            return {
+                "status": "failed",
+                "message": f"{type(error).__name__}: {str(error).strip()[:500]}",
+                "recycle": True,
+            }
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -1,0 +1,386 @@
+"""What a report says, as tables, from the result files alone."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import mean, stdev
+from typing import Any
+
+from dnsp.tasks import document
+from dnsp.tasks.queue import chosen_rate
+from dnsp.tasks.suite import FINAL_SEEDS, MODELS, NAMES, SEARCH_SEED, VALIDATION, Scale
+
+TITLES = {
+    "kv": "Key-value retrieval",
+    "copy": "Copy",
+    "mqar": "Multi-query associative recall",
+    "recall32k": "In-context recall at up to 32,768 tokens",
+    "ablations": "Ablations",
+    "speed": "Inference at batch 1",
+    "lm": "Language modelling",
+    "pitfalls": "Pitfalls",
+}
+Result = dict[str, Any]
+
+
+@dataclass
+class Table:
+    """Cells are text, a number, or None for what is not there. ``note`` stands below."""
+
+    name: str  # of its CSV file
+    title: str
+    columns: list[str]
+    rows: list[list[Any]]
+    note: str = ""
+
+
+@dataclass
+class Summary:
+    """A cell of the suite, from its runs."""
+
+    task: str
+    cell: str
+    labels: dict[str, Any]
+    search: dict[float, Result]  # by learning rate, on the first seed
+    lr: float | None  # chosen; None while the search is not finished
+    finals: list[Result]  # of the chosen rate, by seed
+    wanted: int  # seeds that there are to be
+    tests: list[str] = field(default_factory=list)
+
+    def values(self, test: str, figure: str = "accuracy") -> list[float]:
+        """One of each final seed that did not diverge."""
+        return [result["tests"][test][figure] for result in self.finals if test in result["tests"]]
+
+    @property
+    def diverged(self) -> int:
+        return sum(result["outcome"] == "diverged" for result in self.finals)
+
+
+def summaries(results: Iterable[Result], scale: Scale) -> list[Summary]:
+    """The cells of all results, each with the learning rate that its search chose."""
+    by_cell: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for result in results:
+        if result["kind"] == "train":
+            by_cell[result["task"], result["cell"]].append(result)
+    found = []
+    for (task, cell), runs in by_cell.items():
+        search = {run["lr"]: run for run in runs if run["seed"] == SEARCH_SEED}
+        choose = "loss" if task in ("ablations", "lm") else "accuracy"
+        lr = chosen_rate(list(search.values()), choose) if search else None
+        seeds = FINAL_SEEDS[scale]
+        finals = sorted((r for r in runs if r["lr"] == lr and r["seed"] in seeds), key=lambda r: r["seed"])
+        tests = list(runs[0]["tests"]) or next((list(r["tests"]) for r in runs if r["tests"]), [])
+        found.append(
+            Summary(task, cell, runs[0]["labels"], dict(sorted(search.items())), lr, finals, len(seeds), tests)
+        )
+    order = {name: n for n, name in enumerate(NAMES)}
+    return sorted(found, key=lambda s: (order[s.task], *_label_order(s.labels), s.cell))
+
+
+def _label_order(labels: dict[str, Any]) -> tuple[Any, ...]:
+    model = labels.get("model")
+    return labels.get("width", 0), labels.get("length", 0), MODELS.index(model) if model in MODELS else len(MODELS)
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """``mean (lowest to highest)``; of one value itself."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None
+
+
+def perplexity(losses: Sequence[float]) -> list[float]:
+    return [math.exp(loss) for loss in losses]
+
+
+def all_tables(results: Sequence[Result], scale: Scale) -> list[Table]:
+    """Every table for which there are results."""
+    cells = summaries(results, scale)
+    tables: list[Table] = []
+    for task in ("kv", "copy", "mqar", "recall32k"):
+        own = [cell for cell in cells if cell.task == task]
+        if own:
+            tables += recall_tables(task, own)
+    for build, task in ((ablation_tables, "ablations"), (lm_tables, "lm")):
+        own = [cell for cell in cells if cell.task == task]
+        if own:
+            tables += build(own)
+    makers: dict[str, Callable[[list[Result]], list[Table]]] = {
+        "chunk": chunk_tables, "speed": speed_tables, "pitfall": pitfall_tables,
+    }  # fmt: skip
+    for kind, make in makers.items():
+        figures = [result["figures"] for result in results if result["kind"] == kind]
+        if figures:
+            tables += make(figures)
+    if cells:
+        tables.append(search_table(cells))
+    return tables
+
+
+def recall_tables(task: str, cells: list[Summary]) -> list[Table]:
+    """Accuracy beside the document's; for several widths or tests one more table with all of them."""
+    stated = document.RECALL.get(task, {})
+    widths = sorted({cell.labels["width"] for cell in cells})
+    shown = 128 if 128 in widths else widths[-1]
+    rows = []
+    for cell in cells:
+        if cell.labels["width"] != shown:
+            continue
+        values, theirs = cell.values("test"), stated.get(cell.labels["model"])
+        rows.append([
+            cell.labels["model"], spread(values), deviation(values), theirs,
+            mean(values) - theirs if values and theirs is not None else None, cell.lr, f"{len(cell.finals)} of "
+            f"{cell.wanted}", cell.diverged,
+        ])  # fmt: skip
+    columns = ["model", "accuracy %", "deviation", "document", "difference", "learning rate", "seeds", "diverged"]
+    tables = [
+        Table(task, f"{TITLES[task]}, width {shown}", columns, rows, "; ".join(recall_verdicts(task, cells, shown)))
+    ]
+    tests = [test for test in cells[0].tests if test != VALIDATION]
+    if len(tests) > 1 or len(widths) > 1:
+        rows = [
+            [cell.labels["model"], cell.labels["width"], *(spread(cell.values(test)) for test in tests)]
+            for cell in cells
+        ]
+        names = ["as trained" if test == "test" else test for test in tests]
+        tables.append(Table(f"{task}-all", f"{TITLES[task]}, accuracy % by size", ["model", "width", *names], rows))
+    return tables
+
+
+def recall_verdicts(task: str, cells: list[Summary], width: int) -> list[str]:
+    """What was to be reached, and whether it was; nothing where a model is missing."""
+    means = {
+        cell.labels["model"]: mean(values)
+        for cell in cells
+        if cell.labels["width"] == width and (values := cell.values("test"))
+    }
+    said = []
+    stated = document.RECALL.get(task, {}).get("deltanet")
+    for model in ("deltanet", "gated_delta", "hybrid"):
+        if model not in means:
+            continue
+        if stated is not None:
+            said.append(f"{model} {_reaches(means[model], stated)} the document's DeltaNet ({stated})")
+        if "linear_attention" in means:
+            higher = "above" if means[model] > means["linear_attention"] else "not above"
+            said.append(f"{model} {higher} linear attention")
+    if "hybrid" in means and "attention" in means:
+        near = "within" if means["hybrid"] >= means["attention"] - 1 else "not within"
+        said.append(f"hybrid {near} 1 point of attention")
+    return said
+
+
+def _reaches(ours: float, theirs: float) -> str:
+    return "reaches" if ours >= theirs else f"stays {theirs - ours:.1f} points below"
+
+
+def ablation_tables(cells: list[Summary]) -> list[Table]:
+    by_variant = {cell.labels["variant"]: cell for cell in cells}
+    base = next((cell for cell in cells if cell.labels["group"] == "base"), None)
+    longer = [test for test in cells[0].tests if test.startswith("text at")]
+
+    def row(cell: Summary) -> list[Any]:
+        return [
+            cell.labels["variant"],
+            spread(perplexity(cell.values("text", "loss")), 3),
+            spread(cell.values("recall")),
+            *(spread(perplexity(cell.values(test, "loss")), 3) for test in longer),
+            max((result["training"].get("grad_norm_max", 0.0) for result in cell.finals), default=None),
+            cell.lr,
+            f"{len(cell.finals)} of {cell.wanted}",
+            cell.diverged,
+        ]
+
+    own = ["perplexity a byte", "recall %", *(f"perplexity {test.removeprefix('text ')}" for test in longer),
+           "largest gradient norm", "learning rate", "seeds", "diverged"]  # fmt: skip
+    tables = []
+    for group, title, stated in (
+        ("beta", "Ablation: write strength", {name: list(figures) for name, figures in document.BETA.items()}),
+        (
+            "norm",
+            "Ablation: norm of queries and keys",
+            {name: list(figures) for name, figures in document.NORM.items()},
+        ),
+    ):
+        picked = [cell for cell in cells if cell.labels["group"] == group]
+        if not picked:
+            continue
+        picked += [base] if base is not None else []
+        theirs = ["document's perplexity", "document's recall %" if group == "beta" else "document's stability"]
+        rows = [[*row(cell), *stated.get(cell.labels["variant"], [None, None])] for cell in picked]
+        note = order_verdict([by_variant[name] for name in stated if name in by_variant])
+        tables.append(Table(f"ablation-{group}", title, ["variant", *own, *theirs], rows, note))
+    others = [cell for cell in cells if cell.labels["group"] not in ("beta", "norm", "base")]
+    if others:
+        others += [base] if base is not None else []
+        rows = [[cell.labels["group"] + ": " + cell.labels["variant"], *row(cell)[1:]] for cell in others]
+        tables.append(Table("ablation-others", "Ablation: what else the layer offers", ["variant", *own], rows))
+    return tables
+
+
+def order_verdict(cells: list[Summary]) -> str:
+    """Whether perplexities fall in the order of the document's table, and whether any spreads overlap. A variant whose
+    runs all diverged is worse than any that did not."""
+    spans = []
+    for cell in cells:
+        values = perplexity(cell.values("text", "loss"))
+        if not values and not cell.diverged:
+            return ""
+        spans.append((min(values), mean(values), max(values)) if values else (math.inf,) * 3)
+    if len(spans) < 2:
+        return ""
+    pairs = list(zip(spans, spans[1:], strict=False))
+    order = all(worse[1] > better[1] for worse, better in pairs)
+    apart = all(worse[0] > better[2] for worse, better in pairs)
+    names = ", then ".join(cell.labels["variant"] for cell in cells)
+    if not order:
+        return f"the document's order (worst first: {names}) does not hold"
+    return f"the document's order holds (worst first: {names}); spreads {'do not overlap' if apart else 'overlap'}"
+
+
+def lm_tables(cells: list[Summary]) -> list[Table]:
+    tests = [test for test in cells[0].tests if test != VALIDATION]
+    rows = [
+        [cell.labels["model"], cell.labels["length"], *(spread(cell.values(test, "loss"), 4) for test in tests),
+         cell.lr, f"{len(cell.finals)} of {cell.wanted}", cell.diverged]
+        for cell in cells
+    ]  # fmt: skip
+    columns = ["model", "trained at", *(f"loss at {test}" for test in tests), "learning rate", "seeds", "diverged"]
+    tables = [Table("lm", "Language modelling: held-out loss, nats a token", columns, rows)]
+    spans: list[str] = []
+    for cell in cells:
+        for result in cell.finals:
+            spans += [span for span in result["tests"].get(tests[-1], {}).get("by_position", {}) if span not in spans]
+    spans.sort(key=lambda span: int(span.partition("-")[0]))
+    rows = [
+        [
+            cell.labels["model"],
+            cell.labels["length"],
+            *(spread(by_position(cell, tests[-1], span), 4) for span in spans),
+        ]
+        for cell in cells
+    ]
+    title = f"Held-out loss by position in the document, at {tests[-1]} the training length"
+    tables.append(Table("lm-by-position", title, ["model", "trained at", *spans], rows))
+    return tables
+
+
+def by_position(cell: Summary, test: str, span: str) -> list[float]:
+    found = (result["tests"].get(test, {}).get("by_position", {}).get(span) for result in cell.finals)
+    return [value for value in found if value is not None]
+
+
+def chunk_tables(figures: list[Result]) -> list[Table]:
+    rows = [[f["chunk"], f["tokens"], f["ms"], f["output_error"], f["gradient_error"]]
+            for f in sorted(figures, key=lambda f: f["chunk"])]  # fmt: skip
+    columns = ["chunk", "tokens", "ms, forward and backward", "error of outputs", "error of gradients"]
+    return [Table("chunks", "Chunk length, torch path", columns, rows)]
+
+
+def speed_tables(figures: list[Result]) -> list[Table]:
+    alone = [f for f in figures if "ranks" not in f]
+    spread_out = [f for f in figures if "ranks" in f]
+    tables = []
+    if alone:
+        contexts = sorted({f["context"] for f in alone})
+        models = [model for model in MODELS if any(f["name"] == model for f in alone)]
+        at = {(f["name"], f["context"]): f for f in alone}
+
+        def speed(model: str, context: int) -> float | None:
+            return at[model, context]["tokens_per_s"] if (model, context) in at else None
+
+        rows: list[list[Any]] = []
+        for model in models:
+            first, last = speed(model, contexts[0]), speed(model, contexts[-1])
+            kept = last / first if first and last else None
+            rows.append([model, *(speed(model, c) for c in contexts), kept])
+        for model, stated in document.SPEED.items():
+            if any(context in stated for context in contexts):
+                rows.append([f"document: {model}", *(stated.get(c) for c in contexts), None])
+        named = [f"{c:,}" for c in contexts]
+        tables.append(Table("speed", "Tokens a second behind a context, batch 1", ["model", *named,
+                            f"{named[-1]} over {named[0]}"], rows, speed_verdict(at, contexts)))  # fmt: skip
+        rows = [
+            [f["name"], f["context"], f["parameters"], f["parameter_bytes"], f["state_bytes"], f["cache_bytes"],
+             f["prefill_tokens_per_s"], bandwidth_share(f)]
+            for f in sorted(alone, key=lambda f: (models.index(f["name"]), f["context"]))
+        ]  # fmt: skip
+        columns = ["model", "context", "parameters", "weight bytes", "state bytes", "KV-cache bytes",
+                   "prefill tokens/s", "share of copy bandwidth"]  # fmt: skip
+        tables.append(Table("speed-bytes", "What a step reads", columns, rows))
+    if spread_out:
+        rows = [
+            [f["name"], f["context"], f["ranks"], f.get("prefill_tokens_per_s"), f.get("tokens_per_s"), f.get("error"),
+             f.get("skipped", "")]
+            for f in spread_out
+        ]  # fmt: skip
+        columns = ["model", "context", "ranks", "prefill tokens/s", "tokens/s after", "error of the last hidden state",
+                   "not measured"]  # fmt: skip
+        tables.append(Table("speed-ranks", "Prefill over ranks, then one device", columns, rows))
+    return tables
+
+
+def bandwidth_share(figures: Result) -> float | None:
+    """Bytes that a step has to read, over what the device copies in that time; near 1 is memory-bound."""
+    if "copy_bytes_per_s" not in figures:
+        return None
+    read = figures["parameter_bytes"] + 2 * figures["state_bytes"] + figures["cache_bytes"]
+    return read / figures["step_s"] / figures["copy_bytes_per_s"]
+
+
+def speed_verdict(at: dict[tuple[str, int], Result], contexts: list[int]) -> str:
+    said = []
+    for model in ("deltanet", "gated_delta"):
+        if (model, contexts[0]) in at and (model, contexts[-1]) in at:
+            kept = at[model, contexts[-1]]["tokens_per_s"] / at[model, contexts[0]]["tokens_per_s"]
+            said.append(f"{model} keeps {kept:.2f} of its speed from {contexts[0]:,} to {contexts[-1]:,} tokens")
+    stated = document.SPEED["deltanet"][8192] / document.SPEED["attention"][8192]
+    if ("deltanet", 8192) in at and ("attention", 8192) in at:
+        delta, attention = at["deltanet", 8192], at["attention", 8192]
+        ours = delta["tokens_per_s"] / attention["tokens_per_s"]
+        weights, cache, state = attention["parameter_bytes"], attention["cache_bytes"], delta["state_bytes"]
+        bound = (weights + cache) / (delta["parameter_bytes"] + 2 * state)
+        said.append(
+            f"DeltaNet over attention at 8,192: {ours:.2f}, the document's {stated:.1f}; were both bound by memory "
+            f"alone it would be {bound:.2f}, for a step reads {weights / 2**30:.2f} GiB of weights beside "
+            f"{cache / 2**30:.2f} GiB of cache at batch 1"
+        )
+    return "; ".join(said)
+
+
+def pitfall_tables(figures: list[Result]) -> list[Table]:
+    tables = []
+    for found in sorted(figures, key=lambda f: f["number"]):
+        columns = list(dict.fromkeys(key for row in found["rows"] for key in row))
+        rows = [[row.get(column) for column in columns] for row in found["rows"]]
+        title = f"Pitfall {found['number']}: {found['pitfall']}"
+        tables.append(Table(f"pitfall-{found['number']}", title, columns, rows, found["says"]))
+    return tables
+
+
+def search_table(cells: list[Summary]) -> Table:
+    """Every run of every search, by the figure that chose."""
+    rates = sorted({lr for cell in cells for lr in cell.search})
+
+    def shown(cell: Summary, lr: float) -> Any:
+        if lr not in cell.search:
+            return None
+        figures = cell.search[lr]["tests"].get(VALIDATION)
+        if figures is None:
+            return "diverged"
+        if cell.task in ("ablations", "lm"):
+            return f"loss {figures['loss']:.4f}"
+        return f"{figures['accuracy']:.1f} %"
+
+    rows = [[cell.task, cell.cell, *(shown(cell, lr) for lr in rates), cell.lr] for cell in cells]
+    columns = ["task", "run", *(f"{lr:g}" for lr in rates), "chosen"]
+    return Table("search", f"Search of the learning rate, validation on seed {SEARCH_SEED}", columns, rows)
