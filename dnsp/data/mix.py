@@ -115,7 +115,7 @@ def open_data(
             packers.append(task)
             continue
         if entry.options:
-            raise UsageError(f"data.sources: {entry.path} has no options; {entry.options} are those of a task, task:mqar")
+            raise UsageError(f"data.sources: {entry.path} has no options; {entry.options} are a task's, as task:mqar")
         source = IndexedSource(ensure(entry.path, config.tokenizer, cache_dir))
         check_tokenizer(source, tokenizer)
         source.check_vocabulary(vocab_size)
