@@ -151,8 +151,8 @@ RECALL: dict[str, dict[Scale, dict[str, Any]]] = {
                 "128 pairs": (128, 512, 128), "256 pairs": (256, 1024, 64),
             },
         ),
-        "smoke": dict(options={"vocab": 16, "pairs": [2, 4]}, length=16, rows=16, steps=500, widths=(64,),
-                      tests={"test": (None, 16, 128), "8 pairs": (8, 32, 64)}),
+        "smoke": dict(options={"vocab": 8, "pairs": 2}, length=16, rows=16, steps=320, widths=(64,),
+                      tests={"test": (None, 16, 256), "2 pairs": (2, 16, 128), "4 pairs": (4, 16, 64)}),
     },
     "recall32k": {
         # lengthened within one run; the steps are those of each length

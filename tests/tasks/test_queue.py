@@ -77,7 +77,7 @@ def test_overrides_reach_runs_and_their_tests() -> None:
     config = run_config(train_job(changed, 1e-3, 0, "smoke"), Path("x"))
     assert config.train.steps == 7 and config.data.sequence_length == 32
     assert changed.tests["test"]["sources"][0]["options"]["pairs"] == 3 and changed.tests["test"]["length"] == 32
-    assert changed.tests["8 pairs"]["sources"][0]["options"]["pairs"] == 8  # asks what it is named after
+    assert changed.tests["4 pairs"]["sources"][0]["options"]["pairs"] == 4  # asks what it is named after
 
 
 REFUSED = (
@@ -88,8 +88,9 @@ REFUSED = (
     (["kv"], "smoke", "cpu", {"workers": 0}, "--workers 0: at least one"),
     (["kv"], "smoke", "cpu", {"minutes": -1.0}, "--minutes -1: give the minutes"),
     (["kv"], "smoke", "cpu", {"overrides": ["train.stepz=3"]}, "did you mean 'train.steps'"),
-    (["mqar"], "smoke", "cpu", {"overrides": ["data.sources.0.options.pairs=9"]}, "half of vocab=16 are 8"),
-    (["mqar"], "smoke", "cpu", {"overrides": ["data.sources.0.options.pairs=8"]}, "8 need 32 tokens.*length is 16"),
+    (["mqar"], "smoke", "cpu", {"overrides": ["data.sources.0.options.pairs=9"]}, "half of vocab=8 are 4"),
+    (["mqar"], "smoke", "cpu", {"overrides": ["data.sequence_length=8", "data.sources.0.options.pairs=4"]},
+     "4 need 16 tokens.*length is 8"),
 )
 
 
@@ -199,7 +200,7 @@ def test_asked_to_stop_a_run_saves_and_goes_on_where_it_was(tmp_path: Path) -> N
     assert child.returncode == 0 and "the same command goes on from here" in said
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) < 400
-    assert (metrics.parent / "checkpoints" / f"step-{steps[-1]}").is_dir()
+    assert (metrics.parent / "checkpoints" / f"step-{steps[-1]:08d}").is_dir()
     timed = subprocess.run(  # out of time at once: the queue ends by itself, and cleanly
         command(out, *arguments, "--minutes", "0.02"), env=environment(), capture_output=True, text=True,
         timeout=PATIENCE,
