@@ -32,6 +32,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dnsp.config import override_tree, parse_config
 from dnsp.data.mix import open_data
+from dnsp.data.pack import Split
 from dnsp.data.prepare import ensure
 from dnsp.errors import UsageError
 from dnsp.launch.local import SUPERVISOR, cores
@@ -42,6 +43,7 @@ from dnsp.tasks.worker import RESULT, run_config, write_json
 
 GRACE = 30.0  # seconds that a stopped run has to save
 WORKERS_A_GPU = 12
+TRIES = 2  # of a job that fails
 PLAIN_INTERVAL = 10.0  # seconds between lines where the output is not a terminal
 
 
@@ -139,6 +141,7 @@ class Queue:
         self.cells = [with_overrides(cell, request.overrides) for cell in suite.cells]
         self.measurements = [measurement_job(m) for m in suite.measurements]
         self.failed: dict[str, str] = {}
+        self.tries: dict[str, int] = {}
         self.taken: set[str] = set()
         self.at_work: dict[int, str] = {}
         self.changed = threading.Condition()
@@ -172,20 +175,24 @@ class Queue:
 
         Raises UsageError.
         """
+        looked_at = set()
         for cell in self.cells:
             job = train_job(cell, cell.learning_rates[0], SEARCH_SEED, self.request.scale, self.request.ranks)
             config = run_config(job, self.out / "runs" / job["name"])
             for source in config.data.sources:
                 if not source.path.startswith("task:"):
                     ensure(source.path, config.data.tokenizer)  # once, before workers would wait for each other
-            data = open_data(config.data, vocab_size=config.model.vocab_size)
-            for span in spans(config):
-                data.check_length(span.sequence_length)
-            for test in cell.tests.values():
-                tree = {**cell.tree, "data": {**cell.tree["data"], "sources": test["sources"]}}
-                asked = parse_config(tree, job["name"])
-                held = open_data(asked.data, vocab_size=asked.model.vocab_size, split="heldout")
-                held.check_length(test["length"])
+            wanted: list[tuple[Split, Any, int]] = [
+                ("train", cell.tree["data"]["sources"], span.sequence_length) for span in spans(config)
+            ]
+            wanted += [("heldout", test["sources"], test["length"]) for test in cell.tests.values()]
+            for split, sources, length in wanted:
+                tree = {**cell.tree, "data": {**cell.tree["data"], "sources": sources}}
+                key = (split, length, json.dumps(tree["data"]), config.model.vocab_size)
+                if key not in looked_at:
+                    looked_at.add(key)
+                    data = parse_config(tree, job["name"]).data
+                    open_data(data, vocab_size=config.model.vocab_size, split=split).check_length(length)
 
     def open(self) -> FileLock:
         """The folder, made or taken up; held until the lock is released.
@@ -277,7 +284,10 @@ class Queue:
             if answer["status"] == "finished" and result is not None:
                 self.results[name] = result
             elif answer["status"] == "failed":
-                self.failed[name] = answer.get("message", "")
+                # once more: processes that share a GPU can be ended by each other's faults
+                self.tries[name] = self.tries.get(name, 0) + 1
+                if self.tries[name] == TRIES:
+                    self.failed[name] = answer.get("message", "")
             self.changed.notify_all()
 
 

@@ -188,6 +188,7 @@ def recall_cells(task: str, scale: Scale, gpu: bool, models: tuple[str, ...]) ->
     for width in sizes.get("widths", (RECALL_WIDTH[scale],)):
         for model in models:
             tree = _tree(model_tree(model, width, options["vocab"]), whole, train, length, gpu)
+            tree["engine"]["activation_checkpointing"] = "stages" in sizes  # several such runs share a GPU's memory
             labels = {"model": model, "width": width}
             cells.append(Cell(task, f"{model}-{width}", tree, asked, LEARNING_RATES[scale], labels=labels))
     return cells
@@ -249,7 +250,7 @@ def ablation_cells(scale: Scale, gpu: bool) -> list[Cell]:
 
 def chunk_measurements(scale: Scale) -> list[Measurement]:
     """The torch path in chunks of 32, 64 and 128 tokens: time and error."""
-    shape = dict(tokens=4096, heads=4, width=128) if scale == "full" else dict(tokens=256, heads=2, width=32)
+    shape = dict(tokens=2048, heads=4, width=128) if scale == "full" else dict(tokens=256, heads=2, width=32)
     return [Measurement("ablations", f"chunk-{n}", "chunk", {**shape, "chunk": n}) for n in (32, 64, 128)]
 
 
@@ -277,6 +278,7 @@ def lm_cells(scale: Scale, gpu: bool, models: tuple[str, ...], text: str | None)
         for model in models:
             tree = _tree(model_tree(model, sizes["width"], BYTES, sizes["layers"]), sources, train, length, gpu)
             tree["engine"]["activation_checkpointing"] = length > 8192
+            tree["data"]["holdout"] = 0.2  # enough of the library for the longest sequence
             labels = {"model": model, "length": length}
             rates = LM_LEARNING_RATES[scale]
             cells.append(Cell("lm", f"{model}-{length}", tree, tests, rates, "loss", labels))

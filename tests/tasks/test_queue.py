@@ -58,7 +58,9 @@ def test_every_run_of_every_task_is_a_valid_configuration(scale: Any) -> None:
     assert {cell.task for cell in whole.cells} | {m.task for m in whole.measurements} == set(NAMES)
     for cell in whole.cells:
         run_config(train_job(cell, cell.learning_rates[0], SEARCH_SEED, scale), Path("x"))
-        alike = [other for other in whole.cells if other.task == cell.task and other.tree["train"] == cell.tree["train"]]
+        alike = [
+            other for other in whole.cells if other.task == cell.task and other.tree["train"] == cell.tree["train"]
+        ]
         assert len({other.learning_rates for other in alike}) == 1
         assert all("train" in other.tests or VALIDATION in other.tests for other in alike)
     if scale == "full":
@@ -89,8 +91,13 @@ REFUSED = (
     (["kv"], "smoke", "cpu", {"minutes": -1.0}, "--minutes -1: give the minutes"),
     (["kv"], "smoke", "cpu", {"overrides": ["train.stepz=3"]}, "did you mean 'train.steps'"),
     (["mqar"], "smoke", "cpu", {"overrides": ["data.sources.0.options.pairs=9"]}, "half of vocab=8 are 4"),
-    (["mqar"], "smoke", "cpu", {"overrides": ["data.sequence_length=8", "data.sources.0.options.pairs=4"]},
-     "4 need 16 tokens.*length is 8"),
+    (
+        ["mqar"],
+        "smoke",
+        "cpu",
+        {"overrides": ["data.sequence_length=8", "data.sources.0.options.pairs=4"]},
+        "4 need 16 tokens.*length is 8",
+    ),
 )
 
 

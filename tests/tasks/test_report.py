@@ -36,7 +36,9 @@ def write(folder: Path, results: list[dict[str, Any]], scale: str = "full", task
     return folder
 
 
-def trained(task: str, cell: str, labels: dict[str, Any], lr: float, seed: int, tests: dict[str, Any]) -> dict[str, Any]:
+def trained(
+    task: str, cell: str, labels: dict[str, Any], lr: float, seed: int, tests: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "kind": "train", "task": task, "cell": cell, "labels": labels, "lr": lr, "seed": seed, "tests": tests,
         "name": f"{task}/{cell}/lr-{lr:g}-seed-{seed}", "outcome": "finished" if tests else "diverged",
@@ -81,7 +83,12 @@ def test_recall_beside_the_document(tmp_path: Path, capsys: pytest.CaptureFixtur
         if theirs is not None:
             assert float(said["difference"]) == pytest.approx(middle - theirs)
     search = rows(folder / "tables" / "search.csv")["kv"]  # the last of the task's rows
-    assert (search["0.0001"], search["0.001"], search["0.01"], search["chosen"]) == ("20.0 %", "90.0 %", "diverged", "0.001")
+    assert (search["0.0001"], search["0.001"], search["0.01"], search["chosen"]) == (
+        "20.0 %",
+        "90.0 %",
+        "diverged",
+        "0.001",
+    )
     text = (folder / "report.md").read_text()
     assert "deltanet reaches the document's DeltaNet (94.5)" in text
     assert "hybrid within 1 point of attention" in text and "deltanet above linear attention" in text
@@ -99,7 +106,9 @@ def ablation_runs(losses: dict[str, list[float]]) -> list[dict[str, Any]]:
             test = {"loss": loss, "accuracy": 50.0}
             tests = {"validation": test, "text": test, "recall": test}
             found.append(trained("ablations", variant, {"group": group, "variant": variant}, 1e-3, seed, tests))
-            found.append(trained("ablations", variant, {"group": group, "variant": variant}, 1e-3, 0, tests)) if seed == 1 else None
+            found.append(
+                trained("ablations", variant, {"group": group, "variant": variant}, 1e-3, 0, tests)
+            ) if seed == 1 else None
     return found
 
 
@@ -110,7 +119,10 @@ LEARNED = "learned beta, q and k by l2"
     ("losses", "words"),
     [
         ({"fixed 0.1": [1.5, 1.6, 1.55], "fixed 0.5": [1.4, 1.45, 1.42], LEARNED: [1.3, 1.31, 1.32]}, "do not overlap"),
-        ({"fixed 0.1": [1.5, 1.6, 1.55], "fixed 0.5": [1.4, 1.52, 1.42], LEARNED: [1.3, 1.31, 1.32]}, "spreads overlap"),
+        (
+            {"fixed 0.1": [1.5, 1.6, 1.55], "fixed 0.5": [1.4, 1.52, 1.42], LEARNED: [1.3, 1.31, 1.32]},
+            "spreads overlap",
+        ),
         ({"fixed 0.1": [1.2, 1.2, 1.2], "fixed 0.5": [1.4, 1.5, 1.4], LEARNED: [1.3, 1.3, 1.3]}, "does not hold"),
     ],
 )

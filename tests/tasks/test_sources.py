@@ -114,7 +114,9 @@ def test_the_first_sequences_are_those_of_every_version() -> None:
 
 
 def config(sources: list[dict[str, Any]], length: int = 64, vocab: int = 400) -> Any:
-    return parse_config({"data": {"sources": sources, "sequence_length": length}, "model": {"vocab_size": vocab}}, "test")
+    return parse_config(
+        {"data": {"sources": sources, "sequence_length": length}, "model": {"vocab_size": vocab}}, "test"
+    )
 
 
 def test_a_rank_reads_its_part_alone() -> None:
@@ -123,7 +125,9 @@ def test_a_rank_reads_its_part_alone() -> None:
     step = data.step(data.start, 64, 4)
     arguments = dict(micro_batch=4, data_rank=0, data_size=1, vocab_size=400)
     whole = batch(step, 0, intervals=[(0, 64)], **arguments)
-    parts = [batch(step, 0, intervals=[(a, b), (c, d)], **arguments) for a, b, c, d in ((0, 16, 48, 64), (16, 32, 32, 48))]
+    parts = [
+        batch(step, 0, intervals=[(a, b), (c, d)], **arguments) for a, b, c, d in ((0, 16, 48, 64), (16, 32, 32, 48))
+    ]
     assert step.targets == 16 == sum(int((part.targets_BT != IGNORE).sum()) for part in parts)
     assert whole.tokens_BT[:, :16].equal(parts[0].tokens_BT[:, :16])
     assert whole.targets_BT[:, 16:48].equal(parts[1].targets_BT)
