@@ -143,4 +143,4 @@ def _bars(axes: Any, cells: list[Summary]) -> None:
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_ylabel("accuracy %, dotted: the document's")
     axes.set_title(f"recall, width {shown}", fontsize=9)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, ncols=len(MODELS), loc="upper center", bbox_to_anchor=(0.5, -0.08))

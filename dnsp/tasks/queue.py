@@ -83,6 +83,11 @@ def devices_of(device: str) -> list[str]:
     return [names[int(index)]] if colon else names[:count]
 
 
+def grouped(devices: Sequence[str], ranks: int) -> list[str]:
+    """``CUDA_VISIBLE_DEVICES`` of each run over several ranks, a GPU each."""
+    return [",".join(devices[n : n + ranks]) for n in range(0, len(devices) - ranks + 1, ranks)]
+
+
 def train_job(cell: Cell, lr: float, seed: int, scale: Scale, ranks: int = 1) -> dict[str, Any]:
     """A run as its worker is told of it."""
     return {
@@ -373,13 +378,22 @@ def run(suite: Suite, request: Request, console: Console | None = None) -> int:
         raise UsageError(f"--workers {request.workers}: at least one process has to do the work")
     if request.minutes is not None and request.minutes <= 0:
         raise UsageError(f"--minutes {request.minutes:g}: give the minutes that the queue may run, above 0")
+    on_gpu = devices != [""]
+    if on_gpu and request.ranks > len(devices):
+        raise UsageError(
+            f"--ranks {request.ranks} need a GPU each, --device {request.device} has {len(devices)}; take fewer"
+        )
     queue = Queue(suite, request)
     queue.check()
     lock = queue.open()
     before = len(queue.results)
-    on_gpu = devices != [""]
-    count = request.workers or (min(WORKERS_A_GPU, max(1, cores() - 1)) * len(devices) if on_gpu else cores())
-    count = max(1, min(count, queue.total))
+    if on_gpu and request.ranks > 1:
+        usual, groups = len(devices) // request.ranks, grouped(devices, request.ranks)
+    elif on_gpu:
+        usual, groups = min(WORKERS_A_GPU, max(1, cores() - 1)) * len(devices), devices
+    else:
+        usual, groups = max(1, cores() // request.ranks), devices
+    count = max(1, min(request.workers or usual, queue.total))
     state = f"{before} of {queue.total} finished before, " if before else ""
     console.print(f"{queue.out}: {queue.total} runs and measurements, {state}{count} at once on {request.device}")
     stop = _Stop(queue)
@@ -388,7 +402,7 @@ def run(suite: Suite, request: Request, console: Console | None = None) -> int:
         for measurements in (True, False):
             if queue.stopping:
                 break
-            mps = Mps(queue.out, request.mps) if on_gpu and not measurements and count > len(devices) else None
+            mps = Mps(queue.out, request.mps) if on_gpu and not measurements and count > len(groups) else None
             try:
                 if mps is not None:
                     console.print(mps.start(devices[0]), markup=False)
@@ -397,7 +411,7 @@ def run(suite: Suite, request: Request, console: Console | None = None) -> int:
                 workers = [
                     Worker(queue, n, {**environ, "CUDA_VISIBLE_DEVICES": visible}, measurements)
                     for n in numbers
-                    if (visible := ",".join(devices) if measurements else devices[n % len(devices)]) is not None
+                    if (visible := ",".join(devices) if measurements else groups[n % len(groups)]) is not None
                 ]
                 if any(True for job, ready in queue._jobs(measurements) if job["name"] not in queue.results):
                     _watch(queue, workers, deadline, console)

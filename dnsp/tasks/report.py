@@ -110,7 +110,7 @@ def shown(cell: Any) -> str:
 def _rich(table: Table) -> RichTable:
     made = RichTable(title=table.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for n, column in enumerate(table.columns):
-        made.add_column(column, justify="left" if n == 0 else "right")
+        made.add_column(column, justify="left" if n == 0 else "right", overflow="fold")
     for row in table.rows:
         made.add_row(*map(shown, row))
     return made

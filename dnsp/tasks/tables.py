@@ -11,7 +11,7 @@ from typing import Any
 
 from dnsp.tasks import document
 from dnsp.tasks.queue import chosen_rate
-from dnsp.tasks.suite import FINAL_SEEDS, MODELS, NAMES, SEARCH_SEED, VALIDATION, Scale
+from dnsp.tasks.suite import ABLATIONS, FINAL_SEEDS, MODELS, NAMES, SEARCH_SEED, VALIDATION, Scale
 
 TITLES = {
     "kv": "Key-value retrieval",
@@ -24,6 +24,10 @@ TITLES = {
     "pitfalls": "Pitfalls",
 }
 Result = dict[str, Any]
+ABLATION_ORDER = {variant: n for n, (_, variant, _) in enumerate(ABLATIONS)}
+
+
+SMOKE = "scale smoke: sizes far below the document's, not to be compared with it"
 
 
 @dataclass
@@ -81,7 +85,10 @@ def summaries(results: Iterable[Result], scale: Scale) -> list[Summary]:
 
 
 def _label_order(labels: dict[str, Any]) -> tuple[Any, ...]:
-    model = labels.get("model")
+    """As the suite has them: ablations from the document's worst to its best."""
+    model, group = labels.get("model"), labels.get("group")
+    if group is not None:
+        return [name for name, _, _ in ABLATIONS].index(group), ABLATION_ORDER.get(labels["variant"], len(ABLATIONS)), 0
     return labels.get("width", 0), labels.get("length", 0), MODELS.index(model) if model in MODELS else len(MODELS)
 
 
@@ -103,13 +110,14 @@ def perplexity(losses: Sequence[float]) -> list[float]:
 
 
 def all_tables(results: Sequence[Result], scale: Scale) -> list[Table]:
-    """Every table for which there are results."""
+    """Every table for which there are results. At ``smoke`` the document's figures stand beside ours for the form
+    alone: nothing is said of them."""
     cells = summaries(results, scale)
     tables: list[Table] = []
     for task in ("kv", "copy", "mqar", "recall32k"):
         own = [cell for cell in cells if cell.task == task]
         if own:
-            tables += recall_tables(task, own)
+            tables += recall_tables(task, own, scale)
     for build, task in ((ablation_tables, "ablations"), (lm_tables, "lm")):
         own = [cell for cell in cells if cell.task == task]
         if own:
@@ -126,7 +134,7 @@ def all_tables(results: Sequence[Result], scale: Scale) -> list[Table]:
     return tables
 
 
-def recall_tables(task: str, cells: list[Summary]) -> list[Table]:
+def recall_tables(task: str, cells: list[Summary], scale: Scale = "full") -> list[Table]:
     """Accuracy beside the document's; for several widths or tests one more table with all of them."""
     stated = document.RECALL.get(task, {})
     widths = sorted({cell.labels["width"] for cell in cells})
@@ -142,9 +150,8 @@ def recall_tables(task: str, cells: list[Summary]) -> list[Table]:
             f"{cell.wanted}", cell.diverged,
         ])  # fmt: skip
     columns = ["model", "accuracy %", "deviation", "document", "difference", "learning rate", "seeds", "diverged"]
-    tables = [
-        Table(task, f"{TITLES[task]}, width {shown}", columns, rows, "; ".join(recall_verdicts(task, cells, shown)))
-    ]
+    verdict = "; ".join(recall_verdicts(task, cells, shown)) if scale == "full" else SMOKE
+    tables = [Table(task, f"{TITLES[task]}, width {shown}", columns, rows, verdict)]
     tests = [test for test in cells[0].tests if test != VALIDATION]
     if len(tests) > 1 or len(widths) > 1:
         rows = [
@@ -183,6 +190,9 @@ def _reaches(ours: float, theirs: float) -> str:
     return "reaches" if ours >= theirs else f"stays {theirs - ours:.1f} points below"
 
 
+SCALED_NORMS = ("none", "k by l2", "learned beta, q and k by l2")
+
+
 def ablation_tables(cells: list[Summary]) -> list[Table]:
     by_variant = {cell.labels["variant"]: cell for cell in cells}
     base = next((cell for cell in cells if cell.labels["group"] == "base"), None)
@@ -194,7 +204,7 @@ def ablation_tables(cells: list[Summary]) -> list[Table]:
             spread(perplexity(cell.values("text", "loss")), 3),
             spread(cell.values("recall")),
             *(spread(perplexity(cell.values(test, "loss")), 3) for test in longer),
-            max((result["training"].get("grad_norm_max", 0.0) for result in cell.finals), default=None),
+            max((norm for r in cell.finals if (norm := r["training"].get("grad_norm_max"))), default=None),
             cell.lr,
             f"{len(cell.finals)} of {cell.wanted}",
             cell.diverged,
@@ -217,7 +227,10 @@ def ablation_tables(cells: list[Summary]) -> list[Table]:
         picked += [base] if base is not None else []
         theirs = ["document's perplexity", "document's recall %" if group == "beta" else "document's stability"]
         rows = [[*row(cell), *stated.get(cell.labels["variant"], [None, None])] for cell in picked]
-        note = order_verdict([by_variant[name] for name in stated if name in by_variant])
+        verdicts = [order_verdict([by_variant[name] for name in stated if name in by_variant])]
+        if group == "norm":  # the same with keys of norm 1
+            verdicts.append(order_verdict([by_variant[name] for name in SCALED_NORMS if name in by_variant]))
+        note = "; ".join(filter(None, verdicts))
         tables.append(Table(f"ablation-{group}", title, ["variant", *own, *theirs], rows, note))
     others = [cell for cell in cells if cell.labels["group"] not in ("beta", "norm", "base")]
     if others:
@@ -242,6 +255,9 @@ def order_verdict(cells: list[Summary]) -> str:
     order = all(worse[1] > better[1] for worse, better in pairs)
     apart = all(worse[0] > better[2] for worse, better in pairs)
     names = ", then ".join(cell.labels["variant"] for cell in cells)
+    lost = [cell.labels["variant"] for cell, span in zip(cells, spans, strict=True) if span[0] == math.inf]
+    if len(lost) > 1:
+        return f"no order can be told (worst first: {names}): every run of {' and of '.join(lost)} diverged"
     if not order:
         return f"the document's order (worst first: {names}) does not hold"
     return f"the document's order holds (worst first: {names}); spreads {'do not overlap' if apart else 'overlap'}"

@@ -214,3 +214,34 @@ def test_asked_to_stop_a_run_saves_and_goes_on_where_it_was(tmp_path: Path) -> N
     )  # fmt: skip
     assert timed.returncode == 0 and "stopped after" in timed.stdout
     assert finished(out) == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_on_a_gpu(tmp_path: Path) -> None:
+    """Two processes on one GPU, training in bf16; then what is timed, with the device to itself."""
+    out = tmp_path / "out"
+    arguments = [part if part != "cpu" else "cuda" for part in command(out, "mqar", "--models", "deltanet,hybrid")]
+    done = subprocess.run(
+        [*arguments, "--workers", "2"], env=environment(), capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "MPS: " in done.stdout
+    got = finished(out)
+    assert len(got) == 4 and all(r["config"]["engine"]["dtype"] == "bf16" for r in got.values())
+    best = max(r["tests"]["test"]["accuracy"] for r in got.values())
+    assert best > 80, {name: r["tests"]["test"]["accuracy"] for name, r in got.items()}
+
+    from dnsp.tasks.chunks import chunk
+    from dnsp.tasks.pitfalls import demonstrate
+    from dnsp.tasks.speed import speed
+    from dnsp.tasks.suite import PITFALLS, model_tree
+
+    for name in ("attention", "deltanet", "gated_delta", "hybrid"):
+        figures = speed(model_tree(name, 128, 512), context=1024, tokens=8, name=name)
+        assert figures["tokens_per_s"] > 0 and figures["copy_bytes_per_s"] > 1e11
+        assert (figures["cache_bytes"] > 0) == (name in ("attention", "hybrid"))
+    assert chunk(tokens=256, heads=2, width=64, chunk=32)["output_error"] < 1e-5
+    for pitfall in PITFALLS:
+        assert demonstrate(pitfall, tokens=256, width=64)["rows"]
