@@ -22,7 +22,7 @@ from dnsp.launch.local import ERROR_FILE, SUPERVISOR, start_ranks
 from dnsp.parallel.errors import LayoutError, PlanError
 from dnsp.parallel.layout import Layout
 from dnsp.schedule import spans
-from dnsp.tasks.commands import report, tasks_app
+from dnsp.tasks.commands import tasks_app
 
 app = typer.Typer(
     name="dnsp",
@@ -35,7 +35,6 @@ app = typer.Typer(
 data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 app.add_typer(tasks_app, name="tasks")
-app.command("report")(report)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.steps=10.")]
@@ -167,6 +166,17 @@ def doctor(
     from dnsp.doctor import run
 
     raise typer.Exit(run(json_file))
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="What dnsp tasks run --out made.")],
+    json_file: JsonFile = None,
+) -> None:
+    """Tables beside the document's figures; report.md, CSV files and plots in the first DIR."""
+    from dnsp.tasks.report import report as run
+
+    raise typer.Exit(run(folders, json_file))
 
 
 @data_app.command("prepare")

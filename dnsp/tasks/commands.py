@@ -1,4 +1,4 @@
-"""``dnsp tasks run`` and ``dnsp report``; what is slow to import is imported when it is used."""
+"""``dnsp tasks``; what is slow to import is imported when it is used."""
 
 from __future__ import annotations
 
@@ -60,6 +60,8 @@ def run(
     devices_of(device)
     chosen = MODELS if models is None else tuple(models.split(","))
     names = name.split(",")
+    if text is not None and not {"lm", "all"} & set(names):
+        raise UsageError(f"--text {text} is what lm trains on, and {name} has no lm; leave it out")
     size: Scale = "full" if scale == "full" else "smoke"
     found = suite(names, size, device != "cpu", chosen, text)
     request = Request(names, size, device, out, overrides or [], chosen, text, workers, minutes, ranks, overwrite, mps)
@@ -80,12 +82,3 @@ def prefill_rank(folder: Path) -> None:
     from dnsp.tasks.speed import prefill_rank as run_rank
 
     run_rank(folder)
-
-
-def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of dnsp tasks run --out.")],
-) -> None:
-    """Tables beside the document's figures in the terminal, report.md, CSV files and plots in the first DIR."""
-    from dnsp.tasks.report import report as run_report
-
-    raise typer.Exit(run_report(folders))

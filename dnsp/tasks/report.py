@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from dnsp.tasks.tables import Result, Table, all_tables
 from dnsp.tasks.worker import RESULT
 
 
-def report(folders: list[Path], console: Console | None = None) -> int:
+def report(folders: list[Path], json_file: Path | None = None) -> int:
     """Write ``report.md``, ``tables/*.csv`` and ``plots/*.png`` into the first folder, and print the tables.
+
+    json_file: where all tables go as one mapping, too.
 
     Raises UsageError for folders without results, or whose results cannot stand in one table.
     """
-    console = console or Console(highlight=False)
+    console = Console(highlight=False)
     queues = [read_queue(folder) for folder in folders]
     scales = {queue["identity"]["scale"] for queue in queues}
     if len(scales) > 1:
@@ -50,6 +53,9 @@ def report(folders: list[Path], console: Console | None = None) -> int:
         if table.note:
             console.print(table.note, markup=False)
             console.print()
+    if json_file is not None:
+        whole = {table.name: asdict(table) for table in tables}
+        json_file.write_text(json.dumps(whole, indent=2) + "\n")
     lines = _head(folders, queues, list(results.values()))
     (out / "report.md").write_text("\n".join([*lines, *_markdown(tables), *_pictures(plots, out)]) + "\n")
     for line in lines[2:]:

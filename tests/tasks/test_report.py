@@ -69,8 +69,10 @@ def rows(path: Path) -> dict[str, dict[str, str]]:
 
 def test_recall_beside_the_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "kv", recall_runs())
-    assert report([folder]) == 0
+    assert report([folder], tmp_path / "report.json") == 0
     table = rows(folder / "tables" / "kv.csv")
+    whole = json.loads((tmp_path / "report.json").read_text())
+    assert [row[0] for row in whole["kv"]["rows"]] == list(table)
     for model, by_seed in ACCURACY.items():
         values = list(by_seed.values())
         said = table[model]
