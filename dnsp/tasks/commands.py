@@ -13,7 +13,8 @@ tasks_app = typer.Typer(help="The experiments: recall, ablations, speed, languag
                         rich_markup_mode=None)  # fmt: skip
 
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Of a task, or all; several with commas.")]
+NAMES_HELP = "kv copy mqar recall32k ablations speed lm pitfalls all; several with commas."
+Name = Annotated[str, typer.Argument(metavar="NAME", help=NAMES_HELP)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of every run's configuration.")]
 Out = Annotated[Path | None, typer.Option(help="The folder of runs and results; an unfinished queue goes on.")]
 ScaleOption = Annotated[str, typer.Option(help="smoke (minutes on a CPU) or full (one GPU).")]
@@ -48,8 +49,9 @@ def run(
     """Train and measure; every model gets the same search. The same command goes on where it was stopped."""
     import torch
 
-    from dnsp.tasks.queue import Request, devices_of
-    from dnsp.tasks.queue import run as run_queue
+    from dnsp.tasks.pool import devices_of
+    from dnsp.tasks.pool import run as run_queue
+    from dnsp.tasks.queue import Request
     from dnsp.tasks.suite import MODELS, Scale, suite
 
     if scale not in ("smoke", "full"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,18 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from dnsp.errors import UsageError
+from dnsp.tasks.measured import chunk_tables, pitfall_tables, speed_tables
 from dnsp.tasks.plots import all_plots
-from dnsp.tasks.tables import Result, Table, all_tables
+from dnsp.tasks.suite import Scale
+from dnsp.tasks.tables import (
+    Result,
+    Table,
+    ablation_tables,
+    lm_tables,
+    recall_tables,
+    search_table,
+    summaries,
+)  # fmt: skip
 from dnsp.tasks.worker import RESULT
 
 
@@ -62,6 +73,31 @@ def report(folders: list[Path], json_file: Path | None = None) -> int:
         console.print(line, markup=False)
     console.print(f"{out}/report.md, {len(tables)} CSV files in tables/, {len(plots)} plots in plots/", markup=False)
     return 0
+
+
+def all_tables(results: Sequence[Result], scale: Scale) -> list[Table]:
+    """Every table for which there are results. At ``smoke`` the document's figures stand beside ours for the form
+    alone: nothing is said of them."""
+    cells = summaries(results, scale)
+    tables: list[Table] = []
+    for task in ("kv", "copy", "mqar", "recall32k"):
+        own = [cell for cell in cells if cell.task == task]
+        if own:
+            tables += recall_tables(task, own, scale)
+    for build, task in ((ablation_tables, "ablations"), (lm_tables, "lm")):
+        own = [cell for cell in cells if cell.task == task]
+        if own:
+            tables += build(own)
+    makers: dict[str, Callable[[list[Result]], list[Table]]] = {
+        "chunk": chunk_tables, "speed": speed_tables, "pitfall": pitfall_tables,
+    }  # fmt: skip
+    for kind, make in makers.items():
+        figures = [result["figures"] for result in results if result["kind"] == kind]
+        if figures:
+            tables += make(figures)
+    if cells:
+        tables.append(search_table(cells))
+    return tables
 
 
 def read_queue(folder: Path) -> dict[str, Any]:

@@ -273,8 +273,12 @@ def _uniform(bits: np.random.Philox, shape: Sequence[int]) -> np.ndarray:
 
 
 def _distinct(bits: np.random.Philox, rows: int, bound: int, count: int) -> np.ndarray:
-    """``count`` different integers below ``bound`` in random order, ``[rows, count]``."""
-    raw = bits.random_raw(rows * bound).reshape(rows, bound)
-    chosen = np.argpartition(raw, count - 1, axis=1)[:, :count] if count < bound else np.argsort(raw, axis=1)
-    order = np.argsort(np.take_along_axis(raw, chosen, axis=1), axis=1)  # a partition's own order is not random
-    return np.take_along_axis(chosen, order, axis=1)
+    """``count`` different integers below ``bound`` in random order, ``[rows, count]``: Floyd's way (Bentley and Floyd,
+    1987), whose work does not grow with the bound, then a shuffle, for the order it finds them in is not random."""
+    found = np.full((rows, count), -1, dtype=np.int64)
+    raw = bits.random_raw(rows * count).reshape(count, rows)
+    for n, last in enumerate(range(bound - count, bound)):
+        drawn = (raw[n] % np.uint64(last + 1)).astype(np.int64)
+        taken = (found[:, :n] == drawn[:, None]).any(axis=1)
+        found[:, n] = np.where(taken, last, drawn)
+    return np.take_along_axis(found, np.argsort(_uniform(bits, (rows, count)), axis=1, kind="stable"), axis=1)

@@ -7,6 +7,7 @@ goes to ``log.txt`` in its folder. ``result.json`` appears there whole or not at
 from __future__ import annotations
 
 import gc
+import gzip
 import json
 import os
 import platform
@@ -61,7 +62,7 @@ def carry_out(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             whole = {**job, **result, **surroundings(), "seconds": time.time() - began}
             del whole["folder"]
             write_json(folder / RESULT, whole)
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # it has been asked all that is asked of it
+            make_small(folder)
             return {"status": "finished", "recycle": _leftover()}
         except Exception as error:
             traceback.print_exc()
@@ -167,6 +168,18 @@ def surroundings() -> dict[str, Any]:
     """Versions and device, as a result keeps them."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"versions": {package: _version(package) for package in PACKAGES}, "device_name": name}
+
+
+def make_small(folder: Path) -> None:
+    """A finished run's folder, of which there are hundreds: without checkpoints and TensorBoard's copy of the metrics,
+    and with the metrics packed."""
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists():
+        with gzip.open(folder / "metrics.jsonl.gz", "wb") as packed:
+            packed.write(metrics.read_bytes())
+        metrics.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -15,7 +16,8 @@ import psutil
 import pytest
 
 from dnsp.errors import UsageError
-from dnsp.tasks.queue import Queue, Request, chosen_rate, devices_of, run, train_job, with_overrides
+from dnsp.tasks.pool import devices_of, run
+from dnsp.tasks.queue import Queue, Request, chosen_rate, train_job, with_overrides
 from dnsp.tasks.suite import ABLATIONS, MODELS, NAMES, SEARCH_SEED, VALIDATION, suite
 from dnsp.tasks.worker import RESULT, run_config
 
@@ -190,6 +192,9 @@ def test_killed_and_gone_on_with_it_comes_to_the_same(tmp_path: Path) -> None:
         assert got[name]["tests"] == one["tests"], name
         assert got[name]["training"]["loss"] == one["training"]["loss"]
         assert not (out / "runs" / name / "checkpoints").exists()
+        with gzip.open(out / "runs" / name / "metrics.jsonl.gz", "rt") as metrics:
+            steps = [json.loads(line)["step"] for line in metrics]
+        assert steps == list(range(1, 26))
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from dnsp.errors import UsageError
 from dnsp.tasks.sources import GAP_POWER, TaskPacker, TaskSequence, open_task, power_law_gaps
 
 SEQUENCES = 150  # over two blocks
-EXPECTED_MQAR = [5, 14, 2, 12, 2, 9, 5, 9]
+EXPECTED_MQAR = [7, 13, 6, 15, 7, 9, 6, 0]
 EXPECTED_COPY = [2, 5, 6, 5, 7, 2, 5, 6]
 SIZES: dict[str, tuple[dict[str, Any], int]] = {
     "kv": ({"vocab": 128, "pairs": [4, 16]}, 80),
@@ -174,3 +174,12 @@ def test_pairs_are_written_in_any_form() -> None:
     for given, meant in ((4, (4,)), ([4, 64], (4, 8, 16, 32, 64)), ([3, 5], (3, 5)), ([2, 4, 6], (2, 4, 6))):
         packer = open_task("task:kv", {"pairs": given}, seed=0, split="train")
         assert isinstance(packer, TaskPacker) and packer.source.options.pairs == meant  # type: ignore[attr-defined]
+
+
+def test_keys_are_uniform() -> None:
+    """Every id is a key, and the first one, as often as any other."""
+    packer = open_task("task:kv", {"vocab": 16, "pairs": 3}, seed=0, split="train")
+    drawn = np.stack([packer.sequence(n * 16, 16).tokens_T[:6:2] for n in range(4000)])
+    for column in drawn.T:
+        counts = np.bincount(column, minlength=8)
+        assert len(counts) == 8 and np.abs(counts - 500).max() < 4 * np.sqrt(500)
