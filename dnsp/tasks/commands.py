@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -73,9 +74,12 @@ def run(
 @tasks_app.command("worker", hidden=True)
 def worker() -> None:
     """What the queue starts."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what imports print is no answer
+
     from dnsp.tasks.worker import serve
 
-    serve()
+    serve(answers)
 
 
 @tasks_app.command("prefill-rank", hidden=True)

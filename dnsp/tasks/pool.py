@@ -64,7 +64,10 @@ class Worker(threading.Thread):
     def run(self) -> None:
         try:
             while (job := self.queue.next_job(self.number, self.measurements)) is not None:
-                answer = self._carry_out(job)
+                try:
+                    answer = self._carry_out(job)
+                except (OSError, ValueError) as error:  # no process, or one that answers what is no answer
+                    answer = {"status": "failed", "message": str(error), "recycle": True}
                 self.queue.done(self.number, job, answer)
                 if answer.get("recycle"):
                     self.end()
@@ -163,13 +166,13 @@ def run(suite: Suite, request: Request, console: Console | None = None) -> int:
                 if mps is not None:
                     console.print(mps.start(devices[0]), markup=False)
                     environ = {**environ, **mps.environ}
-                numbers = range(1 if measurements else count)
+                # what is timed sees all devices: a prefill over ranks is among it
+                visible = [",".join(devices)] if measurements else [groups[n % len(groups)] for n in range(count)]
                 workers = [
-                    Worker(queue, n, {**environ, "CUDA_VISIBLE_DEVICES": visible}, measurements)
-                    for n in numbers
-                    if (visible := ",".join(devices) if measurements else groups[n % len(groups)]) is not None
+                    Worker(queue, n, {**environ, "CUDA_VISIBLE_DEVICES": names}, measurements)
+                    for n, names in enumerate(visible)
                 ]
-                if any(True for job, ready in queue._jobs(measurements) if job["name"] not in queue.results):
+                if queue.left(measurements):
                     _watch(queue, workers, deadline, console)
             finally:
                 if mps is not None:

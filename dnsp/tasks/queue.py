@@ -227,6 +227,10 @@ class Queue:
                 self.changed.wait(1.0)
             return None
 
+    def left(self, measurements: bool) -> bool:
+        """Whether there is anything to do of either kind."""
+        return any(job["name"] not in self.results for job, _ in self._jobs(measurements))
+
     def _jobs(self, measurements: bool) -> list[tuple[dict[str, Any], bool]]:
         """Jobs in order, and whether what decides them is known."""
         if measurements:

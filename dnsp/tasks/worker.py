@@ -1,7 +1,8 @@
 """A process that carries out one job after another: starting Python, torch and DeepSpeed costs more than a small run.
 
-A job comes as a line of JSON on standard input; what came of it goes back as a line on standard output. What a run says
-goes to ``log.txt`` in its folder. ``result.json`` appears there whole or not at all, and is what makes a job finished.
+A job comes as a line of JSON on standard input; what came of it goes back as a line on what was standard output. What a
+run says goes to ``log.txt`` in its folder. ``result.json`` appears there whole or not at all, and is what makes a job
+finished.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -37,9 +38,8 @@ LEFT_OVER = 2**30  # bytes of GPU memory still taken between jobs: a new process
 DIVERGED = ("the loss is not finite", "the gradient norm is")
 
 
-def serve() -> None:
-    """Jobs from standard input until it ends."""
-    answers = os.fdopen(os.dup(1), "w")
+def serve(answers: IO[str]) -> None:
+    """Jobs from standard input until it ends, what came of them to ``answers``."""
     for line in sys.stdin:
         job = json.loads(line)
         answers.write(json.dumps(carry_out(job, Path(job["folder"]))) + "\n")
