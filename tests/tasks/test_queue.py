@@ -24,6 +24,7 @@ from dnsp.tasks.worker import RESULT, run_config
 ROOT = Path(__file__).resolve().parents[2]
 ENDED = 20.0  # seconds in which a killed queue's processes are gone
 PATIENCE = 240.0
+LOSS = 1e-3  # between one rank and two after six steps, relative
 
 
 def command(out: Path, *arguments: str) -> list[str]:
@@ -219,6 +220,25 @@ def test_asked_to_stop_a_run_saves_and_goes_on_where_it_was(tmp_path: Path) -> N
     )  # fmt: skip
     assert timed.returncode == 0 and "stopped after" in timed.stdout
     assert finished(out) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_runs_spread_over_ranks_come_to_the_same(tmp_path: Path) -> None:
+    arguments = ("kv", "--models", "hybrid", "data.sequence_length=128", "train.steps=6")
+    for ranks in ("1", "2"):
+        done = subprocess.run(
+            command(tmp_path / ranks, *arguments, "--ranks", ranks), env=environment(), capture_output=True, text=True,
+            timeout=PATIENCE,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    alone, spread = finished(tmp_path / "1"), finished(tmp_path / "2")
+    assert alone.keys() == spread.keys() and len(alone) == 2
+    for name, one in alone.items():
+        other = spread[name]
+        assert "1 x 2 ranks" in (tmp_path / "2" / "runs" / name / "log.txt").read_text()
+        assert other["training"]["loss"] == pytest.approx(one["training"]["loss"], rel=LOSS)
+        assert other["tests"]["test"]["loss"] == pytest.approx(one["tests"]["test"]["loss"], rel=LOSS)
 
 
 @pytest.mark.gpu
