@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from dnsp.config import load_config
 from dnsp.errors import UsageError
 from dnsp.tasks.pool import devices_of, run
 from dnsp.tasks.queue import Queue, Request, chosen_rate, train_job, with_overrides
@@ -74,6 +75,14 @@ def test_every_run_of_every_task_is_a_valid_configuration(scale: Any) -> None:
     for width in widths:
         cells = [c for c in whole.cells if c.task == "mqar" and c.labels["width"] == width]
         assert [c.labels["model"] for c in cells] == list(MODELS)
+
+
+def test_the_configuration_in_configs_is_a_run_of_the_queue() -> None:
+    written = load_config(ROOT / "configs" / "tasks" / "mqar.yaml")
+    (cell,) = [c for c in suite(["mqar"], "full", True, ("deltanet",)).cells if c.labels["width"] == 128]
+    queued = run_config(train_job(cell, 3e-3, 0, "full"), Path("x"))
+    assert (written.train, written.data, written.engine) == (queued.train, queued.data, queued.engine)
+    assert written.model.deltanet == queued.model.deltanet and written.model.hidden_size == queued.model.hidden_size
 
 
 def test_overrides_reach_runs_and_their_tests() -> None:
