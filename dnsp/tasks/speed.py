@@ -53,6 +53,8 @@ def speed(model: dict[str, Any], context: int, tokens: int, name: str, ranks: in
 
 @torch.no_grad()
 def alone(asked: dict[str, Any]) -> dict[str, Any]:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     config, decoder, device = _model(asked)
     context = asked["context"]
     prompt = _prompt(config, context, device)
