@@ -26,6 +26,7 @@ from dnsp.tasks.suite import Suite
 
 GRACE = 30.0  # seconds that a stopped run has to save
 WORKERS_A_GPU = 12
+QUEUES = 64  # of a GPU
 PLAIN_INTERVAL = 10.0  # seconds between lines where the output is not a terminal
 
 
@@ -166,6 +167,8 @@ def run(suite: Suite, request: Request, console: Console | None = None) -> int:
                 if mps is not None:
                     console.print(mps.start(devices[0]), markup=False)
                     environ = {**environ, **mps.environ}
+                    # processes that share a GPU share its queues, too: with more than there are some do not start
+                    environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(max(1, QUEUES // -(-count // len(groups)))))
                 # what is timed sees all devices: a prefill over ranks is among it
                 visible = [",".join(devices)] if measurements else [groups[n % len(groups)] for n in range(count)]
                 workers = [
