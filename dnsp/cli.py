@@ -22,6 +22,7 @@ from dnsp.launch.local import ERROR_FILE, SUPERVISOR, start_ranks
 from dnsp.parallel.errors import LayoutError, PlanError
 from dnsp.parallel.layout import Layout
 from dnsp.schedule import spans
+from dnsp.tasks.commands import tasks_app
 
 app = typer.Typer(
     name="dnsp",
@@ -37,6 +38,7 @@ bench_app = typer.Typer(
     help="Measure against the peers that are installed, in one run.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(tasks_app, name="tasks")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.steps=10.")]
@@ -290,6 +292,17 @@ def bench_attention_ranks(file: Path) -> None:
     from dnsp.bench.ranks import as_rank
 
     as_rank(file, rank_main)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="What dnsp tasks run --out made.")],
+    json_file: JsonFile = None,
+) -> None:
+    """Tables beside the document's figures; report.md, CSV files and plots in the first DIR."""
+    from dnsp.tasks.report import report as run
+
+    raise typer.Exit(run(folders, json_file))
 
 
 @data_app.command("prepare")
