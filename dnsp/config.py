@@ -155,7 +155,9 @@ class ParallelConfig(Section):
 
 
 class EngineConfig(Section):
-    zero_stage: Literal[0, 1] = 0
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload_optimizer: bool = False  # fp32 weights and moments live in the host's memory, and are updated there
+    offload_parameters: bool = False  # ZeRO 3: so do the shards of the weights between their uses
     dtype: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
     activation_offloading: bool = False  # what checkpointing keeps waits in the host's memory

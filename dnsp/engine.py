@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dnsp.config import Config
-from dnsp.model.decoder import Decoder
+from dnsp.model.decoder import Decoder, DecoderLayer
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.plan import Plan
 
@@ -31,6 +31,7 @@ from deepspeed.utils import (  # noqa: E402
     safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
+    set_z3_leaf_modules,
 )
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -63,8 +64,10 @@ class Engine:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists; a single process has no launcher to set it
         settings = config.train
-        self.model, self.grid, self.zero = model, grid, config.engine.zero_stage > 0
+        self.model, self.grid, self.stage = model, grid, config.engine.zero_stage
         self.clip, self.accumulation = settings.clip, accumulation
+        # what DeepSpeed divides the sum over all ranks by; measured, and asserted by dnsp/probe.py on every start
+        self.divisor = grid.world if self.stage == 3 else grid.data_size
         # in the model: DeepSpeed turns off a CUDA autocast that is around its engine
         model.autocast = torch.bfloat16 if config.engine.dtype == "bf16" else None
         self.device = next(model.parameters()).device
@@ -75,6 +78,8 @@ class Engine:
             eps=settings.eps,
             fused=self.device.type == "cuda",
         )
+        if self.stage == 3:  # one gather a layer; what a layer does inside needs no hook of DeepSpeed's
+            set_z3_leaf_modules(model, [DecoderLayer])
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -93,7 +98,7 @@ class Engine:
         Returns the loss summed over the local targets, fp32, detached.
         """
         loss_sum = self.deepspeed(tokens_BT, targets_BT, plan)
-        self.deepspeed.backward(loss_sum * (self.grid.data_size / step_targets), scale_wrt_gas=False)
+        self.deepspeed.backward(loss_sum * (self.divisor / step_targets), scale_wrt_gas=False)
         return loss_sum.detach()
 
     def advance(self) -> None:
@@ -111,7 +116,7 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self.zero:
+        if self.stage:
             self.deepspeed.step()
             return float(self.deepspeed.get_global_grad_norm())
         # every rank holds every reduced gradient, so that the norm needs no communication
@@ -129,7 +134,7 @@ class Engine:
         state: dict[str, Tensor] = {}
         for name, p in self.names.items():
             for moment in MOMENTS:
-                whole = safe_get_full_optimizer_state(p, moment) if self.zero else self.optimizer.state[p][moment]
+                whole = safe_get_full_optimizer_state(p, moment) if self.stage else self.optimizer.state[p][moment]
                 state[f"{moment}.{name}"] = whole.detach().cpu().reshape(p.shape).clone()
         state["step"] = next(iter(self._base().state.values()))["step"].detach().cpu().clone()
         return state
@@ -137,11 +142,13 @@ class Engine:
     def _make_moments(self) -> None:
         # AdamW would make them in its first step; DeepSpeed then links the first group's shards alone to parameters
         base = self._base()
-        for group in base.param_groups:
-            for p in group["params"]:
-                step = torch.zeros((), device=p.device if group["fused"] else "cpu")  # where AdamW itself has it
-                base.state[p] = {"step": step, **{moment: torch.zeros_like(p) for moment in MOMENTS}}
-        if self.zero:
+        held = [p for group in base.param_groups for p in group["params"]]
+        if self.stage == 3:  # handed to AdamW one at a time
+            held = self.optimizer.fp32_partitioned_groups_flat
+        for p in held:
+            step = torch.zeros((), device=p.device if base.defaults["fused"] else "cpu")  # where AdamW itself has it
+            base.state[p] = {"step": step, **{moment: torch.zeros_like(p) for moment in MOMENTS}}
+        if self.stage in (1, 2):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _load_optimizer(self, saved: dict[str, Tensor]) -> None:
@@ -150,24 +157,30 @@ class Engine:
         for name, p in self.names.items():
             for moment in MOMENTS:
                 whole = saved[f"{moment}.{name}"].to(self.device)
-                if self.zero:
+                if self.stage:
                     safe_set_full_optimizer_state(p, whole, moment)
                 else:
                     self.optimizer.state[p][moment].copy_(whole)
 
     def _base(self) -> Any:
-        return self.optimizer.optimizer if self.zero else self.optimizer
+        return self.optimizer.optimizer if self.stage else self.optimizer
 
 
 def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
     """DeepSpeed's own configuration; ours is the only source."""
-    stage = config.engine.zero_stage
+    settings = config.engine
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if settings.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.train.clip if stage else 0.0,
-        "zero_optimization": {"stage": stage},
+        "gradient_clipping": config.train.clip if settings.zero_stage else 0.0,
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's would be compiled on the spot; torch's fused AdamW is as fast
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device, twice a micro-batch
