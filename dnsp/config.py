@@ -158,11 +158,27 @@ class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload_optimizer: bool = False  # fp32 weights and moments live in the host's memory, and are updated there
     offload_parameters: bool = False  # ZeRO 3: so do the shards of the weights between their uses
+    deepspeed: dict[str, Any] = Field(default_factory=dict)  # further options of DeepSpeed's, under its own names
+    probe: bool = True  # before the first step the engine's reduction is held against the sum over the ranks
     dtype: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
     activation_offloading: bool = False  # what checkpointing keeps waits in the host's memory
     mlp_tile: int = Field(8192, ge=0)  # local tokens that are in a feed-forward at once; 0: all
     deterministic: bool = False  # attention repeats its bits
+
+    @model_validator(mode="after")
+    def _offloading_needs_a_stage(self) -> EngineConfig:
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError(
+                "engine.offload_optimizer=true moves ZeRO's share of the optimizer, and engine.zero_stage=0 has none; "
+                "set engine.zero_stage to 1, 2 or 3, or do not offload"
+            )
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(
+                f"engine.offload_parameters=true moves ZeRO 3's shards of the weights, and engine.zero_stage="
+                f"{self.zero_stage} has none; set engine.zero_stage=3, or do not offload"
+            )
+        return self
 
     @model_validator(mode="after")
     def _offloading_needs_checkpoints(self) -> EngineConfig:
@@ -210,6 +226,7 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     every: int = Field(0, ge=0)  # steps; 0: at the end only
     keep: int = Field(2, gt=0)
+    keep_every: int = Field(0, ge=0)  # steps; those of every so many steps are kept for good; 0: of none
 
 
 class RunConfig(Section):
@@ -234,7 +251,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     generate: GenerateConfig = GenerateConfig()
     resume: str = "none"  # none | auto | a checkpoint folder
-    init_from: str | None = None  # run:PATH
+    init_from: str | None = None  # run:PATH | hf:PATH
 
 
 # Reading: YAML, then overrides, then validation; every refusal is one or two lines.

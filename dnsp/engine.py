@@ -12,12 +12,16 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from dnsp.checkpoint import MOMENTS, Checkpoint
 from dnsp.config import Config
+from dnsp.errors import UsageError
 from dnsp.model.decoder import Decoder, DecoderLayer
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.plan import Plan
@@ -29,12 +33,20 @@ import deepspeed  # noqa: E402 - DeepSpeed looks for accelerators and compilers 
 from deepspeed.utils import (  # noqa: E402
     logger,
     safe_get_full_grad,
-    safe_get_full_optimizer_state,
-    safe_set_full_optimizer_state,
+    safe_get_full_fp32_param,
     set_z3_leaf_modules,
 )
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET = 50_000_000  # elements that are reduced at once
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements from ``start`` on of a flattened parameter and its moments: ``weights``, ``exp_avg``, ``exp_avg_sq``."""
+
+    name: str
+    start: int
+    tensors: dict[str, Tensor]
 
 
 class Engine:
@@ -45,7 +57,7 @@ class Engine:
         config: its ``engine`` and ``train`` sections are read.
         grid: of the ranks; the process group exists.
         accumulation: micro-batches of an optimizer step.
-        optimizer_state: as :meth:`optimizer_state` returned it, to go on from.
+        found: a checkpoint whose moments to go on from; the model has its weights already.
     """
 
     def __init__(
@@ -54,7 +66,7 @@ class Engine:
         config: Config,
         grid: Grid,
         accumulation: int,
-        optimizer_state: dict[str, Tensor] | None = None,
+        found: Checkpoint | None = None,
     ) -> None:
         warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning)
         logger.setLevel(logging.WARNING)
@@ -89,8 +101,8 @@ class Engine:
         )
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._make_moments()
-        if optimizer_state is not None:
-            self._load_optimizer(optimizer_state)
+        if found is not None:
+            self.load(found)
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, plan: Plan, step_targets: int) -> Tensor:
         """Add one micro-batch's share of the step's gradient; the last one of a step starts the reduction.
@@ -126,18 +138,92 @@ class Engine:
             self.deepspeed.step()
         return norm
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """AdamW's moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, whole whatever the ZeRO stage, and ``step``.
+    def skip(self) -> None:
+        """In place of :meth:`step`: forget the step's gradients; weights and moments stay as they are."""
+        if self.stage:
+            # DeepSpeed's own way of passing over an overflow, which a norm that is not a number takes
+            method, nan = "scaled_global_norm", torch.tensor(float("nan"))
+            broken: Any = lambda *_, **__: nan  # noqa: E731
+            if self.stage == 3:
+                method, broken = "_get_norm_groups", lambda *_, **__: [nan]
+            with patch.object(self.optimizer, method, broken):
+                self.deepspeed.step()
+            return
+        for p in self.names.values():
+            p.grad = None
+        self.deepspeed.micro_steps += 1
 
-        Every rank calls it; every rank gets it, on the CPU.
+    def fragments(self, whole: bool = False) -> list[Fragment]:
+        """The ranges of parameters and moments that this rank keeps; together the ranks' are everything once.
+
+        ``whole``: at stage 0, where every rank has all of it, all of it. The tensors are the optimizer's own.
         """
-        state: dict[str, Tensor] = {}
+        if self.stage == 3:
+            return [f for name, p in self.names.items() if (f := self._shard(name, p)) is not None]
+        if self.stage:
+            return [self._linked(name, p) for name, p in self.names.items() if p._hp_mapping is not None]
+        total = sum(p.numel() for p in self.names.values())
+        low, high = (0, total) if whole else (total * r // self.grid.world for r in (self.grid.rank, self.grid.rank + 1))
+        found, first = [], 0
         for name, p in self.names.items():
-            for moment in MOMENTS:
-                whole = safe_get_full_optimizer_state(p, moment) if self.stage else self.optimizer.state[p][moment]
-                state[f"{moment}.{name}"] = whole.detach().cpu().reshape(p.shape).clone()
-        state["step"] = next(iter(self._base().state.values()))["step"].detach().cpu().clone()
-        return state
+            start, stop = max(low - first, 0), min(high - first, p.numel())
+            if start < stop:
+                views = {"weights": p.data, **{moment: self.optimizer.state[p][moment] for moment in MOMENTS}}
+                found.append(Fragment(name, start, {what: x.view(-1)[start:stop] for what, x in views.items()}))
+            first += p.numel()
+        return found
+
+    def _linked(self, name: str, p: Any) -> Fragment:
+        link = p._hp_mapping
+        views = {"weights": link.hp_fragment, **{m: link.get_optim_state_fragment(m) for m in MOMENTS}}
+        return Fragment(name, link.lp_fragment_address.start, {what: x.data for what, x in views.items()})
+
+    def _shard(self, name: str, p: Any) -> Fragment | None:
+        optimizer = self.optimizer
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(p)]
+        start = size * self.grid.rank
+        held = min(size, p.ds_numel - start)  # the last shards are padded
+        if held <= 0:
+            return None
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        views = {"weights": flat.data, **{moment: self._base().state[flat][moment] for moment in MOMENTS}}
+        return Fragment(name, start, {what: x.narrow(0, offset, held) for what, x in views.items()})
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Of the whole parameters."""
+        return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.names.items()}
+
+    def adam_step(self) -> Tensor:
+        """Updates that AdamW has made, a scalar."""
+        return next(iter(self._base().state.values()))["step"].detach().cpu().clone()
+
+    @torch.no_grad()
+    def load(self, found: Checkpoint, weights: bool = False) -> None:
+        """Take the moments of a checkpoint, and its ``weights`` where the model does not have them yet."""
+        for state in self._base().state.values():
+            state["step"].copy_(found.adam_step())
+        for fragment in self.fragments(whole=True):
+            for what, view in fragment.tensors.items():
+                if weights or what != "weights":
+                    view.copy_(found.read(what, fragment.name, fragment.start, fragment.start + view.numel()))
+        if weights and self.stage == 3:
+            self.optimizer._partition_all_parameters()
+            for group in range(len(self.optimizer.fp16_groups)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if persistent := self.optimizer.persistent_parameters:
+                persistent[0].all_gather(persistent)
+        elif weights:
+            for name, tensor in found.weights().items():
+                self.names[name].copy_(tensor)
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """All parameters on rank 0, on the CPU; nothing on the others. Every rank calls it."""
+        found = {}
+        for name, p in self.names.items():
+            whole = safe_get_full_fp32_param(p) if self.stage == 3 else p
+            if self.grid.rank == 0:
+                found[name] = whole.detach().cpu()
+        return found
 
     def _make_moments(self) -> None:
         # AdamW would make them in its first step; DeepSpeed then links the first group's shards alone to parameters
@@ -151,37 +237,72 @@ class Engine:
         if self.stage in (1, 2):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _load_optimizer(self, saved: dict[str, Tensor]) -> None:
-        for state in self._base().state.values():
-            state["step"].copy_(saved["step"])
-        for name, p in self.names.items():
-            for moment in MOMENTS:
-                whole = saved[f"{moment}.{name}"].to(self.device)
-                if self.stage:
-                    safe_set_full_optimizer_state(p, whole, moment)
-                else:
-                    self.optimizer.state[p][moment].copy_(whole)
-
     def _base(self) -> Any:
         return self.optimizer.optimizer if self.stage else self.optimizer
 
 
 def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration; ours is the only source."""
-    settings = config.engine
-    zero: dict[str, Any] = {"stage": settings.zero_stage}
-    if settings.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if settings.offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
+    """DeepSpeed's own configuration; ours is the only source, ``engine.deepspeed`` adds what ours does not name.
+
+    Raises:
+        UsageError: an option there contradicts a setting of ours; both values are named.
+    """
+    settings, zero = config.engine, {"stage": config.engine.zero_stage}
+    where = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.train.clip if settings.zero_stage else 0.0,
-        "zero_optimization": zero,
+        "zero_optimization": {
+            **zero,
+            # the reduction of a bucket runs beside the rest of the backward; stage 0 has none that could
+            **({"overlap_comm": torch.cuda.is_available(), "reduce_bucket_size": BUCKET} if settings.zero_stage else {}),
+            **({"offload_optimizer": where} if settings.offload_optimizer else {}),
+            **({"offload_param": where} if settings.offload_parameters else {}),
+        },
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's would be compiled on the spot; torch's fused AdamW is as fast
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's would be compiled on the spot; torch's is fused too
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device, twice a micro-batch
     }
+    return _merged(generated, settings.deepspeed, config)
+
+
+# DeepSpeed's options that a setting of ours decides: the setting's key, and its value as DeepSpeed would have it
+def _decided(config: Config, generated: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    engine, train = config.engine, config.train
+    return {
+        "train_micro_batch_size_per_gpu": ("train.micro_batch", train.micro_batch),
+        "train_batch_size": ("train.global_batch", train.global_batch),
+        "gradient_accumulation_steps": ("train.global_batch", generated["gradient_accumulation_steps"]),
+        "gradient_clipping": ("train.clip", train.clip),
+        "zero_optimization.stage": ("engine.zero_stage", engine.zero_stage),
+        "zero_optimization.offload_optimizer": ("engine.offload_optimizer", engine.offload_optimizer),
+        "zero_optimization.offload_param": ("engine.offload_parameters", engine.offload_parameters),
+        "bf16": ("engine.dtype", engine.dtype),
+        "fp16": ("engine.dtype", engine.dtype),
+        "torch_autocast": ("engine.dtype", engine.dtype),
+        "optimizer": ("train.lr", train.lr),
+        "scheduler": ("train.schedule", train.schedule),
+    }
+
+
+def _merged(generated: dict[str, Any], extra: dict[str, Any], config: Config) -> dict[str, Any]:
+    decided = _decided(config, generated)
+
+    def merge(ours: dict[str, Any], theirs: dict[str, Any], prefix: str) -> dict[str, Any]:
+        merged = dict(ours)
+        for key, value in theirs.items():
+            name = f"{prefix}{key}"
+            if name in decided and value != ours.get(key):
+                setting, ruled = decided[name]
+                raise UsageError(
+                    f"engine.deepspeed.{name}={value!r} contradicts {setting}={ruled!r}, which decides it; "
+                    f"leave it out and set {setting}"
+                )
+            both = isinstance(value, dict) and isinstance(ours.get(key), dict)
+            merged[key] = merge(ours[key], value, f"{name}.") if both else value
+        return merged
+
+    return merge(generated, extra, "")

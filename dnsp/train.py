@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from datetime import date
@@ -31,6 +32,7 @@ from dnsp.model.decoder import Decoder
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
+from dnsp.saving import Saver
 from dnsp.schedule import Span, learning_rate, spans
 from dnsp.telemetry import Telemetry, peak_memory
 
@@ -105,9 +107,10 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     choices, why = watchdog.from_first(chosen)
     folder = open_folder(config, identity, name, first)
     watch.folder = folder
-    engine = Engine(model, config, grid, accumulation, found.optimizer() if found else None)
+    engine = Engine(model, config, grid, accumulation, found)
     if found:
-        checkpoint.set_random_state(found.random(), rank, engine.device)
+        checkpoint.set_random_state(found.random(rank), engine.device)
+    saver = Saver(folder, engine, config.checkpoint)
 
     steps = stages[-1].stop
     start = found.step if found else 0
@@ -117,7 +120,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     loss = float("nan")
     telemetry = Telemetry(folder if first else None, steps, start)
     watch.at_end = telemetry.stop
-    count = sum(p.numel() for p in model.parameters())
+    count = sum(math.prod(shape) for shape in engine.shapes().values())
     telemetry.say(
         f"{count:,} parameters, {grid.data_size} x {grid.sequence_size} ranks (data x sequence), "
         f"{accumulation} micro-batches a step, {steps} steps; {folder}"
@@ -169,17 +172,34 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                 }
             )
             if stopping or done == steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
-                save(engine, folder, config, identity, done, tokens, cursor, stage, choices)
+                saver.save(
+                    done,
+                    {
+                        "tokens": tokens,
+                        "cursor": cursor.to_dict(),
+                        "rope_theta": stage.rope_theta,
+                        "sequence_length": stage.sequence_length,
+                        "choices": choices.to_dict(),
+                        "identity": identity,
+                        "config": config.model_dump(mode="json"),
+                    },
+                )
+            for news in saver.news():
+                telemetry.say(news)
             if stopping and done < steps:
+                end_saved(saver, telemetry, grid)
                 telemetry.say(f"stopped after step {done} as asked; resume=auto continues {folder}")
                 telemetry.close()
                 watchdog.leave()
                 return {"run_dir": str(folder), "step": done, "loss": loss, "tokens": tokens, "stopped": True}
             if config.eval.every and done % config.eval.every == 0 and done < steps:
-                telemetry.evaluation(done, evaluate(model, heldout, tokenizer, config, grid, stage.sequence_length))
+                telemetry.evaluation(done, evaluate(engine.deepspeed, heldout, tokenizer, config, grid, stage.sequence_length))
 
-    figures = evaluate(model, heldout, tokenizer, config, grid, stages[-1].sequence_length)
+    figures = evaluate(engine.deepspeed, heldout, tokenizer, config, grid, stages[-1].sequence_length)
     telemetry.evaluation(steps, figures)
+    if engine.stage == 3 and config.generate.tokens:
+        model = whole_model(engine, config, stages[-1].rope_theta)
+    end_saved(saver, telemetry, grid)
     watchdog.leave()  # what is left concerns rank 0 alone
     if first:
         telemetry.stop()
@@ -357,37 +377,32 @@ def both_see(first: bool, message: str) -> RunError:
     return RunError(message) if first else Echo(message)
 
 
-def save(
-    engine: Engine,
-    folder: Path,
-    config: Config,
-    identity: dict[str, Any],
-    step: int,
-    tokens: int,
-    cursor: Cursor,
-    stage: Span,
-    choices: Choices,
-) -> None:
-    """A checkpoint after ``step``; rank 0 writes, the others wait for it however long it takes."""
-    optimizer = engine.optimizer_state()
-    states = watchdog.from_all(checkpoint.random_state(engine.device), engine.grid)
-    if engine.grid.rank == 0:
-        tensors = {
-            "weights": checkpoint.weights_of(engine.model),
-            "optimizer": optimizer,
-            "random": {f"{rank}.{kind}": state for rank, kinds in enumerate(states) for kind, state in kinds.items()},
-        }
-        state = {
-            "tokens": tokens,
-            "cursor": cursor.to_dict(),
-            "rope_theta": stage.rope_theta,
-            "sequence_length": stage.sequence_length,
-            "choices": choices.to_dict(),
-            "identity": identity,
-            "config": config.model_dump(mode="json"),
-        }
-        checkpoint.save(folder, step, tensors, state, config.checkpoint.keep)
-    watchdog.wait_for_first()
+def end_saved(saver: Saver, telemetry: Telemetry, grid: Grid) -> None:
+    """Wait for the last checkpoint.
+
+    Raises:
+        RunError: it could not be written, on every rank.
+    """
+    saved = saver.wait()
+    for news in saver.news():
+        telemetry.say(news)
+    error = watchdog.from_first(saved.error if saved else "")
+    if error and saved:
+        raise both_see(
+            grid.rank == 0,
+            f"the last checkpoint, of step {saved.step}, is not saved: {error}; {checkpoint.way_on(saver.folder)}. "
+            "Make room in run.dir first",
+        )
+
+
+def whole_model(engine: Engine, config: Config, rope_theta: float) -> Decoder:
+    """On rank 0 a model of its own, with the weights that ZeRO 3 keeps in shards."""
+    weights = engine.whole_weights()
+    model = Decoder(config.model)
+    if weights:
+        checkpoint.load_weights(model, weights, "the engine")
+    model.set_rope_theta(rope_theta)
+    return model.to(engine.device)
 
 
 def sample(model: Decoder, tokenizer: Tokenizer, config: Config) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from dnsp.launch.environment import Environment
 from dnsp.parallel.errors import LayoutError, PeerLost, PlanError
 from dnsp.parallel.grid import Grid
 
+T = TypeVar("T")
+
+SAVE_TIMEOUT = timedelta(minutes=30)  # between the first rank that has written its part of a checkpoint and the last
 JOIN_TIMEOUT = timedelta(minutes=10)  # ranks of a cluster start at different times; preparing data takes a while too
 REFUSALS = (UsageError, LayoutError, PlanError)
 # gloo's and c10d's words for a peer that is gone; anything else is this rank's own fault
@@ -92,6 +95,20 @@ def from_all(value: Any, grid: Grid | None = None) -> list[Any]:
     """Every rank's value, in order of the ranks; with a grid, within the time that a collective of the run may take."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=grid.everyone if grid else None)
+    return values
+
+
+def slow_group() -> dist.ProcessGroup | None:
+    """A gloo group of all ranks whose messages may take as long as a checkpoint does; None for one rank."""
+    return dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if dist.get_world_size() > 1 else None
+
+
+def gather_slowly(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Every rank's value, in order of the ranks, over a :func:`slow_group`; a thread beside the training may call it."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
