@@ -206,7 +206,8 @@ def read(path: Path) -> Checkpoint:
         files = [*OTHERS, *(file_of(kind, rank, world) for kind in KINDS for rank in range(world))]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading let go of the interpreter
             digests = pool.map(lambda name: digest(path / name), files)
-            wrong = next((name for name, is_now in zip(files, digests, strict=True) if manifest.get(name) != is_now), None)
+            found = zip(files, digests, strict=True)
+            wrong = next((name for name, is_now in found if manifest.get(name) != is_now), None)
         if wrong is not None or not world:
             raise UsageError(f"the checkpoint {path} is damaged: {wrong or 'its files'} does not match its checksum")
         return _opened(path)

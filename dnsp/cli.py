@@ -123,20 +123,26 @@ def verify(
     layouts: Annotated[str, typer.Option(help="Any of contiguous,zigzag.")] = "contiguous,zigzag",
     transports: Annotated[str, typer.Option(help="Any of p2p,gather.")] = "p2p,gather",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    zero: Annotated[str, typer.Option(help="ZeRO stages, as in 0,1,2,3; else the configuration's.")] = "",
+    sequence: Annotated[str, typer.Option(help="Sizes of a sequence group, as in 1,2; else the configuration's.")] = "",
     json_file: JsonFile = None,
 ) -> None:
     """Prove that loss and every parameter's gradient equal one process's, and the delta rule bit for bit."""
     from dnsp.verify import run
 
-    worlds = [_world(text) for text in ranks.split(",")]
-    status = run(config, overrides or [], worlds, layouts.split(","), transports.split(","), dtype, json_file)
-    raise typer.Exit(status)
+    worlds, sizes, stages = _numbers("--ranks", ranks), _numbers("--sequence", sequence), _numbers("--zero", zero, 0)
+    ways = layouts.split(","), transports.split(",")
+    raise typer.Exit(run(config, overrides or [], worlds, *ways, dtype, json_file, stages, sizes))
 
 
-def _world(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise UsageError(f"--ranks: {text!r} is not a number of ranks; give numbers above 0, as in --ranks 1,2,4")
-    return int(text)
+def _numbers(option: str, text: str, least: int = 1) -> list[int]:
+    """``1,2,4`` as numbers; nothing as none."""
+    found = []
+    for part in text.split(",") if text else ():
+        if not part.strip().isdigit() or int(part) < least:
+            raise UsageError(f"{option}: {part!r} is not a number; give numbers of {least} or more, as in {option} 1,2")
+        found.append(int(part))
+    return found
 
 
 @app.command("verify-ranks", hidden=True)

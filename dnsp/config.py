@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dnsp.deepspeed_json import contradiction
 from dnsp.errors import UsageError
 
 
@@ -252,6 +253,12 @@ class Config(Section):
     generate: GenerateConfig = GenerateConfig()
     resume: str = "none"  # none | auto | a checkpoint folder
     init_from: str | None = None  # run:PATH | hf:PATH
+
+    @model_validator(mode="after")
+    def _deepspeed_says_nothing_else(self) -> Config:
+        if words := contradiction(self):
+            raise ValueError(words)
+        return self
 
 
 # Reading: YAML, then overrides, then validation; every refusal is one or two lines.

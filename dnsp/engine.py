@@ -1,10 +1,11 @@
 """The model under DeepSpeed: gradients summed over all ranks, the optimizer, its state in and out.
 
-Nothing else imports DeepSpeed, and its JSON is generated here from our configuration. Its scaling, measured with
-sequence groups switched on by the mpu: gradients are summed over all ranks and divided by the number of data ranks, and
-`backward` divides by the accumulation unless told not to. With the loss of a rank = its sum over local targets / the
-step's targets, the reduced gradient is therefore the single process's once it is multiplied by the number of data
-ranks, at ZeRO 0 and 1.
+Nothing else imports DeepSpeed. Its scaling, measured with sequence groups switched on by the mpu: `backward` divides by
+the accumulation unless told not to; gradients are summed over all ranks and divided by the number of data ranks at ZeRO
+0, 1 and 2, of all ranks at ZeRO 3. With the loss of a rank = its sum over local targets / the step's targets, the reduced
+gradient is the single process's once the loss is multiplied by that number. ``dnsp/probe.py`` asserts it on every start.
+
+Weights are fp32 at every stage, bf16 is the model's autocast: `A_log`, `dt_bias` and norms are never rounded.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from dnsp.checkpoint import MOMENTS, Checkpoint
 from dnsp.config import Config
+from dnsp.deepspeed_json import deepspeed_config
 from dnsp.errors import UsageError
 from dnsp.model.decoder import Decoder, DecoderLayer
 from dnsp.parallel.grid import Grid
@@ -32,12 +35,11 @@ os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed  # noqa: E402 - DeepSpeed looks for accelerators and compilers while it is imported
 from deepspeed.utils import (  # noqa: E402
     logger,
-    safe_get_full_grad,
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     set_z3_leaf_modules,
 )
 
-BUCKET = 50_000_000  # elements that are reduced at once
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ class Engine:
         found: Checkpoint | None = None,
     ) -> None:
         warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning)
-        logger.setLevel(logging.WARNING)
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        logger.setLevel(logging.ERROR)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         if not torch.cuda.is_available():
             # DeepSpeed would compile a shared-memory all-reduce with the machine's C++ compiler; gloo does the same
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -80,6 +82,7 @@ class Engine:
         self.clip, self.accumulation = settings.clip, accumulation
         # what DeepSpeed divides the sum over all ranks by; measured, and asserted by dnsp/probe.py on every start
         self.divisor = grid.world if self.stage == 3 else grid.data_size
+        self.on_loss: Callable[[Tensor], object] | None = None  # sees every micro-batch's loss before its backward
         # in the model: DeepSpeed turns off a CUDA autocast that is around its engine
         model.autocast = torch.bfloat16 if config.engine.dtype == "bf16" else None
         self.device = next(model.parameters()).device
@@ -92,24 +95,32 @@ class Engine:
         )
         if self.stage == 3:  # one gather a layer; what a layer does inside needs no hook of DeepSpeed's
             set_z3_leaf_modules(model, [DecoderLayer])
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(config, accumulation),
-            mpu=grid.mpu(),
-            dist_init_required=False,
-        )
+        try:
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=deepspeed_config(config, accumulation, self.device.type == "cuda"),
+                mpu=grid.mpu(),
+                dist_init_required=False,
+            )
+        except (AssertionError, ValueError, RuntimeError) as error:
+            if not config.engine.deepspeed:
+                raise
+            why = " ".join(str(error).split())[:300]
+            raise UsageError(f"DeepSpeed refuses engine.deepspeed={config.engine.deepspeed}: {why}") from None
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._make_moments()
         if found is not None:
             self.load(found)
 
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, plan: Plan, step_targets: int) -> Tensor:
+    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, plan: Plan, step_targets: float) -> Tensor:
         """Add one micro-batch's share of the step's gradient; the last one of a step starts the reduction.
 
         Returns the loss summed over the local targets, fp32, detached.
         """
         loss_sum = self.deepspeed(tokens_BT, targets_BT, plan)
+        if self.on_loss is not None:
+            self.on_loss(loss_sum)
         self.deepspeed.backward(loss_sum * (self.divisor / step_targets), scale_wrt_gas=False)
         return loss_sum.detach()
 
@@ -119,7 +130,16 @@ class Engine:
 
     def gradients(self) -> dict[str, Tensor]:
         """Every parameter's whole gradient after the reduction, on every rank; from the last backward to the step."""
-        return {name: safe_get_full_grad(p).detach().float() for name, p in self.names.items()}
+        return {name: self.gradient(name) for name in self.names}
+
+    def gradient(self, name: str) -> Tensor:
+        """One of :meth:`gradients`; every rank calls it."""
+        return safe_get_full_grad(self.names[name]).detach().float()
+
+    def restart(self) -> None:
+        """Count the micro-batches of a step from the first again."""
+        self.deepspeed._is_gradient_accumulation_boundary = None
+        self.deepspeed.micro_steps = 0
 
     def step(self, lr: float) -> float:
         """Clip by the global norm and update with this learning rate. Returns the norm before clipping.
@@ -161,9 +181,10 @@ class Engine:
         if self.stage == 3:
             return [f for name, p in self.names.items() if (f := self._shard(name, p)) is not None]
         if self.stage:
-            return [self._linked(name, p) for name, p in self.names.items() if p._hp_mapping is not None]
+            return [self._linked(name, p) for name, p in self.names.items() if getattr(p, "_hp_mapping", None)]
         total = sum(p.numel() for p in self.names.values())
-        low, high = (0, total) if whole else (total * r // self.grid.world for r in (self.grid.rank, self.grid.rank + 1))
+        rank, world = self.grid.rank, self.grid.world
+        low, high = (0, total) if whole else (total * rank // world, total * (rank + 1) // world)
         found, first = [], 0
         for name, p in self.names.items():
             start, stop = max(low - first, 0), min(high - first, p.numel())
@@ -239,70 +260,3 @@ class Engine:
 
     def _base(self) -> Any:
         return self.optimizer.optimizer if self.stage else self.optimizer
-
-
-def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration; ours is the only source, ``engine.deepspeed`` adds what ours does not name.
-
-    Raises:
-        UsageError: an option there contradicts a setting of ours; both values are named.
-    """
-    settings, zero = config.engine, {"stage": config.engine.zero_stage}
-    where = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    generated: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.train.clip if settings.zero_stage else 0.0,
-        "zero_optimization": {
-            **zero,
-            # the reduction of a bucket runs beside the rest of the backward; stage 0 has none that could
-            **({"overlap_comm": torch.cuda.is_available(), "reduce_bucket_size": BUCKET} if settings.zero_stage else {}),
-            **({"offload_optimizer": where} if settings.offload_optimizer else {}),
-            **({"offload_param": where} if settings.offload_parameters else {}),
-        },
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's would be compiled on the spot; torch's is fused too
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device, twice a micro-batch
-    }
-    return _merged(generated, settings.deepspeed, config)
-
-
-# DeepSpeed's options that a setting of ours decides: the setting's key, and its value as DeepSpeed would have it
-def _decided(config: Config, generated: dict[str, Any]) -> dict[str, tuple[str, Any]]:
-    engine, train = config.engine, config.train
-    return {
-        "train_micro_batch_size_per_gpu": ("train.micro_batch", train.micro_batch),
-        "train_batch_size": ("train.global_batch", train.global_batch),
-        "gradient_accumulation_steps": ("train.global_batch", generated["gradient_accumulation_steps"]),
-        "gradient_clipping": ("train.clip", train.clip),
-        "zero_optimization.stage": ("engine.zero_stage", engine.zero_stage),
-        "zero_optimization.offload_optimizer": ("engine.offload_optimizer", engine.offload_optimizer),
-        "zero_optimization.offload_param": ("engine.offload_parameters", engine.offload_parameters),
-        "bf16": ("engine.dtype", engine.dtype),
-        "fp16": ("engine.dtype", engine.dtype),
-        "torch_autocast": ("engine.dtype", engine.dtype),
-        "optimizer": ("train.lr", train.lr),
-        "scheduler": ("train.schedule", train.schedule),
-    }
-
-
-def _merged(generated: dict[str, Any], extra: dict[str, Any], config: Config) -> dict[str, Any]:
-    decided = _decided(config, generated)
-
-    def merge(ours: dict[str, Any], theirs: dict[str, Any], prefix: str) -> dict[str, Any]:
-        merged = dict(ours)
-        for key, value in theirs.items():
-            name = f"{prefix}{key}"
-            if name in decided and value != ours.get(key):
-                setting, ruled = decided[name]
-                raise UsageError(
-                    f"engine.deepspeed.{name}={value!r} contradicts {setting}={ruled!r}, which decides it; "
-                    f"leave it out and set {setting}"
-                )
-            both = isinstance(value, dict) and isinstance(ours.get(key), dict)
-            merged[key] = merge(ours[key], value, f"{name}.") if both else value
-        return merged
-
-    return merge(generated, extra, "")

@@ -1,8 +1,8 @@
 """Checkpoints are written beside the training: the loop waits for the copy to the host, a thread does the rest.
 
 Every rank writes what it keeps. The threads then tell each other their checksums over a group of their own, and rank 0
-adds the index, the state and the manifest, and renames the folder: until then there is no checkpoint. Where a file cannot
-be written the run goes on, and says what it has not saved.
+adds the index, the state and the manifest, and renames the folder: until then there is no checkpoint. Where a file
+cannot be written the run goes on, and says what it has not saved.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOG = "checkpoints.jsonl"  # in the run folder: a line for every attempt
 
 @dataclass
 class Saved:
-    """One attempt: ``held_s`` is what the loop waited, ``write_s`` what the thread took; ``error`` why it is not there."""
+    """One attempt. ``held_s``: what the loop waited; ``write_s``: what the thread took; ``error``: why it is not there."""
 
     step: int
     held_s: float
@@ -164,10 +164,8 @@ class Saver:
     def _commit(self, part: Path, final: Path, shares: list[_Share], state: dict[str, Any]) -> str:
         """Make the checkpoint of what the ranks wrote. Returns why it could not be made, or nothing."""
         shapes = self.engine.shapes()
-        tensors = {
-            name: {"shape": shape, "parts": [[rank, *s.parts[name]] for rank, s in enumerate(shares) if name in s.parts]}
-            for name, shape in shapes.items()
-        }
+        held = {n: [[rank, *s.parts[n]] for rank, s in enumerate(shares) if n in s.parts] for n in shapes}
+        tensors = {name: {"shape": shape, "parts": held[name]} for name, shape in shapes.items()}
         digests = {name: value for s in shares for name, value in s.digests.items()}
         try:
             for name, tree in (("index.json", {"world": self.world, "tensors": tensors}), ("state.json", state)):

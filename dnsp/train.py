@@ -32,6 +32,7 @@ from dnsp.model.decoder import Decoder
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
+from dnsp.probe import probe
 from dnsp.saving import Saver
 from dnsp.schedule import Span, learning_rate, spans
 from dnsp.telemetry import Telemetry, peak_memory
@@ -110,6 +111,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     engine = Engine(model, config, grid, accumulation, found)
     if found:
         checkpoint.set_random_state(found.random(rank), engine.device)
+    if config.engine.probe:
+        proven = probe(engine, config, choices.attention_backend)
     saver = Saver(folder, engine, config.checkpoint)
 
     steps = stages[-1].stop
@@ -130,6 +133,9 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         telemetry.say(f"attention: {choices.attention_backend}" + (f" ({why})" if why else ""))
     if engine.device.type == "cuda":
         telemetry.say(f"norms, SwiGLU, rotary positions, cross entropy: {liger.described()}")
+
+    if config.engine.probe:
+        telemetry.say(f"gradients are the ranks' sum after the reduction, within {proven.error:.0e}")
 
     for path in aside:
         telemetry.say(f"this run goes on from step {start}: a later checkpoint of the folder is now {path.name}")
@@ -193,7 +199,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                 watchdog.leave()
                 return {"run_dir": str(folder), "step": done, "loss": loss, "tokens": tokens, "stopped": True}
             if config.eval.every and done % config.eval.every == 0 and done < steps:
-                telemetry.evaluation(done, evaluate(engine.deepspeed, heldout, tokenizer, config, grid, stage.sequence_length))
+                figures = evaluate(engine.deepspeed, heldout, tokenizer, config, grid, stage.sequence_length)
+                telemetry.evaluation(done, figures)
 
     figures = evaluate(engine.deepspeed, heldout, tokenizer, config, grid, stages[-1].sequence_length)
     telemetry.evaluation(steps, figures)

@@ -104,7 +104,7 @@ def slow_group() -> dist.ProcessGroup | None:
 
 
 def gather_slowly(value: T, group: dist.ProcessGroup | None) -> list[T]:
-    """Every rank's value, in order of the ranks, over a :func:`slow_group`; a thread beside the training may call it."""
+    """Every rank's value, in order of the ranks, over a :func:`slow_group`; for a thread beside the training."""
     if group is None:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
