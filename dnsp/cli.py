@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -16,9 +15,10 @@ from typing import Annotated
 import typer
 
 from dnsp.config import Config, load_config
+from dnsp.ending import end
 from dnsp.errors import Echo, PeerFailed, RunError, UsageError
 from dnsp.launch.environment import LaunchError, find_environment
-from dnsp.launch.local import ERROR_FILE, SUPERVISOR, start_ranks
+from dnsp.launch.local import SUPERVISOR, start_ranks
 from dnsp.parallel.errors import LayoutError, PlanError
 from dnsp.parallel.layout import Layout
 from dnsp.schedule import spans
@@ -113,6 +113,23 @@ def generate(
     from dnsp.evaluate import generate_from_run
 
     print(generate_from_run(run, prompt, tokens, temperature, seed))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The Hugging Face folder to make.")],
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+) -> None:
+    """Write a trained model as a folder that transformers loads: safetensors, configuration, tokenizer."""
+    if dtype not in ("fp32", "bf16"):
+        raise UsageError(f"--dtype {dtype}: it is not one of fp32, bf16")
+    import torch
+
+    from dnsp.evaluate import export_run
+
+    found = export_run(run, out, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    print(f"{out}: {found} as {dtype}; transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}) reads it")
 
 
 @app.command()
@@ -233,13 +250,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except (UsageError, LaunchError, LayoutError, PlanError) as error:
         # every rank refuses alike; one a node says it
-        return _end(2, str(error), quiet=os.environ.get("LOCAL_RANK", "0") != "0")
+        return end(2, str(error), quiet=os.environ.get("LOCAL_RANK", "0") != "0")
     except PeerFailed as error:
-        return _end(1, str(error), consequence=True)
+        return end(1, str(error), consequence=True)
     except Echo as error:
-        return _end(1, str(error), consequence=True, quiet=True)
+        return end(1, str(error), consequence=True, quiet=True)
     except RunError as error:
-        return _end(1, str(error))
+        return end(1, str(error))
     except (KeyboardInterrupt, typer.Abort):
         return 128 + signal.SIGINT
     except Exception as error:
@@ -247,14 +264,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             error.show()
             return int(error.exit_code)
         if isinstance(status := getattr(error, "exit_status", None), int):  # kernels that fail their proof
-            return _end(status, str(error))
+            return end(status, str(error))
         if "OutOfMemory" in type(error).__name__:
-            return _end(1, f"out of memory: {str(error).splitlines()[0]}")
+            return end(1, f"out of memory: {str(error).splitlines()[0]}")
         if "RANK" not in os.environ:
             raise
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # see _end
+        os._exit(1)  # see ending.end
 
 
 def _format_warning(
@@ -264,17 +281,3 @@ def _format_warning(
     if f"{os.sep}dnsp{os.sep}" in filename:
         return f"warning: {message}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
-
-
-def _end(status: int, message: str, consequence: bool = False, quiet: bool = False) -> int:
-    """Say why this rank ends, to the process that started the ranks if there is one, else on stderr; and end."""
-    text = "error: " + message.strip()
-    if ERROR_FILE in os.environ:
-        said = {"time": time.time(), "message": text, "consequence": consequence}
-        Path(os.environ[ERROR_FILE]).write_text(json.dumps(said))
-    elif not quiet:
-        print(text, file=sys.stderr, flush=True)
-    if "RANK" in os.environ:  # no destructors: a process group would wait in them for ranks that are gone
-        sys.stdout.flush()
-        os._exit(status)
-    return status

@@ -233,6 +233,23 @@ class CheckpointConfig(Section):
 class RunConfig(Section):
     dir: str | None = None  # None: a new folder under runs/
     timeout: float = Field(25.0, gt=0)  # seconds a collective may wait before its peer counts as lost
+    stall: float = Field(600.0, gt=0)  # seconds without progress (a layer, a step) before a rank ends the run
+
+
+class FaultsConfig(Section):
+    nonfinite_steps: int = Field(3, ge=0)  # in a row are skipped where loss or gradient is not finite; one more ends it
+    spike_factor: float = Field(0.0, ge=0)  # a loss above this times the median of the last is rolled back; 0: off
+    spike_window: int = Field(50, gt=0)  # steps that the median is taken over, and half as many are needed
+    rollbacks: int = Field(3, gt=0)  # to one checkpoint; one more ends the run
+
+    @model_validator(mode="after")
+    def _a_spike_is_more(self) -> FaultsConfig:
+        if 0 < self.spike_factor <= 1:
+            raise ValueError(
+                f"faults.spike_factor={self.spike_factor:g} would call every other loss a spike; "
+                "set it above 1, for example 2, or to 0 for no rule"
+            )
+        return self
 
 
 class GenerateConfig(Section):
@@ -250,6 +267,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     generate: GenerateConfig = GenerateConfig()
     resume: str = "none"  # none | auto | a checkpoint folder
     init_from: str | None = None  # run:PATH | hf:PATH

@@ -57,7 +57,7 @@ def contradiction(config: Config) -> str | None:
     }
     zero = engine.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        return f"engine.deepspeed.zero_optimization={zero!r} must be keys and values, as {{reduce_bucket_size: 50000000}}"
+        return f"engine.deepspeed.zero_optimization={zero!r} must be keys and values, as {{overlap_comm: false}}"
     given = {**engine.deepspeed, **{f"zero_optimization.{key}": value for key, value in zero.items()}}
     for option, value in given.items():
         if option in decided and (value != decided[option][1] or option == "gradient_accumulation_steps"):

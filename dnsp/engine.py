@@ -2,8 +2,8 @@
 
 Nothing else imports DeepSpeed. Its scaling, measured with sequence groups switched on by the mpu: `backward` divides by
 the accumulation unless told not to; gradients are summed over all ranks and divided by the number of data ranks at ZeRO
-0, 1 and 2, of all ranks at ZeRO 3. With the loss of a rank = its sum over local targets / the step's targets, the reduced
-gradient is the single process's once the loss is multiplied by that number. ``dnsp/probe.py`` asserts it on every start.
+0, 1 and 2, of all ranks at ZeRO 3. With the loss of a rank = its sum over local targets / the step's targets, the
+reduced gradient is the single process's once the loss is multiplied by that number. ``dnsp/probe.py`` asserts it.
 
 Weights are fp32 at every stage, bf16 is the model's autocast: `A_log`, `dt_bias` and norms are never rounded.
 """
@@ -11,6 +11,7 @@ Weights are fp32 at every stage, bf16 is the model's autocast: `A_log`, `dt_bias
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -39,7 +40,6 @@ from deepspeed.utils import (  # noqa: E402
     safe_get_full_grad,
     set_z3_leaf_modules,
 )
-
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,8 @@ class Engine:
         norm = float(torch.nn.utils.clip_grad_norm_(self.names.values(), limit))
         if norm == norm and norm != float("inf"):
             self.deepspeed.step()
+        else:
+            self.skip()
         return norm
 
     def skip(self) -> None:
@@ -236,6 +238,17 @@ class Engine:
         elif weights:
             for name, tensor in found.weights().items():
                 self.names[name].copy_(tensor)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of this rank's by what they are for: parameters, gradients, moments and master weights."""
+        whole = sum(4 * math.prod(shape) for shape in self.shapes().values())
+        mine = sum(4 * f.tensors["weights"].numel() for f in self.fragments())
+        shared = mine if self.stage else whole  # of the optimizer
+        return {
+            "parameters": mine if self.stage == 3 else whole,
+            "gradients": mine if self.stage >= 2 else whole,
+            "moments and master weights": (3 if self.stage else 2) * shared,
+        }
 
     def whole_weights(self) -> dict[str, Tensor]:
         """All parameters on rank 0, on the CPU; nothing on the others. Every rank calls it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dnsp.config import Config, override_tree, parse_config
 from dnsp.data.batch import batch
 from dnsp.data.mix import Mixture, open_data
 from dnsp.data.tokenizer import Tokenizer, load_tokenizer
+from dnsp.errors import RunError, UsageError
 from dnsp.generate import generate_text
 from dnsp.launch.environment import Environment
 from dnsp.model.decoder import Decoder
@@ -135,3 +137,27 @@ def generate_from_run(run: Path, prompt: str, tokens: int, temperature: float, s
     model, config, _ = load_run(run)
     tokenizer = load_tokenizer(config.data.tokenizer)
     return prompt + "".join(generate_text(model, tokenizer, prompt, tokens, temperature=temperature, seed=seed))
+
+
+def export_run(run: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """``dnsp export``: a Hugging Face folder of a trained model, which appears whole or not at all.
+
+    Raises:
+        UsageError: ``out`` is there already, or the model has layers that transformers does not have.
+    """
+    from dnsp.model.hf import export
+
+    if out.exists():
+        raise UsageError(f"{out} exists already; name a folder that does not, or remove it")
+    model, config, found = load_run(run)
+    part = out.with_name(f".{out.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        export(model.cpu(), load_tokenizer(config.data.tokenizer), part, found.state["sequence_length"], dtype)
+        part.rename(out)
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror}; make room there") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return found.path

@@ -30,7 +30,7 @@ LOG = "checkpoints.jsonl"  # in the run folder: a line for every attempt
 
 @dataclass
 class Saved:
-    """One attempt. ``held_s``: what the loop waited; ``write_s``: what the thread took; ``error``: why it is not there."""
+    """One attempt. ``held_s``: the loop waited; ``write_s``: the thread took; ``error``: why it is not there."""
 
     step: int
     held_s: float

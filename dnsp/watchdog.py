@@ -19,10 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dnsp.checkpoint import way_on
+from dnsp.ending import end
 from dnsp.errors import Echo, PeerFailed, RunError, UsageError
 from dnsp.launch.environment import Environment
 from dnsp.parallel.errors import LayoutError, PeerLost, PlanError
 from dnsp.parallel.grid import Grid
+from dnsp.stalls import FAILURE, STACKS, Place, Stalls
 
 T = TypeVar("T")
 
@@ -34,7 +36,6 @@ _LOST = re.compile(
     r"[Cc]onnection (closed|reset|refused)|Timed out|timed out|Broken pipe|Socket Timeout|Connection was likely closed"
     r"|failed to (recv|send|connect)|Application timeout",
 )
-_CLAIM = "failure.txt"
 
 
 def join(environment: Environment) -> None:
@@ -43,6 +44,9 @@ def join(environment: Environment) -> None:
     Raises:
         UsageError: when rank 0 cannot listen on the port, or the ranks do not find each other.
     """
+    # torch's flight recorder: the last collectives of every rank, which dnsp/stalls.py leaves in the run folder
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if environment.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=JOIN_TIMEOUT)
@@ -125,28 +129,55 @@ class Watch:
     """
 
     def __init__(self, environment: Environment) -> None:
-        self.rank, self.alone = environment.rank, environment.world_size == 1
+        self.rank, self.world = environment.rank, environment.world_size
+        self.place = Place(self.rank)
+        self.stalls = Stalls(self.place, self._stalled)
         self.folder: Path | None = None
         self.stop = False
         self.at_end: Callable[[], None] = lambda: None  # gives the terminal back, whatever happened
         self._handlers: dict[signal.Signals, Any] = {}
 
+    def look_after(self, folder: Path, limit: float) -> None:
+        """From now on the run has a folder, and no rank may stand still for ``limit`` seconds."""
+        self.folder = self.stalls.folder = folder
+        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / "flight_recorder_rank_")  # NCCL's own, at its timeout
+        os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = os.environ["TORCH_FR_DUMP_TEMP_FILE"]
+        self.place.at(self.place.doing)
+        self.stalls.limit = limit
+
     def __enter__(self) -> Watch:
         self._handlers = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        self.stalls.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.stalls.limit = float("inf")
         self._restore()
         self.at_end()
-        if self.alone:
+        if self.world == 1:
             leave()  # with peers it would wait for them
-        if error is None or isinstance(error, (Echo, *REFUSALS)):
-            return
-        if isinstance(error, PeerLost):
-            raise self._lost(str(error)) from None
-        if isinstance(error, RuntimeError) and not isinstance(error, RunError) and _LOST.search(str(error)):
-            raise self._lost(f"rank {self.rank} lost a peer: {_first_line(error)}") from None
-        self._claim(f"rank {self.rank}: {_first_line(error)}")
+        try:
+            if error is None or isinstance(error, (Echo, *REFUSALS)):
+                return
+            if isinstance(error, PeerLost):
+                raise self._lost(str(error)) from None
+            if isinstance(error, RuntimeError) and not isinstance(error, RunError) and _LOST.search(str(error)):
+                raise self._lost(f"rank {self.rank} lost a peer: {_first_line(error)}") from None
+            self._claim(f"rank {self.rank}: {_first_line(error)}")
+            self.stalls.leave_stacks()
+        finally:
+            self.stalls.stop()
+
+    def _stalled(self, message: str) -> None:
+        """What the watching thread does with a rank that stands still."""
+        first = self._claim(message)
+        others = self.stalls.where_the_others_are(self.world)
+        end(1, self._verdict(message, others), consequence=not first, quiet=not first)
+        os._exit(1)
+
+    def _verdict(self, message: str, others: str) -> str:
+        stacks = f"; Python stacks in {self.folder / STACKS}" if self.folder else ""
+        return f"{message}{'; ' * bool(others)}{others}{stacks}. The run ends; {way_on(self.folder)}."
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.stop and number != signal.SIGUSR1:
@@ -158,26 +189,24 @@ class Watch:
             signal.signal(number, handler)
 
     def _lost(self, message: str) -> RunError:
-        text = f"{message}. The run ends; {way_on(self.folder)}."
-        return PeerFailed(text) if self._claim(message) else Echo(text)
+        said = f"{message}; {self.place}"
+        if not self._claim(said):
+            self.stalls.leave_stacks()
+            return Echo(said)
+        return PeerFailed(self._verdict(said, self.stalls.where_the_others_are(self.world)))
 
     def _claim(self, message: str) -> bool:
         """True for the first rank that fails: the others' failures follow from its own."""
         if self.folder is None:
             return True
         try:
-            with open(self.folder / _CLAIM, "x") as claim:
+            with open(self.folder / FAILURE, "x") as claim:
                 claim.write(message + "\n")
         except FileExistsError:
             return False
         except OSError:
             pass
         return True
-
-
-def clear_claim(folder: Path) -> None:
-    """Forget the failure of the run that this one continues."""
-    (folder / _CLAIM).unlink(missing_ok=True)
 
 
 def end_with(supervisor: int) -> None:
