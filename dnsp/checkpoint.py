@@ -103,6 +103,10 @@ class Checkpoint:
         file = self._file("optimizer", rank)
         return {key.removeprefix("random."): file.get_tensor(key) for key in file.keys() if key.startswith("random.")}  # noqa: SIM118
 
+    def close(self) -> None:
+        """Let go of the files: a checkpoint that is removed while one is open keeps its place on the disk."""
+        self._open.clear()
+
     def _file(self, kind: str, rank: int) -> Any:
         name = file_of(kind, rank, self.world)
         if name not in self._open:

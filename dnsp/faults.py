@@ -104,7 +104,7 @@ def find_nonfinite(engine: Engine, backward: Callable[[int], object], sequences:
         if not bool(torch.isfinite(tensor).all()):
             sights.append((micro, order, f"{what}, micro-batch {micro} ({sequences(micro)})"))
 
-    layers = list(engine.model.model.layers)  # type: ignore[arg-type]
+    layers = list(engine.model.model.layers)
     for index, layer in enumerate(layers):
         what = f"the output of layer {index} ({engine.model.config.layers[index]})"
         hooks.append(layer.register_forward_hook(_seer(see, index, what)))

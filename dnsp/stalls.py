@@ -15,6 +15,7 @@ import json
 import platform
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ class Stalls(threading.Thread):
         self.folder: Path | None = None  # of the run, once there is one
         self.limit = float("inf")  # seconds without progress
         self.left_stacks = False
+        self.error: BaseException | None = None  # what ended the training thread
         self._over = threading.Event()
 
     def run(self) -> None:
@@ -104,6 +106,7 @@ class Stalls(threading.Thread):
             part = stem.with_suffix(".part")
             with part.open("w") as file:
                 file.write(f"{self.place} for {idle:.0f} s\n\n")
+                file.writelines(traceback.format_exception(self.error) if self.error else [])
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             part.rename(stem.with_suffix(".txt"))
@@ -143,10 +146,8 @@ def clear(folder: Path) -> None:
 
 def flight_record() -> bytes:
     """Torch's recorder of this process's collectives, JSON; empty where this torch has none."""
-    try:
-        return bytes(torch._C._distributed_c10d._dump_fr_trace_json())
-    except (AttributeError, RuntimeError):
-        return b""
+    record = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    return bytes(record()) if record is not None else b""
 
 
 def waiting_for() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,6 +109,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     engine = Engine(model, config, grid, accumulation, found)
     if found:
         checkpoint.set_random_state(found.random(rank), engine.device)
+        found.close()
     if config.engine.probe:
         proven = probe(engine, config, choices.attention_backend)
     saver = Saver(folder, engine, config.checkpoint)
@@ -139,15 +141,16 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
 
     skipped, spikes = Skipped(config.faults), Spikes(config.faults)
     passed_over = set(found.state.get("passed_over", [])) if found else set()
-    watch.place.follow(model.model.layers, list(config.model.layers))  # type: ignore[arg-type]
+    watch.place.follow(model.model.layers, list(config.model.layers))
     watch.look_after(folder, config.run.stall)
 
-    done, stage = start, None
+    done, at = start, None
     while done < steps:
         step_began = time.perf_counter()
-        before, stage = stage, next(span for span in stages if done < span.stop)
+        before, at = at, next(index for index, span in enumerate(stages) if done < span.stop)
+        stage = stages[at]
         model.set_rope_theta(stage.rope_theta)
-        if len(stages) > 1 and stage is not before:
+        if len(stages) > 1 and at != before:
             telemetry.say(f"context of {stage.sequence_length:,} tokens from step {stage.start + 1}")
         watch.place.at("the data", step=done + 1)
         work = data.step(cursor, stage.sequence_length, config.train.global_batch)
@@ -180,13 +183,12 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                 said = f"step {done + 1}: the loss {loss:.4f} is a spike (median {spikes.median():.4f})"
                 if (back := roll_back(engine, saver, spikes, said)) is not None:
                     passed_over.add(cursor.sequences)
-                    at = f"sequences {cursor.sequences} to {work.cursor.sequences - 1}"
+                    these = f"sequences {cursor.sequences} to {work.cursor.sequences - 1}"
                     done, cursor, tokens = back.step, Cursor.from_dict(back.state["cursor"]), back.state["tokens"]
-                    checkpoint.set_random_state(back.random(rank), engine.device)
                     telemetry.close()  # the records of the steps that are done again are dropped
                     telemetry = Telemetry(folder if first else None, steps, done)
                     watch.at_end = telemetry.stop
-                    telemetry.say(f"{said}; back to step {done}, {at} of the data are passed over")
+                    telemetry.say(f"{said}; back to step {done}, {these} of the data are passed over")
                     continue
                 telemetry.say(f"{said}; there is no checkpoint to go back to: skipped")
             else:
@@ -196,7 +198,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                 skipped.in_a_row = 0 if not trouble else skipped.in_a_row
                 spikes.losses.append(loss)
             if trouble:
-                cause = find_nonfinite(engine, backward, lambda micro, at=cursor: sequences(config, grid, at, micro))
+                cause = find_nonfinite(engine, backward, partial(sequences, config, grid, cursor))
                 if skipped.bad():
                     often = f"{skipped.in_a_row} times in a row" if skipped.in_a_row > 1 else "once"
                     way = f"nothing was saved after it: lower train.lr or train.clip; {checkpoint.way_on(folder)}"
@@ -220,7 +222,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             **peak_memory(engine.device),
         }
         recorded(telemetry, record)
-        if stopping or done == steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
+        due = config.checkpoint.every and done % config.checkpoint.every == 0 and not skipped.in_a_row
+        if stopping or done == steps or due:
             watch.place.at("the checkpoint")
             saver.save(
                 done,
@@ -314,6 +317,8 @@ def roll_back(engine: Engine, saver: Saver, spikes: Spikes, said: str) -> checkp
         raise both_see(first, f"{said}, and {often}: lower train.lr; {checkpoint.way_on(saver.folder)}")
     found = found or checkpoint.open_checked(path)
     engine.load(found, weights=True)
+    checkpoint.set_random_state(found.random(engine.grid.rank), engine.device)
+    found.close()
     return found
 
 

@@ -151,7 +151,7 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self.stalls.limit = float("inf")
+        self.stalls.limit, self.stalls.error = float("inf"), error
         self._restore()
         self.at_end()
         if self.world == 1:

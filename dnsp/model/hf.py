@@ -116,12 +116,17 @@ def export_state_dict(model: Decoder) -> dict[str, Tensor]:
 
 
 def save_pretrained(
-    model: Decoder, folder: str | Path, dtype: torch.dtype | None = None, max_positions: int = 32768
+    model: Decoder,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    max_positions: int = 32768,
+    eos_token_id: int | None = None,
 ) -> None:
     """Writes a folder that ``transformers.AutoModelForCausalLM.from_pretrained`` reads."""
     from transformers import Qwen3_5ForCausalLM
 
     hf_config = to_hf_config(model.config, model.rope_theta, max_positions)
+    hf_config.eos_token_id = eos_token_id
     with torch.device("meta"):
         hf = Qwen3_5ForCausalLM(hf_config)
     hf.load_state_dict(export_state_dict(model), assign=True)
@@ -145,8 +150,10 @@ def read_weights(name_or_path: str, wanted: ModelConfig) -> dict[str, Tensor]:
     Raises:
         UsageError: there is no such model, or it is another one: the first field that differs, and both values.
     """
+    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
+        raise UsageError(f"init_from=hf:{name_or_path}: there is no such folder; dnsp export makes one of a run")
     try:
-        there = load_pretrained(name_or_path)
+        there = load_pretrained(Path(name_or_path).expanduser() if name_or_path.startswith("~") else name_or_path)
     except ImportError as error:
         raise UsageError(f"init_from=hf:{name_or_path} needs transformers ({error}): pip install 'dnsp[hf]'") from None
     except UsageError:
@@ -166,7 +173,7 @@ def read_weights(name_or_path: str, wanted: ModelConfig) -> dict[str, Tensor]:
 
 def export(model: Decoder, tokenizer: Tokenizer, folder: Path, max_positions: int, dtype: torch.dtype) -> None:
     """A folder of weights, configuration and tokenizer, from which AutoModelForCausalLM and AutoTokenizer are made."""
-    save_pretrained(model, folder, dtype, max_positions)
+    save_pretrained(model, folder, dtype, max_positions, eos_token_id=tokenizer.eod)
     save_tokenizer(tokenizer, folder)
 
 

@@ -83,7 +83,15 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["data.sources=[{path: nowhere/at-all}]"], "nowhere/at-all"),
     (["parallel.segment_tokens=100"], "segment_tokens=100"),
     (["init_from=run:nowhere"], "there is no run folder nowhere"),
-    (["init_from=hf:x"], "run:PATH"),
+    (["init_from=x"], "run:PATH"),
+    (["init_from=hf:./nowhere"], "there is no such folder"),
+    (["engine.offload_optimizer=true"], "engine.zero_stage=0 has none"),
+    (["engine.zero_stage=2", "engine.offload_parameters=true"], "engine.zero_stage=2 has none"),
+    (["engine.deepspeed={gradient_clipping: 3}"], "gradient_clipping=3 contradicts train.clip=1.0"),
+    (["engine.deepspeed={zero_optimization: {stage: 3}}"], "stage=3 contradicts engine.zero_stage=0"),
+    (["engine.deepspeed={bf16: {enabled: true}}"], "contradicts engine.dtype='fp32'"),
+    (["engine.deepspeed={zero_optimization: 3}"], "must be keys and values"),
+    (["faults.spike_factor=0.5"], "faults.spike_factor=0.5"),
     (["resume=auto"], "run.dir"),
     (["resume=nowhere"], "there is no run folder nowhere"),
     (["data.tokenizer=./nowhere"], "./nowhere"),
@@ -187,7 +195,7 @@ def test_stopped_damaged_killed_and_still_the_same(
     saved = sorted((run / "checkpoints").iterdir())
     assert int(saved[-1].name.removeprefix("step-")) == len(losses(run))
 
-    with (saved[-1] / "weights.safetensors").open("r+b") as file:
+    with (saved[-1] / "weights-00000-of-00002.safetensors").open("r+b") as file:
         file.seek(5000)
         file.write(b"\x55\x55\x55\x55")
     process = start(*settings, "train.steps=5000", cwd=workplace)
@@ -202,7 +210,7 @@ def test_stopped_damaged_killed_and_still_the_same(
     assert process.returncode == 1
     assert "rank 1 was ended by SIGKILL" in stderr and is_one_message(stderr), stderr
     assert not any(rank.is_running() for rank in ranks)
-    assert f"{saved[-1].relative_to(workplace)} is damaged: weights.safetensors" in stdout
+    assert f"{saved[-1].relative_to(workplace)} is damaged: weights-00000-of-00002.safetensors" in stdout
     assert f"going on from {saved[-2].name}" in stdout
 
     done = dnsp(*settings, cwd=workplace)

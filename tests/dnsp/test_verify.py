@@ -41,7 +41,7 @@ TINY = {
     "data": {"sequence_length": 1024},
 }
 CASE_KEYS = {
-    *("ranks", "layout", "transport", "loss", "loss_rel_err", "worst_param", "worst_grad_rel_err"),
+    *("ranks", "sequence", "zero", "layout", "transport", "loss", "loss_rel_err", "worst_param", "worst_grad_rel_err"),
     *("delta_bitwise_equal", "ok"),
 }
 
@@ -221,7 +221,7 @@ def test_the_verdict_is_a_table_a_file_and_a_status(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: bool
 ) -> None:
     request = verify.make_request(load_config(config), [2], ["zigzag"], ["p2p", "gather"], "fp32")
-    good = verify.Case(2, "zigzag", "p2p", 5.5, 1e-8, "model.norm.weight", 1e-6, True, True)
+    good = verify.Case(2, 2, 0, "zigzag", "p2p", 5.5, 1e-8, "model.norm.weight", 1e-6, True, True)
     other = dataclasses.replace(good, transport="gather", delta_bitwise_equal=not wrong, ok=not wrong)
     assert verify.conclude(request, [good, other], tmp_path / "verdict.json") == int(wrong)
     report = json.loads((tmp_path / "verdict.json").read_text())
