@@ -76,7 +76,15 @@ def probe(engine: Engine, config: Config, attention_backend: str = "auto") -> Fo
         for hook in hooks:
             hook.remove()
     want = watchdog.total(torch.stack(list(local.values())), engine.grid).div_(ROW_TARGETS)
-    got = torch.stack([sketch(engine.gradient(name)) for name in engine.names])
+    try:
+        got = torch.stack([sketch(engine.gradient(name)) for name in engine.names])
+    except RuntimeError as error:
+        if not config.engine.deepspeed:
+            raise
+        why = str(error).splitlines()[0]
+        raise UsageError(
+            f"DeepSpeed's gradients cannot be read with engine.deepspeed={config.engine.deepspeed}: {why}; leave it out"
+        ) from None
     engine.skip()
     engine.restart()
     found = _judge(list(engine.names), got.cpu(), want.cpu(), time.monotonic() - began)

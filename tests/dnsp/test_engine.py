@@ -31,7 +31,8 @@ CASES = {
 # options of DeepSpeed's that change a gradient: stage, options, got over wanted with two ranks in a group
 BREAKING = [
     (3, {"zero_optimization": {"reduce_scatter": False}}, 2.0),
-    (1, {"prescale_gradients": True, "gradient_predivide_factor": 4.0}, None),
+    (1, {"data_types": {"grad_accum_dtype": "bf16"}}, None),
+    (3, {"data_types": {"grad_accum_dtype": "bf16"}}, None),
 ]
 # DeepSpeed leaves parameters below 100,000 elements whole on every rank; these shall be in shards too
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -203,7 +204,8 @@ def broken(stage: int, options: dict[str, Any]) -> str:
 
 
 def all_broken() -> list[str]:
-    return [broken(stage, options) for stage, options, _ in BREAKING]
+    cannot_be_read = {"zero_optimization": {"round_robin_gradients": True}}
+    return [*(broken(stage, options) for stage, options, _ in BREAKING), broken(2, cannot_be_read)]
 
 
 def in_bf16() -> dict[str, Any]:
@@ -251,7 +253,9 @@ def two_ranks() -> dict[str, Any]:
 @pytest.mark.timeout(300)
 def test_what_breaks_the_contract_is_refused_and_what_is_fp32_stays_so() -> None:
     for found in run_ranks(two_ranks, 2, timeout=280):
-        for (stage, options, ratio), said in zip(BREAKING, found["broken"], strict=True):
+        *refused, unread = found["broken"]
+        assert "with engine.deepspeed={'zero_optimization': {'round_robin_gradients'" in unread, unread
+        for (stage, options, ratio), said in zip(BREAKING, refused, strict=True):
             assert "the gradient of model.embed_tokens.weight after DeepSpeed's reduction is" in said, said
             assert f"engine.deepspeed={options}" in said and f"ZeRO {stage}" in said
             if ratio is not None:
