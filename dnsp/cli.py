@@ -266,7 +266,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(status := getattr(error, "exit_status", None), int):  # kernels that fail their proof
             return end(status, str(error))
         if "OutOfMemory" in type(error).__name__:
-            return end(1, f"out of memory: {str(error).splitlines()[0]}")
+            why = str(error).splitlines()[0]
+            return end(
+                1,
+                f"out of memory: {why}; before the first step it is weights, gradients and moments that do not fit: "
+                "engine.zero_stage=3, engine.offload_optimizer=true, or more ranks",
+            )
         if "RANK" not in os.environ:
             raise
         traceback.print_exc()

@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from dnsp import checkpoint, watchdog
 from dnsp.config import CheckpointConfig
 from dnsp.engine import Engine
 
+SETTLE = 15.0  # seconds
 LOG = "checkpoints.jsonl"  # in the run folder: a line for every attempt
 
 
@@ -55,10 +57,17 @@ class Saver:
         folder: the run folder, the same on all ranks.
         engine: whose weights and moments are saved.
         settings: how many are kept.
+        waiting: called now and then while a checkpoint is waited for.
     """
 
-    def __init__(self, folder: Path, engine: Engine, settings: CheckpointConfig) -> None:
-        self.folder, self.engine, self.settings = folder, engine, settings
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        settings: CheckpointConfig,
+        waiting: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.folder, self.engine, self.settings, self.waiting = folder, engine, settings, waiting
         self.rank, self.world = engine.grid.rank, engine.grid.world
         self.group = watchdog.slow_group()
         self.done: list[Saved] = []  # not yet said
@@ -94,8 +103,14 @@ class Saver:
 
     def wait(self) -> Saved | None:
         """Until nothing is being written any more. Returns the last attempt."""
-        self._thread.join()
+        while self._thread.is_alive():
+            self.waiting()
+            self._thread.join(1.0)
         return self.last
+
+    def settle(self) -> None:
+        """At a failure: what is being written is finished, if that is a matter of seconds."""
+        self._thread.join(SETTLE)
 
     def news(self) -> list[str]:
         """What has happened since the last call, in words; rank 0 alone knows."""
@@ -115,6 +130,8 @@ class Saver:
 
     def _make_room(self) -> None:
         pinned = self.engine.device.type == "cuda"
+        if pinned:
+            torch.cuda.set_device(self.engine.device)  # a thread of its own begins on the first GPU
         for fragment in self.engine.fragments():
             for what, tensor in fragment.tensors.items():
                 self._host[what, fragment.name] = torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)

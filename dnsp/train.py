@@ -112,7 +112,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         found.close()
     if config.engine.probe:
         proven = probe(engine, config, choices.attention_backend)
-    saver = Saver(folder, engine, config.checkpoint)
+    saver = Saver(folder, engine, config.checkpoint, lambda: watch.place.at("the writing of a checkpoint"))
+    watch.settle = saver.settle
 
     steps = stages[-1].stop
     start = found.step if found else 0
@@ -153,6 +154,9 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         if len(stages) > 1 and at != before:
             telemetry.say(f"context of {stage.sequence_length:,} tokens from step {stage.start + 1}")
         watch.place.at("the data", step=done + 1)
+        # NCCL ends a process whose collective is late without asking; the verdict comes before it, once all is compiled
+        soon = engine.device.type == "cuda" and done > start
+        watch.stalls.limit = min(config.run.stall, 0.9 * config.run.timeout) if soon else config.run.stall
         work = data.step(cursor, stage.sequence_length, config.train.global_batch)
         while cursor.sequences in passed_over:
             cursor = work.cursor
@@ -222,6 +226,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             **peak_memory(engine.device),
         }
         recorded(telemetry, record)
+        watch.stalls.limit = config.run.stall
         due = config.checkpoint.every and done % config.checkpoint.every == 0 and not skipped.in_a_row
         if stopping or done == steps or due:
             watch.place.at("the checkpoint")

@@ -135,6 +135,7 @@ class Watch:
         self.folder: Path | None = None
         self.stop = False
         self.at_end: Callable[[], None] = lambda: None  # gives the terminal back, whatever happened
+        self.settle: Callable[[], None] = lambda: None  # before the end that all ranks have agreed on
         self._handlers: dict[signal.Signals, Any] = {}
 
     def look_after(self, folder: Path, limit: float) -> None:
@@ -153,6 +154,8 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.stalls.limit, self.stalls.error = float("inf"), error
         self._restore()
+        if isinstance(error, RunError):
+            self.settle()
         self.at_end()
         if self.world == 1:
             leave()  # with peers it would wait for them
