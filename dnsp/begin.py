@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,23 @@ def open_folder(config: Config, identity: dict[str, Any], name: str, first: bool
     return watchdog.from_first(folder)
 
 
+def check_free(config: Config) -> None:
+    """Refuse the folder of a living run before anything of it is read; nothing is written.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    lock = Path(config.run.dir or "", ".lock")
+    if config.run.dir is None or not lock.exists():
+        return
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(IN_USE.format(folder=config.run.dir)) from None
+
+
+IN_USE = "{folder} is in use by a running run; wait for it, or choose another run.dir"
 _LOCKS: list[FileLock] = []  # held until the process ends
 
 
@@ -76,7 +94,7 @@ def _make_folder(config: Config, identity: dict[str, Any], name: str) -> Path:
     try:
         lock.acquire()
     except Timeout:
-        raise UsageError(f"{folder} is in use by a running run; wait for it, or choose another run.dir") from None
+        raise UsageError(IN_USE.format(folder=folder)) from None
     _LOCKS.append(lock)
     checkpoint.clean(folder)
     stalls.clear(folder)

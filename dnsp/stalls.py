@@ -115,9 +115,9 @@ class Stalls(threading.Thread):
 
     def where_the_others_are(self, world: int) -> str:
         """The ranks' own words, once all have left their stacks or had the time to; at most three of them."""
+        self.leave_stacks()
         if self.folder is None or world < 2:
             return ""
-        self.leave_stacks()
         others = [rank for rank in range(world) if rank != self.place.rank]
         files = {rank: self.folder / STACKS / f"rank-{rank:05d}.txt" for rank in others}
         deadline = time.monotonic() + LINGER

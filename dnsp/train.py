@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from dnsp import checkpoint, watchdog
-from dnsp.begin import check_layout, check_settings, identity_of, initial_weights, open_folder, starting_point
+from dnsp.begin import (
+    check_free,
+    check_layout,
+    check_settings,
+    identity_of,
+    initial_weights,
+    open_folder,
+    starting_point,
+)
 from dnsp.choices import Choices, make_choices
 from dnsp.config import Config
 from dnsp.data.batch import batch, micro_batches
@@ -67,6 +75,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     # What can be refused is refused here, on every rank, before anything is written.
     grid = make_grid(config.parallel.sequence, config.run.timeout)
     with watchdog.agreed():
+        if first:
+            check_free(config)
         tokenizer = load_tokenizer(config.data.tokenizer)
         data = open_data(config.data, vocab_size=config.model.vocab_size)
         heldout = open_data(config.data, vocab_size=config.model.vocab_size, split="heldout")

@@ -66,15 +66,15 @@ def table(request: Request, cases: Sequence[Case]) -> Table:
     """The verdict for people."""
     title = f"{request.tokens:,} tokens, {request.dtype}, segments of {request.segment_tokens}"
     rows = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-    words = ("layout", "transport", "delta rule", "")
-    for column in ("ranks", "group", "ZeRO", *words[:2], "loss", "loss error", "gradients", *words[2:]):
+    words = ("layout", "transport", "delta rule", "")  # all of it within 80 columns
+    for column in ("ranks", "group", "ZeRO", *words[:2], "loss", "error", "grads", *words[2:]):
         rows.add_column(column, justify="left" if column in words else "right", no_wrap=True)
     for case in cases:
         rows.add_row(
             *(str(case.ranks), str(case.sequence), str(case.zero)),
             case.layout,
             case.transport,
-            f"{case.loss:.6f}",
+            f"{case.loss:.5f}",
             f"{case.loss_rel_err:.1e}",
             f"{case.worst_grad_rel_err:.1e}",
             "same bits" if case.delta_bitwise_equal else "[red]differs[/]",
