@@ -237,6 +237,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         }
         recorded(telemetry, record)
         watch.stalls.limit = config.run.stall
+        # not while steps are skipped: what led there may be in the weights already
         due = config.checkpoint.every and done % config.checkpoint.every == 0 and not skipped.in_a_row
         if stopping or done == steps or due:
             watch.place.at("the checkpoint")
@@ -331,6 +332,8 @@ def roll_back(engine: Engine, saver: Saver, spikes: Spikes, said: str) -> checkp
         often = f"{path.name} was gone back to {spikes.settings.rollbacks} times already"
         raise both_see(first, f"{said}, and {often}: lower train.lr; {checkpoint.way_on(saver.folder)}")
     found = found or checkpoint.open_checked(path)
+    if first:
+        checkpoint.set_aside(saver.folder, found.step)  # damaged ones; their steps are saved again
     engine.load(found, weights=True)
     checkpoint.set_random_state(found.random(engine.grid.rank), engine.device)
     found.close()

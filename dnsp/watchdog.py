@@ -175,6 +175,7 @@ class Watch:
         """What the watching thread does with a rank that stands still."""
         first = self._claim(message)
         others = self.stalls.where_the_others_are(self.world)
+        self.at_end()
         end(1, self._verdict(message, others), consequence=not first, quiet=not first)
         os._exit(1)
 
