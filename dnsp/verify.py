@@ -260,6 +260,7 @@ def check_world(request: Request, environment: Environment, truth: Truth) -> lis
     watchdog.join(environment)
     step, cases = _step(request), []
     for size in request.sizes(environment.world_size):
+        watchdog.from_all(None)  # a group is made within run.timeout, and ranks may come to it at different times
         grid = make_grid(size, config.run.timeout)
         everyone = Transport(grid.everyone, range(grid.world), grid.rank)
         accumulation = request.rows // (config.train.micro_batch * grid.data_size)
