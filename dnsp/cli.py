@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -16,9 +15,10 @@ from typing import Annotated
 import typer
 
 from dnsp.config import Config, load_config
+from dnsp.ending import end
 from dnsp.errors import Echo, PeerFailed, RunError, UsageError
 from dnsp.launch.environment import LaunchError, find_environment
-from dnsp.launch.local import ERROR_FILE, SUPERVISOR, start_ranks
+from dnsp.launch.local import SUPERVISOR, start_ranks
 from dnsp.parallel.errors import LayoutError, PlanError
 from dnsp.parallel.layout import Layout
 from dnsp.schedule import spans
@@ -134,6 +134,23 @@ def generate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The Hugging Face folder to make.")],
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+) -> None:
+    """Write a trained model as a folder that transformers loads: safetensors, configuration, tokenizer."""
+    if dtype not in ("fp32", "bf16"):
+        raise UsageError(f"--dtype {dtype}: it is not one of fp32, bf16")
+    import torch
+
+    from dnsp.evaluate import export_run
+
+    found = export_run(run, out, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    print(f"{out}: {found} as {dtype}; transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}) reads it")
+
+
+@app.command()
 def verify(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -141,20 +158,26 @@ def verify(
     layouts: Annotated[str, typer.Option(help="Any of contiguous,zigzag.")] = "contiguous,zigzag",
     transports: Annotated[str, typer.Option(help="Any of peer,p2p,gather; peer needs GPUs.")] = "p2p,gather",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    zero: Annotated[str, typer.Option(help="ZeRO stages, as in 0,1,2,3; else the configuration's.")] = "",
+    sequence: Annotated[str, typer.Option(help="Sizes of a sequence group, as in 1,2; else the configuration's.")] = "",
     json_file: JsonFile = None,
 ) -> None:
     """Prove that loss and every parameter's gradient equal one process's, and the delta rule bit for bit."""
     from dnsp.verify import run
 
-    worlds = [_world(text) for text in ranks.split(",")]
-    status = run(config, overrides or [], worlds, layouts.split(","), transports.split(","), dtype, json_file)
-    raise typer.Exit(status)
+    worlds, sizes, stages = _numbers("--ranks", ranks), _numbers("--sequence", sequence), _numbers("--zero", zero, 0)
+    ways = layouts.split(","), transports.split(",")
+    raise typer.Exit(run(config, overrides or [], worlds, *ways, dtype, json_file, stages, sizes))
 
 
-def _world(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise UsageError(f"--ranks: {text!r} is not a number of ranks; give numbers above 0, as in --ranks 1,2,4")
-    return int(text)
+def _numbers(option: str, text: str, least: int = 1) -> list[int]:
+    """``1,2,4`` as numbers; nothing as none."""
+    found = []
+    for part in text.split(",") if text else ():
+        if not part.strip().isdigit() or int(part) < least:
+            raise UsageError(f"{option}: {part!r} is not a number; give numbers of {least} or more, as in {option} 1,2")
+        found.append(int(part))
+    return found
 
 
 @app.command("verify-ranks", hidden=True)
@@ -220,7 +243,7 @@ def bench_scan(
     from dnsp.bench.scan import run
 
     status = run(
-        tokens, [_world(text) for text in ranks.split(",")], layouts.split(","), transports.split(","), heads=heads,
+        tokens, _numbers("--ranks", ranks), layouts.split(","), transports.split(","), heads=heads,
         value_heads=value_heads, width=width, segment_tokens=segment_tokens, steps=steps, json_path=json_file,
     )  # fmt: skip
     raise typer.Exit(status)
@@ -244,8 +267,8 @@ def bench_attention(
     from dnsp.bench.attention import run
 
     status = run(
-        tokens, [_world(text) for text in ranks.split(",")], layouts.split(","), transports.split(","), heads=heads,
-        key_heads=key_heads, widths=[_world(text) for text in widths.split(",")], backend=backend, document=document,
+        tokens, _numbers("--ranks", ranks), layouts.split(","), transports.split(","), heads=heads,
+        key_heads=key_heads, widths=_numbers("--widths", widths), backend=backend, document=document,
         steps=steps, json_path=json_file,
     )  # fmt: skip
     raise typer.Exit(status)
@@ -263,7 +286,7 @@ def bench_stack(
     """Three gated delta layers and one of attention over several ranks, against one process."""
     from dnsp.bench.stack import run
 
-    worlds = [_world(text) for text in ranks.split(",")]
+    worlds = _numbers("--ranks", ranks)
     raise typer.Exit(run(overrides or [], tokens, worlds, layouts.split(","), steps=steps, json_path=json_file))
 
 
@@ -442,13 +465,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except (UsageError, LaunchError, LayoutError, PlanError) as error:
         # every rank refuses alike; one a node says it
-        return end_rank(2, str(error), quiet=os.environ.get("LOCAL_RANK", "0") != "0")
+        return end(2, str(error), quiet=os.environ.get("LOCAL_RANK", "0") != "0")
     except PeerFailed as error:
-        return end_rank(1, str(error), consequence=True)
+        return end(1, str(error), consequence=True)
     except Echo as error:
-        return end_rank(1, str(error), consequence=True, quiet=True)
+        return end(1, str(error), consequence=True, quiet=True)
     except RunError as error:
-        return end_rank(1, str(error))
+        return end(1, str(error))
     except (KeyboardInterrupt, typer.Abort):
         return 128 + signal.SIGINT
     except Exception as error:
@@ -456,14 +479,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             error.show()
             return int(error.exit_code)
         if isinstance(status := getattr(error, "exit_status", None), int):  # kernels that fail their proof
-            return end_rank(status, str(error))
+            return end(status, str(error))
         if "OutOfMemory" in type(error).__name__:
-            return end_rank(1, f"out of memory: {str(error).splitlines()[0]}")
+            why = str(error).splitlines()[0]
+            return end(
+                1,
+                f"out of memory: {why}; before the first step it is weights, gradients and moments that do not fit: "
+                "engine.zero_stage=3, engine.offload_optimizer=true, or more ranks",
+            )
         if "RANK" not in os.environ:
             raise
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # see end_rank
+        os._exit(1)  # see ending.end
 
 
 def _format_warning(
@@ -473,17 +501,3 @@ def _format_warning(
     if f"{os.sep}dnsp{os.sep}" in filename:
         return f"warning: {message}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
-
-
-def end_rank(status: int, message: str, consequence: bool = False, quiet: bool = False) -> int:
-    """Say why this rank ends, to the process that started the ranks if there is one, else on stderr; and end."""
-    text = "error: " + message.strip()
-    if ERROR_FILE in os.environ:
-        said = {"time": time.time(), "message": text, "consequence": consequence}
-        Path(os.environ[ERROR_FILE]).write_text(json.dumps(said))
-    elif not quiet:
-        print(text, file=sys.stderr, flush=True)
-    if "RANK" in os.environ:  # no destructors: a process group would wait in them for ranks that are gone
-        sys.stdout.flush()
-        os._exit(status)
-    return status

@@ -56,7 +56,7 @@ class Figures:
         telemetry: Telemetry,
     ) -> None:
         self.config, self.grid, self.device, self.telemetry = config.model, grid, device, telemetry
-        self.parameters = sum(p.numel() for p in model.parameters())
+        self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO 3 holds shards
         self.clock = StepClock(model, device)
         self.begin, self.mark, self.end = self.clock.begin, self.clock.mark, self.clock.end
         self.sampler = Sampler(device).start()
