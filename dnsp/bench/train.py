@@ -14,6 +14,7 @@ Activation memory is the peak of allocated memory in a step above parameters, gr
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -117,6 +118,7 @@ def run(
     if missing:
         console.print(f"transformers: {missing}", markup=False)
     else:
+        os.environ["FLA_FLASH_QLA"] = "0"  # where flash-qla is installed, fla's op would hand its calls to it
         sides.append(_peer(config, sides[0].model, device, console))
     _measure(sides, steps, device)
     if profile is not None and not sides[0].failure:
