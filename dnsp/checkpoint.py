@@ -1,131 +1,160 @@
 """Checkpoints: whole or not there, checked by sha256, and nothing in them can run code.
 
     RUN/run.json                        what the run is made of: model, tokenizer, data
-    RUN/checkpoints/step-00000050/      weights.safetensors  optimizer.safetensors  random.safetensors
-                                        state.json (step, tokens, cursor, config, versions)  manifest.json (checksums)
+    RUN/checkpoints/step-00000050/      weights-00000-of-00004.safetensors    a rank's ranges of the parameters, flat
+                                        optimizer-00000-of-00004.safetensors  of AdamW's moments; the rank's generators
+                                        index.json     shapes, and which rank holds which range of each tensor
+                                        state.json     step, tokens, cursor, config, versions
+                                        manifest.json  checksums of all of them
 
-One is written under a temporary name, synced and renamed; what a kill leaves behind is removed by the next start.
-Tensors are whole, whatever the ranks and the ZeRO stage that wrote them.
+A range is of the flattened whole tensor, whatever ZeRO stage and ranks wrote it, so that any other number of them reads
+what it needs and no more. ``dnsp/saving.py`` writes them; what a kill leaves behind is removed by the next start.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dnsp.errors import RunError, UsageError
+from dnsp.errors import UsageError
 
-FILES = ("weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
 FOLDER = "checkpoints"
+KINDS = ("weights", "optimizer")
+OTHERS = ("index.json", "state.json")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 _NAME = re.compile(r"step-\d{8,}$")
-PACKAGES = ("dnsp", "torch", "deepspeed", "megatron-core", "numpy")
+PACKAGES = ("dnsp", "torch", "deepspeed", "megatron-core", "numpy", "safetensors")
+
+
+def file_of(kind: str, rank: int, world: int) -> str:
+    """The name of a rank's file."""
+    return f"{kind}-{rank:05d}-of-{world:05d}.safetensors"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose checksums held."""
+    """A checkpoint whose checksums held. Tensors are read when they are asked for, range by range."""
 
     path: Path
     state: dict[str, Any]
+    index: dict[str, Any]
+    _open: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def step(self) -> int:
         return int(self.state["step"])
 
-    def weights(self) -> dict[str, Tensor]:
-        return load_file(self.path / "weights.safetensors")
+    @property
+    def world(self) -> int:
+        """Ranks that wrote it."""
+        return int(self.index["world"])
 
-    def optimizer(self) -> dict[str, Tensor]:
-        return load_file(self.path / "optimizer.safetensors")
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        return {name: entry["shape"] for name, entry in self.index["tensors"].items()}
 
-    def random(self) -> dict[str, Tensor]:
-        return load_file(self.path / "random.safetensors")
+    def read(self, what: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements ``start`` to ``stop`` of a flattened tensor: ``what`` is weights, exp_avg or exp_avg_sq.
+
+        Raises:
+            UsageError: where no rank wrote a part of it.
+        """
+        entry = self.index["tensors"][name]
+        stop = math.prod(entry["shape"]) if stop is None else stop
+        kind, key = ("weights", name) if what == "weights" else ("optimizer", f"{what}.{name}")
+        pieces, at = [], start
+        for rank, low, high in sorted(entry["parts"], key=lambda part: part[1]):
+            if low <= at < min(high, stop):
+                end = min(high, stop)
+                pieces.append(self._file(kind, rank).get_slice(key)[at - low : end - low])
+                at = end
+        if at < stop:
+            raise UsageError(f"the checkpoint {self.path} has no elements from {at} on of {name} ({what})")
+        if not pieces:
+            return torch.empty(0)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Whole parameters by name, each read when it is looked up."""
+        return _Weights(self)
+
+    def adam_step(self) -> Tensor:
+        """Updates that AdamW has made, a scalar."""
+        return self._file("optimizer", 0).get_tensor("step")
+
+    def random(self, rank: int) -> dict[str, Tensor]:
+        """A rank's generators; nothing for a rank that was not there."""
+        if rank >= self.world:
+            return {}
+        file = self._file("optimizer", rank)
+        return {key.removeprefix("random."): file.get_tensor(key) for key in file.keys() if key.startswith("random.")}  # noqa: SIM118
+
+    def close(self) -> None:
+        """Let go of the files: a checkpoint that is removed while one is open keeps its place on the disk."""
+        self._open.clear()
+
+    def _file(self, kind: str, rank: int) -> Any:
+        name = file_of(kind, rank, self.world)
+        if name not in self._open:
+            self._open[name] = safe_open(self.path / name, "pt")
+        return self._open[name]
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; what is tied is there once."""
-    tensors = dict(model.named_parameters())
-    known = {tensor.data_ptr() for tensor in tensors.values()}
-    for name, tensor in model.state_dict().items():
-        if name not in tensors and tensor.data_ptr() not in known:
-            tensors[name] = tensor
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+class _Weights(Mapping[str, Tensor]):
+    def __init__(self, found: Checkpoint) -> None:
+        self._found = found
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._found.index["tensors"][name]["shape"]
+        return self._found.read("weights", name).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found.index["tensors"])
+
+    def __len__(self) -> int:
+        return len(self._found.index["tensors"])
 
 
-def load_weights(model: nn.Module, saved: dict[str, Tensor], where: str) -> None:
-    """Copy ``saved`` into ``model``; every name and shape must be there.
+def load_weights(model: nn.Module, saved: Mapping[str, Tensor], where: str) -> None:
+    """Copy ``saved`` into ``model``; every name and shape must be there, what is tied once.
 
     Raises:
         UsageError: naming the first that is missing or has another shape.
     """
-    wanted = weights_of(model)
-    for name, tensor in wanted.items():
-        if name not in saved:
-            raise UsageError(f"{where} has no weights for {name}; the model of the configuration is another one")
-        if saved[name].shape != tensor.shape:
-            raise UsageError(
-                f"{where}: {name} is {list(saved[name].shape)}, the configuration's model has {list(tensor.shape)}"
-            )
+    wanted = dict(model.named_parameters())
     extra = sorted(set(saved) - set(wanted))
     if extra:
         raise UsageError(f"{where} has weights for {extra[0]}, which the configuration's model does not have")
-    model.load_state_dict(saved, strict=False)
-
-
-def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
-    """Write one checkpoint (on one rank) and remove all but the last ``keep``.
-
-    Args:
-        folder: the run folder.
-        step: optimizer steps done.
-        tensors: ``weights``, ``optimizer``, ``random``.
-        state: JSON: the rest.
-
-    Raises:
-        RunError: when it cannot be written; earlier checkpoints are untouched and nothing half-written stays.
-    """
-    final = folder / FOLDER / f"step-{step:08d}"
-    part = final.with_name(f".{final.name}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for name, content in tensors.items():
-            save_file(content, part / f"{name}.safetensors")
-        versions = {package: _version(package) for package in PACKAGES}
-        (part / "state.json").write_text(json.dumps({"step": step, **state, "versions": versions}, indent=1))
-        (part / "manifest.json").write_text(json.dumps({name: _digest(part / name) for name in FILES}, indent=1))
-        for file in (*part.iterdir(), part):
-            _sync(file)
-        os.rename(part, final)
-        _sync(final.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        last = checkpoints(folder)
-        kept = f"the last checkpoint is {last[-1]}" if last else "there is no earlier checkpoint"
-        reason = getattr(error, "strerror", None) or str(error)
-        raise RunError(f"cannot write the checkpoint {final}: {reason}; {kept}. Make room, then resume=auto") from None
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+    for name, parameter in wanted.items():
+        if name not in saved:
+            raise UsageError(f"{where} has no weights for {name}; the model of the configuration is another one")
+        tensor = saved[name]
+        if tensor.shape != parameter.shape:
+            raise UsageError(
+                f"{where}: {name} is {list(tensor.shape)}, the configuration's model has {list(parameter.shape)}"
+            )
+        with torch.no_grad():
+            parameter.copy_(tensor)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = (folder / FOLDER).glob("step-*")
-    return sorted((p for p in found if _NAME.match(p.name)), key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted((p for p in found if _NAME.match(p.name)), key=step_of)
 
 
 def set_aside(folder: Path, step: int) -> list[Path]:
@@ -133,13 +162,24 @@ def set_aside(folder: Path, step: int) -> list[Path]:
     it, and neither may be taken for this one's. Returns what they are called now."""
     renamed = []
     for path in checkpoints(folder):
-        if int(path.name.removeprefix("step-")) > step:
+        if step_of(path) > step:
             aside, number = path.with_name(f"aside-{path.name}"), 1
             while aside.exists():
                 aside, number = path.with_name(f"aside-{path.name}-{number}"), number + 1
             path.rename(aside)
             renamed.append(aside)
     return renamed
+
+
+def prune(folder: Path, keep: int, keep_every: int = 0) -> None:
+    """Remove all but the last ``keep`` and those of every ``keep_every``-th step (0: of none)."""
+    for old in checkpoints(folder)[:-keep]:
+        if not keep_every or step_of(old) % keep_every:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def way_on(folder: Path | None) -> str:
@@ -166,17 +206,26 @@ def read(path: Path) -> Checkpoint:
         raise UsageError(f"there is no checkpoint {path}")
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        wrong = next((name for name in FILES if manifest.get(name) != _digest(path / name)), None)
-        if wrong is not None:
-            raise UsageError(f"the checkpoint {path} is damaged: {wrong} does not match its checksum")
-        return Checkpoint(path, json.loads((path / "state.json").read_text()))
+        world = sum(name.startswith("weights-") for name in manifest)
+        files = [*OTHERS, *(file_of(kind, rank, world) for kind in KINDS for rank in range(world))]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading let go of the interpreter
+            digests = pool.map(lambda name: digest(path / name), files)
+            found = zip(files, digests, strict=True)
+            wrong = next((name for name, is_now in found if manifest.get(name) != is_now), None)
+        if wrong is not None or not world:
+            raise UsageError(f"the checkpoint {path} is damaged: {wrong or 'its files'} does not match its checksum")
+        return _opened(path)
     except OSError as error:
         name = Path(error.filename or path).name
         raise UsageError(f"the checkpoint {path} is damaged: {name}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, SafetensorError, KeyError, AttributeError, TypeError) as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"the checkpoint {path} is damaged: its JSON cannot be read ({error})") from None
+
+
+def _opened(path: Path) -> Checkpoint:
+    return Checkpoint(path, *(json.loads((path / name).read_text()) for name in ("state.json", "index.json")))
 
 
 def open_checked(path: Path) -> Checkpoint:
@@ -186,7 +235,7 @@ def open_checked(path: Path) -> Checkpoint:
         UsageError: where this rank cannot see it.
     """
     try:
-        return Checkpoint(path, json.loads((path / "state.json").read_text()))
+        return _opened(path)
     except OSError as error:
         raise UsageError(f"rank 0 sees the checkpoint {path}, another rank does not: {error.strerror}") from None
 
@@ -272,17 +321,24 @@ def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]
         yield key, a, b
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Until a file or a folder's entries are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def versions() -> dict[str, str]:
+    """What wrote a checkpoint."""
+    return {package: _version(package) for package in PACKAGES}
 
 
 def _version(package: str) -> str:
@@ -300,9 +356,9 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
     return state
 
 
-def set_random_state(saved: dict[str, Tensor], rank: int, device: torch.device) -> None:
-    """Set this rank's generators, where the checkpoint was written by as many ranks."""
-    if f"{rank}.cpu" in saved:
-        torch.set_rng_state(saved[f"{rank}.cpu"])
-    if device.type == "cuda" and f"{rank}.cuda" in saved:
-        torch.cuda.set_rng_state(saved[f"{rank}.cuda"], device)
+def set_random_state(saved: dict[str, Tensor], device: torch.device) -> None:
+    """Set this rank's generators, where the checkpoint has them."""
+    if "cpu" in saved:
+        torch.set_rng_state(saved["cpu"])
+    if device.type == "cuda" and "cuda" in saved:
+        torch.cuda.set_rng_state(saved["cuda"], device)

@@ -7,24 +7,41 @@ from typing import Any
 
 import torch
 
-from dnsp.config import Config
+from dnsp.config import Config, ModelConfig
+from dnsp.kernels.segments import kernels_for_program
 from dnsp.parallel.attention_backends import REPEATABLE, Heads, choose, unusable
+from dnsp.parallel.errors import PlanError
+from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import filling_segment_tokens
+from dnsp.parallel.probe import NO_GPU
 
+MIB = 2**20
 MULTIPROCESSORS = 132  # of an H100 or H200; where bits must not depend on the device
 
 
 @dataclass(frozen=True)
 class Choices:
     """``attention_backend``: of ``parallel/attention_backends.py``. ``multiprocessors``: that the delta rule's segments
-    are to fill; 0 on a CPU, where one segment an interval is the fewest summaries."""
+    are to fill; 0 on a CPU, where one segment an interval is the fewest summaries. ``transport``: how states cross
+    ranks; ``attention_transport``: how keys and values do."""
 
     attention_backend: str = "auto"
     multiprocessors: int = 0
+    transport: str = "p2p"
+    attention_transport: str = "ring"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def transports(self, config: Config, why_not_peer: str | None, shared: int) -> str:
+        """In words, how ranks talk, and why by nothing faster; ``shared``: bytes of symmetric memory a rank."""
+        words = f"states cross ranks by {self.transport}"
+        if "attention" in config.model.layers:
+            words += f", keys and values by {self.attention_transport}"
+        if self.transport != "peer" and config.parallel.transport == "auto":
+            words += f" (not by peer: {why_not_peer or unfit_for_peer(config.model) or 'the run began so'})"
+        return words + (f"; {shared / MIB:.0f} MiB of symmetric memory a rank" if shared else "")
 
     def segment_tokens(self, config: Config, layout: Layout) -> int | None:
         """Tokens of the delta rule's segments; None: one segment an interval."""
@@ -40,20 +57,76 @@ def filling(layout: Layout, rows: int, value_heads: int, value_width: int, multi
     return filling_segment_tokens(layout, rows * value_heads * max(1, value_width // 64), multiprocessors)
 
 
-def make_choices(config: Config, before: dict[str, Any] | None = None) -> tuple[Choices, str]:
+def make_choices(
+    config: Config,
+    before: dict[str, Any] | None = None,
+    why_not_peer: str | None = NO_GPU,
+    several_hosts: bool = False,
+) -> tuple[Choices, str]:
     """What this machine is given, and in words why attention is not computed by something faster.
 
     ``before``: the choices of the run that goes on; they are kept where they work here, too, and the configuration
-    names no others.
+    names no others. ``why_not_peer``: what keeps the group's ranks from each other's memory; None where nothing does.
+    ``several_hosts``: the group spans them.
 
     Raises: PlanError where the configuration asks for what cannot be used.
     """
     before = before or {}
     backend, why = _attention(config, before.get("attention_backend"))
+    transports = (
+        _transport(config, before.get("transport"), why_not_peer),
+        _attention_transport(
+            config,
+            before.get("attention_transport"),
+            why_not_peer or ("the sequence group spans several hosts" if several_hosts else None),
+        ),
+    )
     if not torch.cuda.is_available():
-        return Choices(backend), why
+        return Choices(backend, 0, *transports), why
     count = MULTIPROCESSORS if config.engine.deterministic else torch.cuda.get_device_properties().multi_processor_count
-    return Choices(backend, before.get("multiprocessors") or count), why
+    return Choices(backend, before.get("multiprocessors") or count, *transports), why
+
+
+def _transport(config: Config, before: str | None, why_not_peer: str | None) -> str:
+    """peer, p2p or gather: what was asked for, or before, or else the fastest that works."""
+    asked, why_not = config.parallel.transport, why_not_peer or unfit_for_peer(config.model)
+    if asked == "peer" and why_not:
+        raise PlanError(f"parallel.transport=peer: {why_not}; use auto, p2p or gather")
+    if asked != "auto":
+        return asked
+    if before and not (before == "peer" and why_not):
+        return before
+    return "p2p" if why_not else "peer"
+
+
+def _attention_transport(config: Config, before: str | None, why_not_peer: str | None) -> str:
+    asked = config.parallel.attention_transport
+    if asked == "peer" and why_not_peer:
+        raise PlanError(f"parallel.attention_transport=peer: {why_not_peer}; use auto, ring or gather")
+    if asked != "auto":
+        return asked
+    if before and not (before == "peer" and why_not_peer):
+        return before
+    return "ring" if why_not_peer else "peer"
+
+
+def delta_shapes(model: ModelConfig) -> set[tuple[int, int, int]]:
+    """(value heads, key width, value width) of the states that the model's layers carry."""
+    shapes, own = set(), model.deltanet
+    if "gated_delta" in model.layers:
+        shapes.add((model.linear_num_value_heads, model.linear_key_head_dim, model.linear_value_head_dim))
+    if {"deltanet", "linear_attention"} & set(model.layers):
+        width = own.head_dim or model.hidden_size // own.num_heads
+        shapes.add((own.num_heads, width, own.value_head_dim or width))
+    return shapes
+
+
+def unfit_for_peer(model: ModelConfig) -> str | None:
+    """Why the states of a model do not go by peer; None where they do."""
+    for _, key, value in sorted(delta_shapes(model)):
+        if key not in (16, 32, 64, 128) or value % 16:
+            return f"states of {key} x {value} have no kernel that folds them (keys 16, 32, 64 or 128, values n x 16)"
+    return "DNSP_DELTA_RULE=torch folds states without it" if kernels_for_program() == "torch" else None
 
 
 def _attention(config: Config, before: str | None) -> tuple[str, str]:
@@ -73,3 +146,32 @@ def _attention(config: Config, before: str | None) -> tuple[str, str]:
         return before, ""
     backend, why = choose(heads, settings.attention_backend, repeat)
     return backend.name, why
+
+
+def reserve(choices: Choices, config: Config, grid: Grid, length: int) -> int:
+    """Symmetric memory for the largest messages of a run of sequences of at most ``length`` tokens; its bytes.
+
+    Raises: PlanError where there is no room for it.
+    """
+    shapes, model, rows = delta_shapes(config.model), config.model, config.train.micro_batch
+    attends = "attention" in model.layers
+    by_peer = choices.transport == "peer" and bool(shapes), choices.attention_transport == "peer" and attends
+    if grid.sequence_size == 1 or not any(by_peer):
+        return 0
+    from dnsp.parallel import post, symmetric
+
+    comm, device = grid.transport(), torch.device("cuda", torch.cuda.current_device())
+    used: list[symmetric.Region] = []
+    message = 0
+    if by_peer[0]:
+        states = symmetric.memory(comm, device)
+        states.reserve(max(symmetric.tiles(rows, heads, width) for heads, _, width in shapes))
+        used.append(states)
+        channels = max(heads * (key + width) + heads * key for heads, key, width in shapes)
+        message = 4 * rows * (model.linear_conv_kernel_dim - 1) * channels  # a halo
+    if by_peer[1]:  # the gradients of all keys and values of a rank
+        tokens = length // grid.sequence_size
+        message = max(message, 4 * rows * tokens * 2 * model.num_key_value_heads * model.head_dim)
+    exchanges = symmetric.of_group(post.Post, comm, device)
+    exchanges.reserve(message)
+    return sum(region.bytes for region in [*used, exchanges])

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -16,12 +15,14 @@ from typing import Annotated
 import typer
 
 from dnsp.config import Config, load_config
+from dnsp.ending import end
 from dnsp.errors import Echo, PeerFailed, RunError, UsageError
 from dnsp.launch.environment import LaunchError, find_environment
-from dnsp.launch.local import ERROR_FILE, SUPERVISOR, start_ranks
+from dnsp.launch.local import SUPERVISOR, start_ranks
 from dnsp.parallel.errors import LayoutError, PlanError
 from dnsp.parallel.layout import Layout
 from dnsp.schedule import spans
+from dnsp.tasks.commands import tasks_app
 
 app = typer.Typer(
     name="dnsp",
@@ -37,6 +38,7 @@ bench_app = typer.Typer(
     help="Measure against the peers that are installed, in one run.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(tasks_app, name="tasks")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.steps=10.")]
@@ -91,13 +93,13 @@ def train(
     environment = find_environment()
     if ranks is not None and environment.launcher != "none":
         raise UsageError(f"--ranks {ranks} under {environment.launcher}; leave it out, the launcher decides")
+    check_ranks(settings, ranks or environment.world_size)
     if ranks is not None and ranks > 1:
-        check_ranks(settings, ranks)
         raise typer.Exit(start_ranks(_without_ranks(sys.argv[1:]), ranks, port))
 
     from dnsp.train import train as run
 
-    figures = run(settings, environment, name=config.stem)
+    figures = run(started_again(settings, environment.restarts), environment, name=config.stem)
     if json_file is not None and environment.rank == 0:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
 
@@ -132,27 +134,50 @@ def generate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The Hugging Face folder to make.")],
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+) -> None:
+    """Write a trained model as a folder that transformers loads: safetensors, configuration, tokenizer."""
+    if dtype not in ("fp32", "bf16"):
+        raise UsageError(f"--dtype {dtype}: it is not one of fp32, bf16")
+    import torch
+
+    from dnsp.evaluate import export_run
+
+    found = export_run(run, out, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    print(f"{out}: {found} as {dtype}; transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}) reads it")
+
+
+@app.command()
 def verify(
     config: ConfigPath,
     overrides: Overrides = None,
     ranks: Annotated[str, typer.Option(help="World sizes to check, as in 1,2,4.")] = "1,2",
     layouts: Annotated[str, typer.Option(help="Any of contiguous,zigzag.")] = "contiguous,zigzag",
-    transports: Annotated[str, typer.Option(help="Any of p2p,gather.")] = "p2p,gather",
+    transports: Annotated[str, typer.Option(help="Any of peer,p2p,gather; peer needs GPUs.")] = "p2p,gather",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    zero: Annotated[str, typer.Option(help="ZeRO stages, as in 0,1,2,3; else the configuration's.")] = "",
+    sequence: Annotated[str, typer.Option(help="Sizes of a sequence group, as in 1,2; else the configuration's.")] = "",
     json_file: JsonFile = None,
 ) -> None:
     """Prove that loss and every parameter's gradient equal one process's, and the delta rule bit for bit."""
     from dnsp.verify import run
 
-    worlds = [_world(text) for text in ranks.split(",")]
-    status = run(config, overrides or [], worlds, layouts.split(","), transports.split(","), dtype, json_file)
-    raise typer.Exit(status)
+    worlds, sizes, stages = _numbers("--ranks", ranks), _numbers("--sequence", sequence), _numbers("--zero", zero, 0)
+    ways = layouts.split(","), transports.split(",")
+    raise typer.Exit(run(config, overrides or [], worlds, *ways, dtype, json_file, stages, sizes))
 
 
-def _world(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise UsageError(f"--ranks: {text!r} is not a number of ranks; give numbers above 0, as in --ranks 1,2,4")
-    return int(text)
+def _numbers(option: str, text: str, least: int = 1) -> list[int]:
+    """``1,2,4`` as numbers; nothing as none."""
+    found = []
+    for part in text.split(",") if text else ():
+        if not part.strip().isdigit() or int(part) < least:
+            raise UsageError(f"{option}: {part!r} is not a number; give numbers of {least} or more, as in {option} 1,2")
+        found.append(int(part))
+    return found
 
 
 @app.command("verify-ranks", hidden=True)
@@ -165,21 +190,142 @@ def verify_ranks(folder: Path) -> None:
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="With --prove: whose model.")] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="Whether it can run, too.")] = None,
     overrides: Overrides = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Whether deepspeed --hostfile FILE can start CONFIG.")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Of CONFIG; left out, every slot or GPU.")] = None,
+    ssh_port: Annotated[int | None, typer.Option(min=1, max=65535, help="As deepspeed's --ssh_port.")] = None,
     prove: Annotated[bool, typer.Option("--prove", help="Prove the Triton kernels on this GPU, for CONFIG.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """What this machine can and cannot do, with the cure for each."""
+    """What this machine can and cannot do, with the cure for each; whether CONFIG can run on it, or on other hosts."""
+    settings = None if config is None else load_config(config, overrides or [])
     if prove:
         from dnsp.prove import run as prove_kernels
 
-        raise typer.Exit(prove_kernels(None if config is None else load_config(config, overrides or []), json_file))
-    if config is not None:
-        raise UsageError(f"doctor {config}: a configuration goes with --prove; doctor alone looks at the machine")
+        raise typer.Exit(prove_kernels(settings, json_file))
+    if settings is None and (hostfile, ranks) != (None, None):
+        raise UsageError("--hostfile and --ranks go with a configuration: dnsp doctor CONFIG --hostfile FILE")
     from dnsp.doctor import run
 
-    raise typer.Exit(run(json_file))
+    raise typer.Exit(run(json_file, None, settings, hostfile, ranks, ssh_port))
+
+
+@app.command("host-facts", hidden=True)
+def host_facts() -> None:
+    """What doctor --hostfile asks a host over ssh."""
+    from dnsp.hosts import facts
+
+    print(facts())
+
+
+Layouts = Annotated[str, typer.Option(help="Any of contiguous,zigzag.")]
+Worlds = Annotated[str, typer.Option(help="Numbers of ranks, as in 2,4,8; on one GPU they share it.")]
+Steps = Annotated[int, typer.Option(min=1, help="Timed turns of each; the median counts.")]
+
+
+@bench_app.command("scan")
+def bench_scan(
+    tokens: Annotated[int, typer.Option(min=1, help="In all.")] = 131_072,
+    ranks: Worlds = "2,4,8",
+    layouts: Layouts = "contiguous,zigzag",
+    transports: Annotated[str, typer.Option(help="Any of peer,p2p,gather.")] = "peer,p2p,gather",
+    heads: Annotated[int, typer.Option(min=1, help="Of keys.")] = 16,
+    value_heads: Annotated[int, typer.Option(min=1)] = 32,
+    width: Annotated[int, typer.Option(min=1, help="Of a head.")] = 128,
+    segment_tokens: Annotated[int | None, typer.Option(min=64, help="Left out: what fills the GPU.")] = None,
+    steps: Steps = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """The delta rule over several ranks, against one process and against the local shard."""
+    from dnsp.bench.scan import run
+
+    status = run(
+        tokens, _numbers("--ranks", ranks), layouts.split(","), transports.split(","), heads=heads,
+        value_heads=value_heads, width=width, segment_tokens=segment_tokens, steps=steps, json_path=json_file,
+    )  # fmt: skip
+    raise typer.Exit(status)
+
+
+@bench_app.command("attention")
+def bench_attention(
+    tokens: Annotated[int, typer.Option(min=1, help="In all.")] = 65_536,
+    ranks: Worlds = "2,4",
+    layouts: Layouts = "contiguous,zigzag",
+    transports: Annotated[str, typer.Option(help="Of keys and values: any of peer,ring,gather.")] = "peer,ring,gather",
+    heads: Annotated[int, typer.Option(min=1, help="Of queries.")] = 16,
+    key_heads: Annotated[int, typer.Option(min=1)] = 2,
+    widths: Annotated[str, typer.Option(help="Of a head, as in 256,128.")] = "256,128",
+    backend: Annotated[str, typer.Option(help="Of parallel.attention_backend.")] = "auto",
+    document: Annotated[int | None, typer.Option(min=1, help="Tokens of each document; left out: one.")] = None,
+    steps: Steps = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Softmax attention over several ranks, against one process."""
+    from dnsp.bench.attention import run
+
+    status = run(
+        tokens, _numbers("--ranks", ranks), layouts.split(","), transports.split(","), heads=heads,
+        key_heads=key_heads, widths=_numbers("--widths", widths), backend=backend, document=document,
+        steps=steps, json_path=json_file,
+    )  # fmt: skip
+    raise typer.Exit(status)
+
+
+@bench_app.command("stack")
+def bench_stack(
+    overrides: Overrides = None,
+    tokens: Annotated[int, typer.Option(min=1, help="In all.")] = 65_536,
+    ranks: Worlds = "4",
+    layouts: Layouts = "contiguous,zigzag",
+    steps: Steps = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Three gated delta layers and one of attention over several ranks, against one process."""
+    from dnsp.bench.stack import run
+
+    worlds = _numbers("--ranks", ranks)
+    raise typer.Exit(run(overrides or [], tokens, worlds, layouts.split(","), steps=steps, json_path=json_file))
+
+
+@app.command("bench-stack-ranks", hidden=True)
+def bench_stack_ranks(file: Path) -> None:
+    """One rank of what bench stack starts."""
+    from dnsp.bench.ranks import as_rank
+    from dnsp.bench.stack import rank_main
+
+    as_rank(file, rank_main)
+
+
+@app.command("bench-scan-ranks", hidden=True)
+def bench_scan_ranks(file: Path) -> None:
+    """One rank of what bench scan starts."""
+    from dnsp.bench.ranks import as_rank
+    from dnsp.bench.scan import rank_main
+
+    as_rank(file, rank_main)
+
+
+@app.command("bench-attention-ranks", hidden=True)
+def bench_attention_ranks(file: Path) -> None:
+    """One rank of what bench attention starts."""
+    from dnsp.bench.attention import rank_main
+    from dnsp.bench.ranks import as_rank
+
+    as_rank(file, rank_main)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="What dnsp tasks run --out made.")],
+    json_file: JsonFile = None,
+) -> None:
+    """Tables beside the document's figures; report.md, CSV files and plots in the first DIR."""
+    from dnsp.tasks.report import report as run
+
+    raise typer.Exit(run(folders, json_file))
 
 
 @data_app.command("prepare")
@@ -258,13 +404,30 @@ def bench_train(
     raise typer.Exit(status)
 
 
+def started_again(config: Config, restarts: int) -> Config:
+    """The configuration of a run that its launcher has started before: it goes on by itself, from its own newest
+    checkpoint rather than from where its first start began."""
+    if not restarts or config.run.dir is None:
+        return config
+    if config.resume != "none" and not any(Path(config.run.dir, "checkpoints").glob("step-*")):
+        return config
+    return config.model_copy(update={"resume": "auto"})
+
+
 def check_ranks(config: Config, ranks: int) -> None:
-    """Refuse what can be known to fail before any rank is started."""
+    """Refuse what can be known to fail before the ranks meet: a world that sequence x data does not make, and so on."""
     sequence = config.parallel.sequence or ranks
     if ranks % sequence:
         raise UsageError(
             f"parallel.sequence={sequence} does not divide {ranks} ranks; "
             f"take a multiple of {sequence} ranks or another size"
+        )
+    rows = config.train.micro_batch * (ranks // sequence)
+    if config.train.global_batch % rows:
+        raise UsageError(
+            f"train.global_batch={config.train.global_batch} is not a multiple of "
+            f"train.micro_batch={config.train.micro_batch} times {ranks // sequence} data-parallel ranks "
+            f"({ranks} ranks / parallel.sequence={sequence}): use a multiple of {rows}"
         )
     for span in spans(config):
         Layout(config.parallel.layout, sequence, span.sequence_length)
@@ -302,13 +465,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except (UsageError, LaunchError, LayoutError, PlanError) as error:
         # every rank refuses alike; one a node says it
-        return _end(2, str(error), quiet=os.environ.get("LOCAL_RANK", "0") != "0")
+        return end(2, str(error), quiet=os.environ.get("LOCAL_RANK", "0") != "0")
     except PeerFailed as error:
-        return _end(1, str(error), consequence=True)
+        return end(1, str(error), consequence=True)
     except Echo as error:
-        return _end(1, str(error), consequence=True, quiet=True)
+        return end(1, str(error), consequence=True, quiet=True)
     except RunError as error:
-        return _end(1, str(error))
+        return end(1, str(error))
     except (KeyboardInterrupt, typer.Abort):
         return 128 + signal.SIGINT
     except Exception as error:
@@ -316,14 +479,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             error.show()
             return int(error.exit_code)
         if isinstance(status := getattr(error, "exit_status", None), int):  # kernels that fail their proof
-            return _end(status, str(error))
+            return end(status, str(error))
         if "OutOfMemory" in type(error).__name__:
-            return _end(1, f"out of memory: {str(error).splitlines()[0]}")
+            why = str(error).splitlines()[0]
+            return end(
+                1,
+                f"out of memory: {why}; before the first step it is weights, gradients and moments that do not fit: "
+                "engine.zero_stage=3, engine.offload_optimizer=true, or more ranks",
+            )
         if "RANK" not in os.environ:
             raise
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # see _end
+        os._exit(1)  # see ending.end
 
 
 def _format_warning(
@@ -333,17 +501,3 @@ def _format_warning(
     if f"{os.sep}dnsp{os.sep}" in filename:
         return f"warning: {message}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
-
-
-def _end(status: int, message: str, consequence: bool = False, quiet: bool = False) -> int:
-    """Say why this rank ends, to the process that started the ranks if there is one, else on stderr; and end."""
-    text = "error: " + message.strip()
-    if ERROR_FILE in os.environ:
-        said = {"time": time.time(), "message": text, "consequence": consequence}
-        Path(os.environ[ERROR_FILE]).write_text(json.dumps(said))
-    elif not quiet:
-        print(text, file=sys.stderr, flush=True)
-    if "RANK" in os.environ:  # no destructors: a process group would wait in them for ranks that are gone
-        sys.stdout.flush()
-        os._exit(status)
-    return status

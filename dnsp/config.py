@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dnsp.deepspeed_json import contradiction
 from dnsp.errors import UsageError
 
 
@@ -133,8 +134,9 @@ class ModelConfig(Section):
 
 
 class Source(Section):
-    path: str  # prefix of a .bin/.idx pair, or ``python-stdlib``
+    path: str  # prefix of a .bin/.idx pair, ``python-stdlib``, or ``task:NAME`` of dnsp/tasks/sources.py
     weight: float = Field(1.0, gt=0)
+    options: dict[str, Any] = Field(default_factory=dict)  # of a task
 
 
 class DataConfig(Section):
@@ -148,19 +150,37 @@ class DataConfig(Section):
 class ParallelConfig(Section):
     sequence: int | None = Field(None, gt=0)  # size of the sequence group; None: all ranks
     layout: Literal["contiguous", "zigzag"] = "zigzag"
-    transport: Literal["auto", "p2p", "gather"] = "auto"
-    attention_transport: Literal["auto", "ring", "gather"] = "auto"
+    transport: Literal["auto", "peer", "p2p", "gather"] = "auto"
+    attention_transport: Literal["auto", "peer", "ring", "gather"] = "auto"
     attention_backend: Literal["auto", "cudnn", "flash", "flash_deterministic", "flash_cpu", "plain"] = "auto"
     segment_tokens: int | None = Field(None, gt=0)  # None: chosen from the layout
 
 
 class EngineConfig(Section):
-    zero_stage: Literal[0, 1] = 0
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload_optimizer: bool = False  # fp32 weights and moments live in the host's memory, and are updated there
+    offload_parameters: bool = False  # ZeRO 3: so do the shards of the weights between their uses
+    probe: bool = True  # before the first step the engine's reduction is held against the sum over the ranks
     dtype: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
     activation_offloading: bool = False  # what checkpointing keeps waits in the host's memory
     mlp_tile: int = Field(8192, ge=0)  # local tokens that are in a feed-forward at once; 0: all
     deterministic: bool = False  # attention repeats its bits
+    deepspeed: dict[str, Any] = Field(default_factory=dict)  # DeepSpeed's own options, nested as in its JSON
+
+    @model_validator(mode="after")
+    def _offloading_needs_a_stage(self) -> EngineConfig:
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError(
+                "engine.offload_optimizer=true moves ZeRO's share of the optimizer, and engine.zero_stage=0 has none; "
+                "set engine.zero_stage to 1, 2 or 3, or do not offload"
+            )
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(
+                f"engine.offload_parameters=true moves ZeRO 3's shards of the weights, and engine.zero_stage="
+                f"{self.zero_stage} has none; set engine.zero_stage=3, or do not offload"
+            )
+        return self
 
     @model_validator(mode="after")
     def _offloading_needs_checkpoints(self) -> EngineConfig:
@@ -208,11 +228,29 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     every: int = Field(0, ge=0)  # steps; 0: at the end only
     keep: int = Field(2, gt=0)
+    keep_every: int = Field(0, ge=0)  # steps; those of every so many steps are kept for good; 0: of none
 
 
 class RunConfig(Section):
     dir: str | None = None  # None: a new folder under runs/
     timeout: float = Field(25.0, gt=0)  # seconds a collective may wait before its peer counts as lost
+    stall: float = Field(600.0, gt=0)  # seconds without progress (a layer, a step) before a rank ends the run
+
+
+class FaultsConfig(Section):
+    nonfinite_steps: int = Field(3, ge=0)  # in a row are skipped where loss or gradient is not finite; one more ends it
+    spike_factor: float = Field(0.0, ge=0)  # a loss above this times the median of the last is rolled back; 0: off
+    spike_window: int = Field(50, gt=0)  # steps that the median is taken over, and half as many are needed
+    rollbacks: int = Field(3, gt=0)  # to one checkpoint; one more ends the run
+
+    @model_validator(mode="after")
+    def _a_spike_is_more(self) -> FaultsConfig:
+        if 0 < self.spike_factor <= 1:
+            raise ValueError(
+                f"faults.spike_factor={self.spike_factor:g} would call every other loss a spike; "
+                "set it above 1, for example 2, or to 0 for no rule"
+            )
+        return self
 
 
 class GenerateConfig(Section):
@@ -230,9 +268,17 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     generate: GenerateConfig = GenerateConfig()
     resume: str = "none"  # none | auto | a checkpoint folder
-    init_from: str | None = None  # run:PATH
+    init_from: str | None = None  # run:PATH | hf:PATH
+
+    @model_validator(mode="after")
+    def _deepspeed_says_nothing_else(self) -> Config:
+        if words := contradiction(self):
+            raise ValueError(words)
+        return self
+
 
 
 # Reading: YAML, then overrides, then validation; every refusal is one or two lines.

@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dnsp.config import Config
+
 GIB = 2**30
 MINIMUM_PYTHON = (3, 11)
 LOW_MEMORY, LOW_DISK = 4 * GIB, 2 * GIB  # what the quickstart needs; a checkpoint and its successor
@@ -45,9 +47,33 @@ class Finding:
     cure: str = ""
 
 
-def run(json_path: Path | None = None, console: Console | None = None) -> int:
-    """Print the table (and write it as JSON). Returns the exit status: 1 when something required is missing."""
-    findings = examine()
+def run(
+    json_path: Path | None = None,
+    console: Console | None = None,
+    config: Config | None = None,
+    hostfile: Path | None = None,
+    ranks: int | None = None,
+    ssh_port: int | None = None,
+) -> int:
+    """Print the table (and write it as JSON). Returns the exit status: 1 when something required is missing.
+
+    Args:
+        config: also whether this configuration can run, on ``ranks`` ranks (None: as many as there is room for).
+        hostfile: and whether deepspeed can start it on the hosts of this file, which ssh reaches on ``ssh_port``.
+
+    Raises:
+        UsageError: the hostfile cannot be read.
+    """
+    more: dict[str, Callable[[], Iterator[Row]]] = {}
+    if config is not None:
+        from dnsp import fits, hosts
+
+        named = hosts.read_hostfile(hostfile) if hostfile is not None else []
+        wanted = fits.ranks_of(config, ranks, sum(host.slots for host in named))
+        if named:
+            more["hosts"] = lambda: hosts.examine(named, wanted, ssh_port)
+        more["configuration"] = lambda: fits.examine(config, wanted, here=not named)
+    findings = examine({**SECTIONS, **more})
     missing = [f for f in findings if f.status == "missing"]
     (console or Console()).print(table(findings))
     if json_path is not None:
@@ -56,10 +82,10 @@ def run(json_path: Path | None = None, console: Console | None = None) -> int:
     return 1 if missing else 0
 
 
-def examine() -> list[Finding]:
+def examine(sections: Mapping[str, Callable[[], Iterator[Row]]] | None = None) -> list[Finding]:
     """Everything that is known about this machine, section by section."""
     findings: list[Finding] = []
-    for section, ask in SECTIONS.items():
+    for section, ask in (SECTIONS if sections is None else sections).items():
         try:
             findings += [Finding(section, *row) for row in ask()]
         except Exception as error:  # a broken driver or half an installation must not hide the other sections
@@ -203,6 +229,20 @@ def _backends() -> Iterator[Row]:
         needed = backend.name == "gloo" or (backend.name == "nccl" and torch.cuda.is_available())
         status: Status = "ok" if backend.works else "missing" if needed else "absent"
         yield backend.name, status, backend.found, "" if backend.works else cures[backend.name]
+        if backend.name == "symmetric memory" and backend.works:
+            yield _symmetric_budget()
+
+
+def _symmetric_budget() -> Row:
+    """What the scan's share of it takes, for the state of a layer such as Qwen3.5's."""
+    import torch
+
+    from dnsp.parallel.symmetric import budget
+
+    need, free = budget(1, 32, 128), torch.cuda.mem_get_info()[0]
+    found = f"{need / 2**20:.0f} MiB a rank and row of 32 value heads of 128 x 128, {free / 2**20:,.0f} MiB free"
+    cure = "" if need < free else "make room on the GPU, or parallel.transport=p2p"
+    return "its budget", "ok" if need < free else "warn", found, cure
 
 
 def _attention() -> Iterator[Row]:

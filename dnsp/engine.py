@@ -1,26 +1,36 @@
 """The model under DeepSpeed: gradients summed over all ranks, the optimizer, its state in and out.
 
-Nothing else imports DeepSpeed, and its JSON is generated here from our configuration. Its scaling, measured with
-sequence groups switched on by the mpu: gradients are summed over all ranks and divided by the number of data ranks, and
-`backward` divides by the accumulation unless told not to. With the loss of a rank = its sum over local targets / the
-step's targets, the reduced gradient is therefore the single process's once it is multiplied by the number of data
-ranks, at ZeRO 0 and 1.
+Nothing else imports DeepSpeed. Its scaling, measured with sequence groups switched on by the mpu: `backward` divides by
+the accumulation unless told not to; gradients are summed over all ranks and divided by the number of data ranks at ZeRO
+0, 1 and 2, of all ranks at ZeRO 3. With the loss of a rank = its sum over local targets / the step's targets, the
+reduced gradient is the single process's once the loss is multiplied by that number. ``dnsp/probe.py`` asserts it.
+
+Weights are fp32 at every stage, bf16 is the model's autocast: `A_log`, `dt_bias` and norms are never rounded.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from dnsp.checkpoint import MOMENTS, Checkpoint
 from dnsp.config import Config
-from dnsp.model.decoder import Decoder
+from dnsp.deepspeed_json import deepspeed_config
+from dnsp.errors import UsageError
+from dnsp.model.decoder import Decoder, DecoderLayer
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.plan import Plan
+from dnsp.parallel.waits import WAITS
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
@@ -28,12 +38,19 @@ os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed  # noqa: E402 - DeepSpeed looks for accelerators and compilers while it is imported
 from deepspeed.utils import (  # noqa: E402
     logger,
+    safe_get_full_fp32_param,
     safe_get_full_grad,
-    safe_get_full_optimizer_state,
-    safe_set_full_optimizer_state,
+    set_z3_leaf_modules,
 )
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements from ``start`` on of a flattened parameter and its moments: ``weights``, ``exp_avg``, ``exp_avg_sq``."""
+
+    name: str
+    start: int
+    tensors: dict[str, Tensor]
 
 
 class Engine:
@@ -44,7 +61,7 @@ class Engine:
         config: its ``engine`` and ``train`` sections are read.
         grid: of the ranks; the process group exists.
         accumulation: micro-batches of an optimizer step.
-        optimizer_state: as :meth:`optimizer_state` returned it, to go on from.
+        found: a checkpoint whose moments to go on from; the model has its weights already.
     """
 
     def __init__(
@@ -53,18 +70,21 @@ class Engine:
         config: Config,
         grid: Grid,
         accumulation: int,
-        optimizer_state: dict[str, Tensor] | None = None,
+        found: Checkpoint | None = None,
     ) -> None:
         warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning)
-        logger.setLevel(logging.WARNING)
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        logger.setLevel(logging.ERROR)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         if not torch.cuda.is_available():
             # DeepSpeed would compile a shared-memory all-reduce with the machine's C++ compiler; gloo does the same
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists; a single process has no launcher to set it
         settings = config.train
-        self.model, self.grid, self.zero = model, grid, config.engine.zero_stage > 0
+        self.model, self.grid, self.stage = model, grid, config.engine.zero_stage
         self.clip, self.accumulation = settings.clip, accumulation
+        # what DeepSpeed divides the sum over all ranks by; measured, and asserted by dnsp/probe.py on every start
+        self.divisor = grid.world if self.stage == 3 else grid.data_size
+        self.on_loss: Callable[[Tensor], object] | None = None  # sees every micro-batch's loss before its backward
         # in the model: DeepSpeed turns off a CUDA autocast that is around its engine
         model.autocast = torch.bfloat16 if config.engine.dtype == "bf16" else None
         self.device = next(model.parameters()).device
@@ -75,25 +95,38 @@ class Engine:
             eps=settings.eps,
             fused=self.device.type == "cuda",
         )
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(config, accumulation),
-            mpu=grid.mpu(),
-            dist_init_required=False,
-        )
+        if self.stage == 3:  # one gather a layer; what a layer does inside needs no hook of DeepSpeed's
+            set_z3_leaf_modules(model, [DecoderLayer])
+        try:
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=deepspeed_config(config, accumulation, self.device.type == "cuda"),
+                mpu=grid.mpu(),
+                dist_init_required=False,
+                # ranks that share a GPU have another number on their node than their device has
+                args=SimpleNamespace(device_rank=self.device.index) if self.device.type == "cuda" else None,
+            )
+        except (AssertionError, ValueError, RuntimeError) as error:
+            if not config.engine.deepspeed:
+                raise
+            why = " ".join(str(error).split())[:300]
+            raise UsageError(f"DeepSpeed refuses engine.deepspeed={config.engine.deepspeed}: {why}") from None
+        self.deepspeed.allreduce_gradients = WAITS.counting(self.deepspeed.allreduce_gradients)
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._make_moments()
-        if optimizer_state is not None:
-            self._load_optimizer(optimizer_state)
+        if found is not None:
+            self.load(found)
 
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, plan: Plan, step_targets: int) -> Tensor:
+    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, plan: Plan, step_targets: float) -> Tensor:
         """Add one micro-batch's share of the step's gradient; the last one of a step starts the reduction.
 
         Returns the loss summed over the local targets, fp32, detached.
         """
         loss_sum = self.deepspeed(tokens_BT, targets_BT, plan)
-        self.deepspeed.backward(loss_sum * (self.grid.data_size / step_targets), scale_wrt_gas=False)
+        if self.on_loss is not None:
+            self.on_loss(loss_sum)
+        self.deepspeed.backward(loss_sum * (self.divisor / step_targets), scale_wrt_gas=False)
         return loss_sum.detach()
 
     def advance(self) -> None:
@@ -102,7 +135,16 @@ class Engine:
 
     def gradients(self) -> dict[str, Tensor]:
         """Every parameter's whole gradient after the reduction, on every rank; from the last backward to the step."""
-        return {name: safe_get_full_grad(p).detach().float() for name, p in self.names.items()}
+        return {name: self.gradient(name) for name in self.names}
+
+    def gradient(self, name: str) -> Tensor:
+        """One of :meth:`gradients`; every rank calls it."""
+        return safe_get_full_grad(self.names[name]).detach().float()
+
+    def restart(self) -> None:
+        """Count the micro-batches of a step from the first again."""
+        self.deepspeed._is_gradient_accumulation_boundary = None
+        self.deepspeed.micro_steps = 0
 
     def step(self, lr: float) -> float:
         """Clip by the global norm and update with this learning rate. Returns the norm before clipping.
@@ -111,7 +153,7 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self.zero:
+        if self.stage:
             self.deepspeed.step()
             return float(self.deepspeed.get_global_grad_norm())
         # every rank holds every reduced gradient, so that the norm needs no communication
@@ -119,56 +161,120 @@ class Engine:
         norm = float(torch.nn.utils.clip_grad_norm_(self.names.values(), limit))
         if norm == norm and norm != float("inf"):
             self.deepspeed.step()
+        else:
+            self.skip()
         return norm
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """AdamW's moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, whole whatever the ZeRO stage, and ``step``.
+    def skip(self) -> None:
+        """In place of :meth:`step`: forget the step's gradients; weights and moments stay as they are."""
+        if self.stage:
+            # DeepSpeed's own way of passing over an overflow, which a norm that is not a number takes
+            method, nan = "scaled_global_norm", torch.tensor(float("nan"))
+            broken: Any = lambda *_, **__: nan  # noqa: E731
+            if self.stage == 3:
+                method, broken = "_get_norm_groups", lambda *_, **__: [nan]
+            with patch.object(self.optimizer, method, broken):
+                self.deepspeed.step()
+            return
+        for p in self.names.values():
+            p.grad = None
+        self.deepspeed.micro_steps += 1
 
-        Every rank calls it; every rank gets it, on the CPU.
+    def fragments(self, whole: bool = False) -> list[Fragment]:
+        """The ranges of parameters and moments that this rank keeps; together the ranks' are everything once.
+
+        ``whole``: at stage 0, where every rank has all of it, all of it. The tensors are the optimizer's own.
         """
-        state: dict[str, Tensor] = {}
+        if self.stage == 3:
+            return [f for name, p in self.names.items() if (f := self._shard(name, p)) is not None]
+        if self.stage:
+            return [self._linked(name, p) for name, p in self.names.items() if getattr(p, "_hp_mapping", None)]
+        total = sum(p.numel() for p in self.names.values())
+        rank, world = self.grid.rank, self.grid.world
+        low, high = (0, total) if whole else (total * rank // world, total * (rank + 1) // world)
+        found, first = [], 0
         for name, p in self.names.items():
-            for moment in MOMENTS:
-                whole = safe_get_full_optimizer_state(p, moment) if self.zero else self.optimizer.state[p][moment]
-                state[f"{moment}.{name}"] = whole.detach().cpu().reshape(p.shape).clone()
-        state["step"] = next(iter(self._base().state.values()))["step"].detach().cpu().clone()
-        return state
+            start, stop = max(low - first, 0), min(high - first, p.numel())
+            if start < stop:
+                views = {"weights": p.data, **{moment: self.optimizer.state[p][moment] for moment in MOMENTS}}
+                found.append(Fragment(name, start, {what: x.view(-1)[start:stop] for what, x in views.items()}))
+            first += p.numel()
+        return found
+
+    def _linked(self, name: str, p: Any) -> Fragment:
+        link = p._hp_mapping
+        views = {"weights": link.hp_fragment, **{m: link.get_optim_state_fragment(m) for m in MOMENTS}}
+        return Fragment(name, link.lp_fragment_address.start, {what: x.data for what, x in views.items()})
+
+    def _shard(self, name: str, p: Any) -> Fragment | None:
+        optimizer = self.optimizer
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(p)]
+        start = size * self.grid.rank
+        held = min(size, p.ds_numel - start)  # the last shards are padded
+        if held <= 0:
+            return None
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        views = {"weights": flat.data, **{moment: self._base().state[flat][moment] for moment in MOMENTS}}
+        return Fragment(name, start, {what: x.narrow(0, offset, held) for what, x in views.items()})
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Of the whole parameters."""
+        return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.names.items()}
+
+    def adam_step(self) -> Tensor:
+        """Updates that AdamW has made, a scalar."""
+        return next(iter(self._base().state.values()))["step"].detach().cpu().clone()
+
+    @torch.no_grad()
+    def load(self, found: Checkpoint, weights: bool = False) -> None:
+        """Take the moments of a checkpoint, and its ``weights`` where the model does not have them yet."""
+        for state in self._base().state.values():
+            state["step"].copy_(found.adam_step())
+        for fragment in self.fragments(whole=True):
+            for what, view in fragment.tensors.items():
+                if weights or what != "weights":
+                    view.copy_(found.read(what, fragment.name, fragment.start, fragment.start + view.numel()))
+        if weights and self.stage == 3:
+            self.optimizer._partition_all_parameters()
+            for group in range(len(self.optimizer.fp16_groups)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if persistent := self.optimizer.persistent_parameters:
+                persistent[0].all_gather(persistent)
+        elif weights:
+            for name, tensor in found.weights().items():
+                self.names[name].copy_(tensor)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of this rank's by what they are for: parameters, gradients, moments and master weights."""
+        whole = sum(4 * math.prod(shape) for shape in self.shapes().values())
+        mine = sum(4 * f.tensors["weights"].numel() for f in self.fragments())
+        shared = mine if self.stage else whole  # of the optimizer
+        return {
+            "parameters": mine if self.stage == 3 else whole,
+            "gradients": mine if self.stage >= 2 else whole,
+            "moments and master weights": (3 if self.stage else 2) * shared,
+        }
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """All parameters on rank 0, on the CPU; nothing on the others. Every rank calls it."""
+        found = {}
+        for name, p in self.names.items():
+            whole = safe_get_full_fp32_param(p) if self.stage == 3 else p
+            if self.grid.rank == 0:
+                found[name] = whole.detach().cpu()
+        return found
 
     def _make_moments(self) -> None:
         # AdamW would make them in its first step; DeepSpeed then links the first group's shards alone to parameters
         base = self._base()
-        for group in base.param_groups:
-            for p in group["params"]:
-                step = torch.zeros((), device=p.device if group["fused"] else "cpu")  # where AdamW itself has it
-                base.state[p] = {"step": step, **{moment: torch.zeros_like(p) for moment in MOMENTS}}
-        if self.zero:
+        held = [p for group in base.param_groups for p in group["params"]]
+        if self.stage == 3:  # handed to AdamW one at a time
+            held = self.optimizer.fp32_partitioned_groups_flat
+        for p in held:
+            step = torch.zeros((), device=p.device if base.defaults["fused"] else "cpu")  # where AdamW itself has it
+            base.state[p] = {"step": step, **{moment: torch.zeros_like(p) for moment in MOMENTS}}
+        if self.stage in (1, 2):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _load_optimizer(self, saved: dict[str, Tensor]) -> None:
-        for state in self._base().state.values():
-            state["step"].copy_(saved["step"])
-        for name, p in self.names.items():
-            for moment in MOMENTS:
-                whole = saved[f"{moment}.{name}"].to(self.device)
-                if self.zero:
-                    safe_set_full_optimizer_state(p, whole, moment)
-                else:
-                    self.optimizer.state[p][moment].copy_(whole)
-
     def _base(self) -> Any:
-        return self.optimizer.optimizer if self.zero else self.optimizer
-
-
-def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration; ours is the only source."""
-    stage = config.engine.zero_stage
-    return {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.train.clip if stage else 0.0,
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device, twice a micro-batch
-    }
+        return self.optimizer.optimizer if self.stage else self.optimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from dnsp import checkpoint, watchdog
 from dnsp.config import Config, override_tree, parse_config
 from dnsp.data.batch import batch
 from dnsp.data.mix import Mixture, open_data
 from dnsp.data.tokenizer import Tokenizer, load_tokenizer
+from dnsp.errors import RunError, UsageError
 from dnsp.generate import generate_text
 from dnsp.launch.environment import Environment
-from dnsp.loss import token_losses
 from dnsp.model.decoder import Decoder
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
@@ -29,10 +31,12 @@ FIRST_BUCKET = 64  # positions 0-63, then powers of two: 64-127, 128-255, ...
 
 @torch.no_grad()
 def evaluate(
-    model: Decoder, data: Mixture, tokenizer: Tokenizer, config: Config, grid: Grid, length: int
+    model: nn.Module, data: Mixture, tokenizer: Tokenizer, config: Config, grid: Grid, length: int
 ) -> dict[str, Any]:
     """Loss of the first ``eval.sequences`` held-out sequences of ``length`` tokens, at most one epoch of them; every
     rank calls it, all get it.
+
+    model: a Decoder, or the engine around one (ZeRO 3 gathers weights in its forward).
 
     Returns ``loss`` (nats a predicted token), ``bits_per_byte``, ``tokens`` (predicted) and ``by_position``: the loss
     by the position in the document, in buckets of powers of two (``"64-127"``): what a longer context is worth.
@@ -58,8 +62,8 @@ def evaluate(
             attention_backend=config.parallel.attention_backend,
         ).to(device)
         with autocast:
-            hidden = model.hidden(part.tokens_BT.to(device), plan)
-            losses = token_losses(hidden, model.lm_head.weight, part.targets_BT.to(device)).double().cpu().flatten()
+            losses = model(part.tokens_BT.to(device), part.targets_BT.to(device), plan, by_token=True)
+        losses = losses.double().cpu().flatten()
         predicted = part.targets_BT.flatten() != -100
         position = plan.position_BT.flatten().cpu()[predicted].double()
         bucket = (position / FIRST_BUCKET).clamp_min(0.5).log2().floor().long() + 1
@@ -108,8 +112,7 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> tuple[Decoder, C
 
 def evaluate_run(run: Path, overrides: Sequence[str], environment: Environment) -> dict[str, Any]:
     """``dnsp eval``: held-out figures of a trained model, on one process or on the ranks of a launcher."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(environment.local_rank)
+    watchdog.take_device(environment)
     watchdog.join(environment)
     with watchdog.agreed():
         model, config, found = load_run(run, overrides)
@@ -133,3 +136,27 @@ def generate_from_run(run: Path, prompt: str, tokens: int, temperature: float, s
     model, config, _ = load_run(run)
     tokenizer = load_tokenizer(config.data.tokenizer)
     return prompt + "".join(generate_text(model, tokenizer, prompt, tokens, temperature=temperature, seed=seed))
+
+
+def export_run(run: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """``dnsp export``: a Hugging Face folder of a trained model, which appears whole or not at all.
+
+    Raises:
+        UsageError: ``out`` is there already, or the model has layers that transformers does not have.
+    """
+    from dnsp.model.hf import export
+
+    if out.exists():
+        raise UsageError(f"{out} exists already; name a folder that does not, or remove it")
+    model, config, found = load_run(run)
+    part = out.with_name(f".{out.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        export(model.cpu(), load_tokenizer(config.data.tokenizer), part, found.state["sequence_length"], dtype)
+        part.rename(out)
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror}; make room there") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return found.path

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from dnsp.config import GenerateConfig
 from dnsp.data.tokenizer import Tokenizer
 from dnsp.errors import UsageError
 from dnsp.model.decoder import Decoder
@@ -137,6 +138,13 @@ def _decode_stream(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
             before, pending = pending, []
     if pending and (text := _after(tokenizer, before, pending)):
         yield text
+
+
+def sample_text(model: Decoder, tokenizer: Tokenizer, settings: GenerateConfig) -> str:
+    """A prompt and what the model makes of it, at the end of a training run."""
+    model.eval()
+    pieces = generate_text(model, tokenizer, settings.prompt, settings.tokens, temperature=settings.temperature)
+    return settings.prompt + "".join(pieces)
 
 
 def _after(tokenizer: Tokenizer, before: list[int], pending: list[int]) -> str:

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dnsp.errors import RunError
+from dnsp.figures import FIGURES, shares
 
 PLAIN_INTERVAL = 2.0  # seconds between lines when the output is not a terminal
+RANKS_INTERVAL = 10.0  # seconds between lines of ranks.jsonl
 
 
 class Telemetry:
@@ -41,6 +42,7 @@ class Telemetry:
             self.path = folder / "metrics.jsonl"
             _keep_until(self.path, start)
             _keep_until(folder / "evaluations.jsonl", start)
+            _keep_until(folder / "ranks.jsonl", start)
             self.file = self.path.open("a")
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self.console = Console(highlight=False, soft_wrap=True)
@@ -50,11 +52,13 @@ class Telemetry:
             TextColumn("{task.description}"),
             TextColumn("left"),
             TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[shares]}"),
             console=self.console,
             refresh_per_second=2,
             disable=not self.console.is_terminal,
         )
-        self.task = self.progress.add_task("", total=steps, completed=start)
+        self.task = self.progress.add_task("", total=steps, completed=start, shares="")
+        self.last_ranks = float("-inf")
         self.progress.start()
 
     def step(self, record: dict[str, Any]) -> None:
@@ -66,15 +70,26 @@ class Telemetry:
             self.file.flush()
             for name in ("loss", "grad_norm", "lr", "tokens_per_s"):
                 self.board.add_scalar(f"train/{name}", record[name], record["step"])
+            for name in record.keys() & {*FIGURES}:
+                self.board.add_scalar(f"machine/{name}", record[name], record["step"])
         speed, norm = record["tokens_per_s"], record["grad_norm"]
         line = f"loss {record['loss']:.4f} {speed:,.0f} tokens/s gradient norm {norm:.3f}"
-        self.progress.update(self.task, completed=record["step"], description=line)
+        self.progress.update(self.task, completed=record["step"], description=line, shares=shares(record))
         now = time.monotonic()
         last = record["step"] == self.steps
         if not self.console.is_terminal and (now - self.last_plain > PLAIN_INTERVAL or last):
             left = (self.steps - record["step"]) * record["step_s"]
-            self.console.print(f"step {record['step']}/{self.steps} {line} {left:.0f} s left")
+            self.console.print(f"step {record['step']}/{self.steps} {line} {left:.0f} s left {shares(record)}")
             self.last_plain = now
+
+    def ranks(self, record: dict[str, Any]) -> None:
+        """Figures of each rank after a step, every few seconds: ``ranks.jsonl``."""
+        now = time.monotonic()
+        if self.folder is None or (now - self.last_ranks < RANKS_INTERVAL and record["step"] != self.steps):
+            return
+        self.last_ranks = now
+        with _written(self.folder), (self.folder / "ranks.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> None:
         """Held-out figures: ``loss`` and ``by_position`` under the step they belong to."""
@@ -104,11 +119,6 @@ class Telemetry:
             with _written(self.folder):
                 self.file.close()
                 self.board.close()
-
-
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """The most that tensors have taken on a GPU so far, GiB; nothing of a CPU."""
-    return {"peak_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
 
 
 @contextmanager

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from datetime import date
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-import yaml
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from dnsp import checkpoint, watchdog
-from dnsp.choices import Choices, make_choices
+from dnsp.begin import (
+    check_free,
+    check_layout,
+    check_settings,
+    identity_of,
+    initial_weights,
+    open_folder,
+    starting_point,
+)
+from dnsp.choices import Choices, make_choices, reserve
 from dnsp.config import Config
 from dnsp.data.batch import batch, micro_batches
-from dnsp.data.mix import Cursor, Mixture, open_data
-from dnsp.data.tokenizer import Tokenizer, load_tokenizer
+from dnsp.data.mix import Cursor, Step, open_data
+from dnsp.data.tokenizer import load_tokenizer
 from dnsp.engine import Engine
-from dnsp.errors import Echo, RunError, UsageError
+from dnsp.errors import RunError, UsageError
 from dnsp.evaluate import evaluate, table
-from dnsp.generate import generate_text
-from dnsp.kernels.segments import kernels_for_program
+from dnsp.faults import Skipped, Spikes, agree_on_step, both_see, explained_memory, find_nonfinite
+from dnsp.figures import Figures
+from dnsp.generate import sample_text
 from dnsp.launch.environment import Environment
 from dnsp.launch.local import cores
 from dnsp.model import liger
@@ -31,8 +39,10 @@ from dnsp.model.decoder import Decoder
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
+from dnsp.probe import probe
+from dnsp.saving import Saver
 from dnsp.schedule import Span, learning_rate, spans
-from dnsp.telemetry import Telemetry, peak_memory
+from dnsp.telemetry import Telemetry
 
 
 def train(config: Config, environment: Environment, name: str) -> dict[str, Any]:
@@ -51,10 +61,10 @@ def train(config: Config, environment: Environment, name: str) -> dict[str, Any]
         RunError: what ends the run later: a loss that is not finite, a full disk, a lost rank.
     """
     began = time.monotonic()
+    environment = environment.placed(config.parallel.sequence)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores() // environment.local_world_size))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(environment.local_rank)
+    watchdog.take_device(environment)
     watchdog.join(environment)
     with watchdog.Watch(environment) as watch:
         return _train(config, environment, name, watch, began)
@@ -66,6 +76,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     # What can be refused is refused here, on every rank, before anything is written.
     grid = make_grid(config.parallel.sequence, config.run.timeout)
     with watchdog.agreed():
+        if first:
+            check_free(config)
         tokenizer = load_tokenizer(config.data.tokenizer)
         data = open_data(config.data, vocab_size=config.model.vocab_size)
         heldout = open_data(config.data, vocab_size=config.model.vocab_size, split="heldout")
@@ -100,14 +112,22 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             initial_weights(model, config, stages[0].rope_theta, first)
     if torch.cuda.is_available():
         model.cuda()
+    why_not_peer = watchdog.peer_refusal(grid)
     with watchdog.agreed():
-        chosen = make_choices(config, found.state.get("choices") if found else None) if first else None
+        before = found.state.get("choices") if found else None
+        chosen = make_choices(config, before, why_not_peer, bool(grid.near)) if first else None
     choices, why = watchdog.from_first(chosen)
+    shared = reserve(choices, config, grid, max(stage.sequence_length for stage in stages))
     folder = open_folder(config, identity, name, first)
-    watch.folder = folder
-    engine = Engine(model, config, grid, accumulation, found.optimizer() if found else None)
+    watch.folder = watch.stalls.folder = folder
+    engine = Engine(model, config, grid, accumulation, found)
     if found:
-        checkpoint.set_random_state(found.random(), rank, engine.device)
+        checkpoint.set_random_state(found.random(rank), engine.device)
+        found.close()
+    if config.engine.probe:
+        proven = probe(engine, config, choices.attention_backend)
+    saver = Saver(folder, engine, config.checkpoint, lambda: watch.place.at("the writing of a checkpoint"))
+    watch.settle = saver.settle
 
     steps = stages[-1].stop
     start = found.step if found else 0
@@ -117,195 +137,167 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     loss = float("nan")
     telemetry = Telemetry(folder if first else None, steps, start)
     watch.at_end = telemetry.stop
-    count = sum(p.numel() for p in model.parameters())
+    count = sum(math.prod(shape) for shape in engine.shapes().values())
     telemetry.say(
         f"{count:,} parameters, {grid.data_size} x {grid.sequence_size} ranks (data x sequence), "
         f"{accumulation} micro-batches a step, {steps} steps; {folder}"
     )
 
+    places = watchdog.from_all((environment.node, environment.host, environment.local_rank))
+    meter = Figures(config, grid, model, engine.device, places, telemetry)
+    watch.at_end = meter.stop
+    if environment.restarts:
+        telemetry.say(f"{environment.launcher} has started this run again ({environment.restarts}): from step {start}")
     if "attention" in config.model.layers:
         telemetry.say(f"attention: {choices.attention_backend}" + (f" ({why})" if why else ""))
+    if grid.sequence_size > 1:
+        telemetry.say(choices.transports(config, why_not_peer, shared))
     if engine.device.type == "cuda":
         telemetry.say(f"norms, SwiGLU, rotary positions, cross entropy: {liger.described()}")
+
+    if config.engine.probe:
+        telemetry.say(f"gradients are the ranks' sum after the reduction, within {proven.error:.0e}")
 
     for path in aside:
         telemetry.say(f"this run goes on from step {start}: a later checkpoint of the folder is now {path.name}")
 
-    for stage in stages:
+    skipped, spikes = Skipped(config.faults), Spikes(config.faults)
+    passed_over = set(found.state.get("passed_over", [])) if found else set()
+    watch.place.follow(model.model.layers, list(config.model.layers))
+    watch.look_after(folder, config.run.stall)
+
+    done, at = start, None
+    while done < steps:
+        step_began = time.perf_counter()
+        meter.begin()
+        before, at = at, next(index for index, span in enumerate(stages) if done < span.stop)
+        stage = stages[at]
         model.set_rope_theta(stage.rope_theta)
-        if len(stages) > 1 and stage.start <= start < stage.stop:
+        if len(stages) > 1 and at != before:
             telemetry.say(f"context of {stage.sequence_length:,} tokens from step {stage.start + 1}")
-        for step in range(max(start, stage.start), stage.stop):
-            step_began = time.perf_counter()
+        watch.place.at("the data", step=done + 1)
+        # NCCL ends a process whose collective is late without asking; the verdict comes before it, once all is compiled
+        soon = engine.device.type == "cuda" and done > start
+        watch.stalls.limit = min(config.run.stall, 0.9 * config.run.timeout) if soon else config.run.stall
+        work = data.step(cursor, stage.sequence_length, config.train.global_batch)
+        while cursor.sequences in passed_over:
+            cursor = work.cursor
             work = data.step(cursor, stage.sequence_length, config.train.global_batch)
-            local_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
+
+        def backward(micro: int, work: Step = work, stage: Span = stage) -> Tensor:
+            rows, plan = _micro_batch(config, grid, work, micro, stage, choices)
+            tokens_BT, targets_BT = rows.to(engine.device)
+            return engine.backward(tokens_BT, targets_BT, plan.agreed().to(engine.device), work.targets)
+
+        local_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
+        with explained_memory(engine, config, stage.sequence_length):
             for micro in range(accumulation):
-                rows, plan = _micro_batch(config, grid, work, micro, stage, choices)
-                tokens_BT, targets_BT = rows.to(engine.device)
-                local_loss += engine.backward(tokens_BT, targets_BT, plan.to(engine.device), work.targets)
+                meter.mark("data")
+                local_loss += backward(micro)
                 if micro + 1 < accumulation:
                     engine.advance()
-            loss, stopping = agree_on_step(local_loss, work.targets, watch.stop, step + 1, grid, folder)
-            lr = learning_rate(step, steps, config.train)
-            grad_norm = engine.step(lr)
-            if not grad_norm < float("inf"):
-                raise both_see(first, f"the gradient norm is {grad_norm} at step {step + 1}; {cure(folder)}")
+            watch.place.at("the sum of the losses")
+            meter.mark("communication")
+            agreed = agree_on_step(local_loss, work.targets, watch.stop, grid)
+            loss, stopping = agreed.loss, agreed.stopping
+            lr = learning_rate(done, steps, config.train)
+            watch.place.at("the update")
+            meter.mark("optimizer")
+            trouble, grad_norm = "", math.nan
+            if agreed.broken:
+                trouble = f"the loss is not finite at step {done + 1} on rank {', '.join(map(str, agreed.broken))}"
+                engine.skip()
+            elif spikes.is_one(loss):
+                engine.skip()
+                said = f"step {done + 1}: the loss {loss:.4f} is a spike (median {spikes.median():.4f})"
+                if (back := roll_back(engine, saver, spikes, said)) is not None:
+                    passed_over.add(cursor.sequences)
+                    these = f"sequences {cursor.sequences} to {work.cursor.sequences - 1}"
+                    done, cursor, tokens = back.step, Cursor.from_dict(back.state["cursor"]), back.state["tokens"]
+                    telemetry.close()  # the records of the steps that are done again are dropped
+                    telemetry = Telemetry(folder if first else None, steps, done)
+                    meter.telemetry = telemetry
+                    telemetry.say(f"{said}; back to step {done}, {these} of the data are passed over")
+                    continue
+                telemetry.say(f"{said}; there is no checkpoint to go back to: skipped")
+            else:
+                grad_norm = engine.step(lr)
+                if not grad_norm < math.inf:
+                    trouble = f"the gradient norm is {grad_norm} at step {done + 1}"
+                skipped.in_a_row = 0 if not trouble else skipped.in_a_row
+                spikes.losses.append(loss)
+            if trouble:
+                cause = find_nonfinite(engine, backward, partial(sequences, config, grid, cursor))
+                if skipped.bad():
+                    often = f"{skipped.in_a_row} times in a row" if skipped.in_a_row > 1 else "once"
+                    way = f"nothing was saved after it: lower train.lr or train.clip; {checkpoint.way_on(folder)}"
+                    raise both_see(first, f"{trouble} ({often}): {cause}; {way}")
+                telemetry.say(f"{trouble}: {cause}; skipped ({skipped.total} so far)")
 
-            cursor, done = work.cursor, step + 1
-            tokens += stage.sequence_length * config.train.global_batch
-            seconds = time.perf_counter() - step_began
-            telemetry.step(
+        cursor, done = work.cursor, done + 1
+        tokens += stage.sequence_length * config.train.global_batch
+        phases, seconds = meter.end(), time.perf_counter() - step_began
+        record = {
+            "step": done,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens_per_s": stage.sequence_length * config.train.global_batch / seconds,
+            "tokens": tokens,
+            "sequence_length": stage.sequence_length,
+            "step_s": seconds,
+            "time": time.time(),
+            **({"skipped": skipped.total} if skipped.total else {}),
+            **meter.step(done, seconds, work, phases),
+        }
+        recorded(telemetry, record)
+        watch.stalls.limit = config.run.stall
+        # not while steps are skipped: what led there may be in the weights already
+        due = config.checkpoint.every and done % config.checkpoint.every == 0 and not skipped.in_a_row
+        if stopping or done == steps or due:
+            watch.place.at("the checkpoint")
+            saver.save(
+                done,
                 {
-                    "step": done,
-                    "loss": loss,
-                    "grad_norm": grad_norm,
-                    "lr": lr,
-                    "tokens_per_s": stage.sequence_length * config.train.global_batch / seconds,
                     "tokens": tokens,
+                    "cursor": cursor.to_dict(),
+                    "passed_over": sorted(passed_over),
+                    "rope_theta": stage.rope_theta,
                     "sequence_length": stage.sequence_length,
-                    "step_s": seconds,
-                    "time": time.time(),
-                    **peak_memory(engine.device),
-                }
+                    "choices": choices.to_dict(),
+                    "identity": identity,
+                    "config": config.model_dump(mode="json"),
+                },
             )
-            if stopping or done == steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
-                save(engine, folder, config, identity, done, tokens, cursor, stage, choices)
-            if stopping and done < steps:
-                telemetry.say(f"stopped after step {done} as asked; resume=auto continues {folder}")
-                telemetry.close()
-                watchdog.leave()
-                return {"run_dir": str(folder), "step": done, "loss": loss, "tokens": tokens, "stopped": True}
-            if config.eval.every and done % config.eval.every == 0 and done < steps:
-                telemetry.evaluation(done, evaluate(model, heldout, tokenizer, config, grid, stage.sequence_length))
+        for news in saver.news():
+            telemetry.say(news)
+        if stopping and done < steps:
+            end_saved(saver, telemetry, watch, grid)
+            telemetry.say(f"stopped after step {done} as asked; resume=auto continues {folder}")
+            telemetry.close()
+            watchdog.leave()
+            return {"run_dir": str(folder), "step": done, "loss": loss, "tokens": tokens, "stopped": True}
+        if config.eval.every and done % config.eval.every == 0 and done < steps:
+            figures = evaluate(engine.deepspeed, heldout, tokenizer, config, grid, stage.sequence_length)
+            recorded(telemetry, figures, done)
 
-    figures = evaluate(model, heldout, tokenizer, config, grid, stages[-1].sequence_length)
-    telemetry.evaluation(steps, figures)
+    watch.place.at("the evaluation")
+    figures = evaluate(engine.deepspeed, heldout, tokenizer, config, grid, stages[-1].sequence_length)
+    recorded(telemetry, figures, steps)
+    if engine.stage == 3 and config.generate.tokens:
+        model = whole_model(engine, config, stages[-1].rope_theta)
+    end_saved(saver, telemetry, watch, grid)
     watchdog.leave()  # what is left concerns rank 0 alone
     if first:
         telemetry.stop()
         telemetry.console.print(table(figures))
         if config.generate.tokens:
-            telemetry.console.print(sample(model, tokenizer, config), markup=False, style="cyan")
+            telemetry.console.print(sample_text(model, tokenizer, config.generate), markup=False, style="cyan")
         telemetry.say(f"held-out bits per byte {figures['bits_per_byte']:.3f} after {time.monotonic() - began:.0f} s")
         telemetry.say(f"run folder: {folder}")
     telemetry.close()
     last = loss if steps > start else None  # nothing was left to train
     return {"run_dir": str(folder), "step": steps, "loss": last, "tokens": tokens, "heldout": figures}
-
-
-def cure(folder: Path) -> str:
-    """What to do about a loss that is not finite."""
-    return f"nothing was saved after it: lower train.lr or train.clip; {checkpoint.way_on(folder)}"
-
-
-def check_layout(config: Config, grid: Grid, length: int) -> None:
-    """Refuse sequences of ``length`` tokens that the sequence group or the segments do not divide."""
-    make_plan([[0]], Layout(config.parallel.layout, grid.sequence_size, length), grid, config.parallel.segment_tokens)
-
-
-def identity_of(config: Config, tokenizer: Tokenizer, data: Mixture) -> dict[str, Any]:
-    """What a run folder's runs have in common: another of these is another run."""
-    sources = [
-        {"contents": packer.source.identity, "weight": source.weight}
-        for packer, source in zip(data.packers, config.data.sources, strict=True)
-    ]
-    return {
-        "model": config.model.model_dump(mode="json"),
-        "tokenizer": tokenizer.fingerprint,
-        "data": {"sources": sources, "seed": config.data.seed, "holdout": config.data.holdout},
-    }
-
-
-def open_folder(config: Config, identity: dict[str, Any], name: str, first: bool) -> Path:
-    """The run folder, made or checked by rank 0; a new one each time unless ``run.dir`` names one."""
-    with watchdog.agreed():
-        try:
-            folder = _make_folder(config, identity, name) if first else None
-        except OSError as error:
-            where = config.run.dir or "runs"
-            raise UsageError(f"cannot make the run folder {where}: {error.strerror}; set run.dir to another") from None
-    return watchdog.from_first(folder)
-
-
-_LOCKS: list[FileLock] = []  # held until the process ends
-
-
-def _make_folder(config: Config, identity: dict[str, Any], name: str) -> Path:
-    if config.run.dir is None:
-        stem, number = f"{name}-{date.today():%Y%m%d}", 1
-        Path("runs").mkdir(exist_ok=True)
-        while True:
-            folder = Path("runs", f"{stem}-{number}")
-            try:
-                folder.mkdir()
-                break
-            except FileExistsError:
-                number += 1
-    else:
-        folder = Path(config.run.dir)
-        checkpoint.check_identity(folder, identity)
-        if config.resume == "none" and (folder / "metrics.jsonl").exists():
-            raise UsageError(f"{folder} holds a run already; resume=auto continues it, or choose another run.dir")
-        folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UsageError(f"{folder} is in use by a running run; wait for it, or choose another run.dir") from None
-    _LOCKS.append(lock)
-    checkpoint.clean(folder)
-    watchdog.clear_claim(folder)
-    checkpoint.write_identity(folder, identity)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    return folder
-
-
-def starting_point(config: Config, identity: dict[str, Any]) -> Path | None:
-    """The checkpoint to continue from, whole and of this run, or None; what is damaged is passed over with a word."""
-    if config.resume == "none":
-        return None
-    if config.resume != "auto":
-        found, words = checkpoint.find(config.resume)
-        checkpoint.compare(found.state["identity"], identity, found.path)
-    elif config.run.dir is None:
-        raise UsageError("resume=auto needs run.dir: name the run folder to continue")
-    else:
-        checkpoint.check_identity(Path(config.run.dir), identity)
-        latest, words = checkpoint.latest(Path(config.run.dir))
-        if latest is None:
-            if words:
-                raise UsageError(f"{'; '.join(words)}; there is no other: choose another run.dir to begin anew")
-            return None
-        found = latest
-    for word in words:
-        print(f"{word}; going on from {found.path.name}", flush=True)
-    return found.path
-
-
-def initial_weights(model: Decoder, config: Config, rope_theta: float, first: bool) -> None:
-    """The weights of another run (``init_from``), or as they were drawn. Only where a run begins."""
-    if config.init_from is None:
-        return
-    if not config.init_from.startswith("run:"):
-        raise UsageError(f"init_from={config.init_from!r} is not known; write run:PATH of a run or checkpoint folder")
-    other, _ = checkpoint.find(config.init_from)
-    checkpoint.load_weights(model, other.weights(), str(other.path))
-    if first and other.state["rope_theta"] != rope_theta:
-        was = other.state["rope_theta"]
-        print(f"{other.path} was trained with rope_theta={was:g}, this run begins with {rope_theta:g}", flush=True)
-
-
-def check_settings(config: Config) -> None:
-    """Refuse what would fail only in or behind the first step."""
-    if config.generate.tokens and not config.generate.prompt:
-        raise UsageError("generate.prompt is empty: give it some text, or generate.tokens=0 for no sample")
-    kernels = kernels_for_program()
-    if kernels not in (None, "torch", "triton"):
-        raise UsageError(f"DNSP_DELTA_RULE={kernels}: the delta rule has the backends torch and triton; take one")
-    if kernels == "triton" and not torch.cuda.is_available():
-        raise UsageError("DNSP_DELTA_RULE=triton needs a GPU, and there is none; unset it, or take torch")
-    if torch.cuda.is_available() and liger.wanted() and liger.missing():
-        raise UsageError(f"{liger.missing()}, or set DNSP_LIGER=0 for torch's slower operations")
 
 
 def _micro_batch(config: Config, grid: Grid, work: Any, micro: int, stage: Span, choices: Choices = Choices()) -> Any:  # noqa: B008 (frozen)
@@ -325,74 +317,79 @@ def _micro_batch(config: Config, grid: Grid, work: Any, micro: int, stage: Span,
         layout,
         grid,
         choices.segment_tokens(config, layout),
-        transport=config.parallel.transport,
-        attention_transport=config.parallel.attention_transport,
+        transport=choices.transport,
+        attention_transport=choices.attention_transport,
         attention_backend=choices.attention_backend,
     )
     return rows, plan
 
 
-def agree_on_step(
-    local_loss: Tensor, targets: int, stopping: bool, step: int, grid: Grid, folder: Path
-) -> tuple[float, bool]:
-    """The step's mean loss over all its targets, and whether any rank was asked to stop.
+def sequences(config: Config, grid: Grid, cursor: Cursor, micro: int) -> str:
+    """The data of a micro-batch on this rank, in words."""
+    rows = config.train.micro_batch
+    first = cursor.sequences + (micro * grid.data_size + grid.data_rank) * rows
+    return f"sequence {first}" if rows == 1 else f"sequences {first} to {first + rows - 1}"
+
+
+def roll_back(engine: Engine, saver: Saver, spikes: Spikes, said: str) -> checkpoint.Checkpoint | None:
+    """Put the engine back to the newest whole checkpoint of this run; None where there is none. Every rank calls it.
 
     Raises:
-        RunError: on every rank, naming those whose loss is not finite.
+        RunError: it was put back there too often, on every rank.
     """
-    shared = torch.zeros(2 + grid.world, dtype=torch.float64, device=local_loss.device)
-    finite = torch.isfinite(local_loss)
-    shared[0] = torch.where(finite, local_loss, 0.0)
-    shared[1] = float(stopping)
-    shared[2 + grid.rank] = (~finite).double()
-    total, asked, *broken = watchdog.total(shared, grid).tolist()
-    if any(broken):
-        ranks = ", ".join(str(rank) for rank, flag in enumerate(broken) if flag)
-        raise both_see(grid.rank == 0, f"the loss is not finite at step {step} on rank {ranks}; {cure(folder)}")
-    return total / targets, asked > 0
+    saver.wait()
+    first = engine.grid.rank == 0
+    found = checkpoint.latest(saver.folder)[0] if first else None
+    path = watchdog.from_first(found.path if found else None)
+    if path is None:
+        return None
+    if not spikes.may_roll_back(checkpoint.step_of(path)):
+        often = f"{path.name} was gone back to {spikes.settings.rollbacks} times already"
+        raise both_see(first, f"{said}, and {often}: lower train.lr; {checkpoint.way_on(saver.folder)}")
+    found = found or checkpoint.open_checked(path)
+    if first:
+        checkpoint.set_aside(saver.folder, found.step)  # damaged ones; their steps are saved again
+    engine.load(found, weights=True)
+    checkpoint.set_random_state(found.random(engine.grid.rank), engine.device)
+    found.close()
+    return found
 
 
-def both_see(first: bool, message: str) -> RunError:
-    """A failure that every rank meets alike: rank 0 says it."""
-    return RunError(message) if first else Echo(message)
+def recorded(telemetry: Telemetry, figures: dict[str, Any], evaluated: int | None = None) -> None:
+    """A step's record, or an evaluation's; where the disk is full the run goes on without it, and says so."""
+    try:
+        if evaluated is None:
+            telemetry.step(figures)
+        else:
+            telemetry.evaluation(evaluated, figures)
+    except RunError as error:
+        telemetry.say(f"NOT RECORDED: {error}; the run goes on")
 
 
-def save(
-    engine: Engine,
-    folder: Path,
-    config: Config,
-    identity: dict[str, Any],
-    step: int,
-    tokens: int,
-    cursor: Cursor,
-    stage: Span,
-    choices: Choices,
-) -> None:
-    """A checkpoint after ``step``; rank 0 writes, the others wait for it however long it takes."""
-    optimizer = engine.optimizer_state()
-    states = watchdog.from_all(checkpoint.random_state(engine.device), engine.grid)
-    if engine.grid.rank == 0:
-        tensors = {
-            "weights": checkpoint.weights_of(engine.model),
-            "optimizer": optimizer,
-            "random": {f"{rank}.{kind}": state for rank, kinds in enumerate(states) for kind, state in kinds.items()},
-        }
-        state = {
-            "tokens": tokens,
-            "cursor": cursor.to_dict(),
-            "rope_theta": stage.rope_theta,
-            "sequence_length": stage.sequence_length,
-            "choices": choices.to_dict(),
-            "identity": identity,
-            "config": config.model_dump(mode="json"),
-        }
-        checkpoint.save(folder, step, tensors, state, config.checkpoint.keep)
-    watchdog.wait_for_first()
+def end_saved(saver: Saver, telemetry: Telemetry, watch: watchdog.Watch, grid: Grid) -> None:
+    """Wait for the last checkpoint.
+
+    Raises:
+        RunError: it could not be written, on every rank.
+    """
+    watch.stalls.limit = math.inf  # a write may take its time
+    saved = saver.wait()
+    for news in saver.news():
+        telemetry.say(news)
+    error = watchdog.from_first(saved.error if saved else "")
+    if error and saved:
+        raise both_see(
+            grid.rank == 0,
+            f"cannot write the checkpoint of step {saved.step}: {error}; {checkpoint.way_on(saver.folder)}. "
+            "Make room in run.dir first",
+        )
 
 
-def sample(model: Decoder, tokenizer: Tokenizer, config: Config) -> str:
-    """Text by the recurrent decoder."""
-    settings = config.generate
-    model.eval()
-    pieces = generate_text(model, tokenizer, settings.prompt, settings.tokens, temperature=settings.temperature)
-    return settings.prompt + "".join(pieces)
+def whole_model(engine: Engine, config: Config, rope_theta: float) -> Decoder:
+    """On rank 0 a model of its own, with the weights that ZeRO 3 keeps in shards."""
+    weights = engine.whole_weights()
+    model = Decoder(config.model)
+    if weights:
+        checkpoint.load_weights(model, weights, "the engine")
+    model.set_rope_theta(rope_theta)
+    return model.to(engine.device)

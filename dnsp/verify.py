@@ -22,9 +22,6 @@ from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from dnsp import watchdog
@@ -40,15 +37,10 @@ from dnsp.parallel.layout import CHUNK, KINDS, Layout
 from dnsp.parallel.plan import SCAN_TRANSPORTS, Plan, make_plan
 from dnsp.parallel.transport import Transport
 from dnsp.recording import Call, recording, replay
+from dnsp.verdict import BF16_FACTOR, BF16_WRONG, GRADIENT_TOLERANCE, LOSS_TOLERANCE, Case, conclude
 
 if TYPE_CHECKING:
     from dnsp.engine import Engine
-
-# Relative errors, |got - want| / |want|.
-GRADIENT_TOLERANCE = 5e-5  # fp32, every parameter by itself
-LOSS_TOLERANCE = {"fp32": 5e-6, "bf16": 5e-3}
-BF16_FACTOR = 1.2  # bf16: the error against fp32 may be this much of one bf16 process's
-BF16_WRONG = 0.25  # bf16: a tensor so far off is not rounded but wrong
 
 ONE = Grid(1, 0, 1)
 
@@ -64,6 +56,8 @@ class Request:
     ranks: tuple[int, ...]
     layouts: tuple[str, ...]
     transports: tuple[str, ...]
+    stages: tuple[int, ...]
+    sequences: tuple[int, ...]  # sizes of a sequence group; empty: the configuration's
     segment_tokens: int
     rows: int
 
@@ -75,6 +69,10 @@ class Request:
     def tokens(self) -> int:
         return self.config.data.sequence_length
 
+    def sizes(self, world: int) -> list[int]:
+        """Of the sequence groups in a world."""
+        return group_sizes(self.config, self.sequences, world)
+
     def save(self, folder: Path) -> None:
         tree = {**dataclasses.asdict(self), "config": self.config.model_dump(mode="json")}
         (folder / REQUEST).write_text(json.dumps(tree))
@@ -82,23 +80,8 @@ class Request:
     @staticmethod
     def load(folder: Path) -> Request:
         tree = json.loads((folder / REQUEST).read_text())
-        lists = {name: tuple(tree[name]) for name in ("ranks", "layouts", "transports")}
+        lists = {name: tuple(tree[name]) for name in ("ranks", "layouts", "transports", "stages", "sequences")}
         return Request(**{**tree, **lists, "config": parse_config(tree["config"], REQUEST)})
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the verdict."""
-
-    ranks: int
-    layout: str
-    transport: str
-    loss: float
-    loss_rel_err: float
-    worst_param: str
-    worst_grad_rel_err: float
-    delta_bitwise_equal: bool
-    ok: bool
 
 
 @dataclass
@@ -120,9 +103,11 @@ def run(
     overrides: Sequence[str],
     ranks: Sequence[int],
     layouts: Sequence[str] = KINDS,
-    transports: Sequence[str] = SCAN_TRANSPORTS,
+    transports: Sequence[str] = ("p2p", "gather"),
     dtype: str = "fp32",
     json_path: Path | None = None,
+    stages: Sequence[int] = (),
+    sequences: Sequence[int] = (),
 ) -> int:
     """Check a configuration at several world sizes; print the table. Returns the exit status, 1 if any case fails.
 
@@ -132,7 +117,8 @@ def run(
         UsageError: a layout, transport, type or number of ranks that the configuration cannot be run with.
     """
     environment = find_environment()
-    request = make_request(load_config(config_path, overrides), ranks, layouts, transports, dtype)
+    config = load_config(config_path, overrides)
+    request = make_request(config, ranks, layouts, transports, dtype, stages, sequences)
     if environment.launcher != "none":
         if request.ranks != (environment.world_size,):
             raise UsageError(
@@ -148,7 +134,8 @@ def run(
         request.save(folder)
         cases = []
         for world in sorted({1, *request.ranks}):  # the process alone finds the truth
-            status = start_ranks(["verify-ranks", str(folder)], world)
+            with watchdog.room_for(world):
+                status = start_ranks(["verify-ranks", str(folder)], world)
             if status:
                 return status
             cases += [Case(**case) for case in json.loads((folder / f"{world}.json").read_text())]
@@ -156,28 +143,54 @@ def run(
 
 
 def make_request(
-    config: Config, ranks: Sequence[int], layouts: Sequence[str], transports: Sequence[str], dtype: str
+    config: Config,
+    ranks: Sequence[int],
+    layouts: Sequence[str],
+    transports: Sequence[str],
+    dtype: str,
+    stages: Sequence[int] = (),
+    sequences: Sequence[int] = (),
 ) -> Request:
-    """The request, refused here where it cannot be carried out."""
+    """The request, refused here where it cannot be carried out. No ``stages``: the configuration's."""
     for what, given, known in (
         ("--layouts", layouts, KINDS),
         ("--transports", transports, SCAN_TRANSPORTS),
         ("--dtype", [dtype], tuple(LOSS_TOLERANCE)),
+        ("--zero", stages, (0, 1, 2, 3)),
     ):
         for value in given:
             if value not in known:
-                raise UsageError(f"{what} {value}: it is not one of {', '.join(known)}")
+                raise UsageError(f"{what} {value}: it is not one of {', '.join(map(str, known))}")
     tokens = config.data.sequence_length
-    cuts = [Layout(kind, sequence_size(config, world), tokens).interval_tokens for kind in layouts for world in ranks]
+    grids = [(world, size) for world in ranks for size in group_sizes(config, sequences, world)]
+    cuts = [Layout(kind, size, tokens).interval_tokens for kind in layouts for _, size in grids]
     segment_tokens = config.parallel.segment_tokens or max(math.gcd(*cuts) // CHUNK, 1) * CHUNK
     return Request(
         config=config.model_copy(update={"engine": config.engine.model_copy(update={"dtype": dtype})}),
         ranks=tuple(ranks),
         layouts=tuple(layouts),
         transports=tuple(transports),
+        stages=tuple(stages) or (config.engine.zero_stage,),
+        sequences=tuple(sequences),
         segment_tokens=segment_tokens,
-        rows=config.train.micro_batch * math.lcm(*(world // sequence_size(config, world) for world in ranks)),
+        rows=config.train.micro_batch * math.lcm(*(world // size for world, size in grids)),
     )
+
+
+def group_sizes(config: Config, sequences: Sequence[int], world: int) -> list[int]:
+    """The sizes among ``sequences`` that a world can be cut into; without any the configuration's.
+
+    Raises:
+        UsageError: none of them divides the world.
+    """
+    if not sequences:
+        return [sequence_size(config, world)]
+    sizes = [size for size in dict.fromkeys(sequences) if world % size == 0]
+    if not sizes:
+        raise UsageError(
+            f"--ranks {world}: none of --sequence {','.join(map(str, sequences))} divides it; add 1, which always does"
+        )
+    return sizes
 
 
 def sequence_size(config: Config, world: int) -> int:
@@ -186,49 +199,6 @@ def sequence_size(config: Config, world: int) -> int:
     if world % size:
         raise UsageError(f"--ranks {world}: parallel.sequence={size} does not divide it; take a multiple of {size}")
     return size
-
-
-def conclude(request: Request, cases: Sequence[Case], json_path: Path | None) -> int:
-    """Show the verdict, write it, and return the exit status."""
-    failed = [case for case in cases if not case.ok]
-    console = Console(highlight=False)
-    console.print(table(request, cases))
-    worst = max(cases, key=lambda case: case.worst_grad_rel_err)
-    for case in failed or [worst]:
-        console.print(
-            f"  worst gradient: {case.worst_param} {case.worst_grad_rel_err:.2e} "
-            f"(ranks {case.ranks}, {case.layout}, {case.transport})",
-            soft_wrap=True,
-        )
-    within = f"within {GRADIENT_TOLERANCE:g} of" if request.dtype == "fp32" else f"as near fp32 (x {BF16_FACTOR:g}) as"
-    count = f"[{'red' if failed else 'green'}]{len(cases) - len(failed)} of {len(cases)} hold[/]"
-    console.print(f"{count}: gradients {within} one process's, the delta rule with its bits.", soft_wrap=True)
-    if json_path is not None:
-        what = {"dtype": request.dtype, "sequence_length": request.tokens, "segment_tokens": request.segment_tokens}
-        report = {"ok": not failed, **what, "cases": [dataclasses.asdict(case) for case in cases]}
-        json_path.write_text(json.dumps(report, indent=2) + "\n")
-    return 1 if failed else 0
-
-
-def table(request: Request, cases: Sequence[Case]) -> Table:
-    """The verdict for people."""
-    title = f"{request.tokens:,} tokens, {request.dtype}, segments of {request.segment_tokens}"
-    rows = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-    for column in ("ranks", "layout", "transport", "loss", "loss error", "gradients", "delta rule", ""):
-        number = column in ("ranks", "loss", "loss error", "gradients")
-        rows.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for case in cases:
-        rows.add_row(
-            str(case.ranks),
-            case.layout,
-            case.transport,
-            f"{case.loss:.6f}",
-            f"{case.loss_rel_err:.1e}",
-            f"{case.worst_grad_rel_err:.1e}",
-            "same bits" if case.delta_bitwise_equal else "[red]differs[/]",
-            "[green]ok[/]" if case.ok else "[bold red]FAIL[/]",
-        )
-    return rows
 
 
 # What a rank does.
@@ -284,27 +254,62 @@ def check_world(request: Request, environment: Environment, truth: Truth) -> lis
     from dnsp.engine import Engine  # DeepSpeed: not in the process that only asks, nor where the truth is found
 
     config = request.config
-    if torch.cuda.is_available():
-        torch.cuda.set_device(environment.local_rank)
+    watchdog.take_device(environment)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores() // environment.local_world_size))
     watchdog.join(environment)
-    grid = make_grid(sequence_size(config, environment.world_size), config.run.timeout)
-    step = _step(request)
-    accumulation = request.rows // (config.train.micro_batch * grid.data_size)
-    engine = Engine(make_model(config, config.engine.activation_checkpointing), config, grid, accumulation)
-    everyone = Transport(grid.everyone, range(grid.world), grid.rank)
-    cases = []
-    for layout, transport in itertools.product(request.layouts, request.transports):
-        mine = _check_case(request, grid, engine, step, truth, layout, transport)
-        all_ranks = torch.stack(everyone.all_gather(mine, "the verdict"))
-        cases.append(_judge(request, truth, grid.world, layout, transport, all_ranks))
+    step, cases = _step(request), []
+    for size in request.sizes(environment.world_size):
+        watchdog.from_all(None)  # a group is made within run.timeout, and ranks may come to it at different times
+        grid = make_grid(size, config.run.timeout)
+        why_not = watchdog.peer_refusal(grid)
+        if why_not and "peer" in request.transports:
+            raise UsageError(f"--transports peer: {why_not}; take p2p or gather")
+        everyone = Transport(grid.everyone, range(grid.world), grid.rank)
+        accumulation = request.rows // (config.train.micro_batch * grid.data_size)
+        ways = list(itertools.product(request.layouts, request.transports))
+        differing = [_differing(request, grid, truth, *way) for way in ways]  # the stage has no part in it
+        for stage in request.stages:
+            settings = _at_stage(config, stage)
+            engine = Engine(make_model(config, config.engine.activation_checkpointing), settings, grid, accumulation)
+            for (layout, transport), count in zip(ways, differing, strict=True):
+                mine = _check_case(request, grid, engine, step, truth, layout, transport, count)
+                watchdog.check_peers()
+                all_ranks = torch.stack(everyone.all_gather(mine, "the verdict"))
+                cases.append(_judge(request, truth, grid, stage, layout, transport, all_ranks))
     watchdog.leave()
     return cases
 
 
+def _at_stage(config: Config, stage: int) -> Config:
+    """The configuration at another ZeRO stage; what it has no use for is off."""
+    engine = config.engine
+    host = {
+        "offload_optimizer": engine.offload_optimizer and stage > 0,
+        "offload_parameters": engine.offload_parameters and stage == 3,
+    }
+    return config.model_copy(update={"engine": engine.model_copy(update={"zero_stage": stage, **host})})
+
+
+def _differing(request: Request, grid: Grid, truth: Truth, layout: str, transport: str) -> int:
+    """Outputs and input gradients of the replayed delta rule that have other bits than one process's."""
+    plan = _plan(request, grid, truth.doc_starts, layout, transport)
+    count = 0
+    for call in truth.calls:
+        ours = replay(call, plan)
+        count += sum(not torch.equal(ours[name], plan.local(want)) for name, want in call.replayed.items())
+    return count
+
+
 def _check_case(
-    request: Request, grid: Grid, engine: Engine, step: Step, truth: Truth, layout: str, transport: str
+    request: Request,
+    grid: Grid,
+    engine: Engine,
+    step: Step,
+    truth: Truth,
+    layout: str,
+    transport: str,
+    differing: int,
 ) -> Tensor:
     """This rank's figures as one vector, fp64: loss, differing replays, and every parameter's error in order."""
     loss = torch.zeros((), dtype=torch.float64)
@@ -314,18 +319,14 @@ def _check_case(
         loss += engine.backward(tokens, targets, plan, step.targets).double().cpu() / step.targets
         if micro + 1 < engine.accumulation:
             engine.advance()
-    got = engine.gradients()
-    errors = [relative_error(got[name].cpu(), want) for name, want in truth.gradients.items()]
-    engine.step(0.0)  # a learning rate of 0 changes nothing but clears the gradients
-    plan = _plan(request, grid, truth.doc_starts, layout, transport)
-    differing = 0
-    for call in truth.calls:
-        ours = replay(call, plan)
-        differing += sum(not torch.equal(ours[name], plan.local(want)) for name, want in call.replayed.items())
+    errors = [relative_error(engine.gradient(name).cpu(), want) for name, want in truth.gradients.items()]
+    engine.skip()
     return torch.tensor([float(loss), differing, *errors], dtype=torch.float64)
 
 
-def _judge(request: Request, truth: Truth, world: int, layout: str, transport: str, ranks_PN: Tensor) -> Case:
+def _judge(
+    request: Request, truth: Truth, grid: Grid, stage: int, layout: str, transport: str, ranks_PN: Tensor
+) -> Case:
     """The verdict over all ranks' figures: losses add up, of everything else the worst counts."""
     loss, differing = float(ranks_PN[:, 0].sum()), int(ranks_PN[:, 1].max())
     errors = dict(zip(truth.gradients, ranks_PN[:, 2:].amax(0).tolist(), strict=True))
@@ -333,7 +334,8 @@ def _judge(request: Request, truth: Truth, world: int, layout: str, transport: s
     loss_error = abs(loss - truth.loss) / abs(truth.loss)
     good = errors[worst] <= GRADIENT_TOLERANCE if request.dtype == "fp32" else _as_near_in_bf16(truth, errors)
     good = good and loss_error <= LOSS_TOLERANCE[request.dtype] and differing == 0
-    return Case(world, layout, transport, loss, loss_error, worst, errors[worst], differing == 0, good)
+    place = (grid.world, grid.sequence_size, stage, layout, transport)
+    return Case(*place, loss, loss_error, worst, errors[worst], differing == 0, good)
 
 
 def _as_near_in_bf16(truth: Truth, errors: dict[str, float]) -> bool:
@@ -387,9 +389,9 @@ def _micro_batch(request: Request, grid: Grid, step: Step, micro: int, layout: s
 
 
 def _plan(request: Request, grid: Grid, doc_starts: list[list[int]], layout: str, transport: str) -> Plan:
-    chosen = request.config.parallel.attention_transport
+    chosen: str = request.config.parallel.attention_transport
     if chosen == "auto":
-        chosen = "ring" if transport == "p2p" else "gather"
+        chosen = "ring" if transport == "p2p" or (transport == "peer" and grid.near is not None) else transport
     return make_plan(
         doc_starts,
         Layout(layout, grid.sequence_size, request.tokens),

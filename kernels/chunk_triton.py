@@ -20,8 +20,8 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.interpreter import InterpretedFunction
 
-from . import gluon_backward, proof
-from .gluon_backward import backward_kernel
+from . import proof
+from .gluon_backward import TILE, TOKENS, WIDTH, backward_kernel
 from .segments import CHUNK, Gradients, Inputs
 from .triton_gradients import PARTS, gates_kernel, group_kernel, keys_kernel, pairs_kernel, queries_kernel
 from .triton_prepare import ROWS, invert_kernel, prepare_kernel
@@ -53,7 +53,7 @@ class Launch:
 LAUNCHES = {
     "prepare": Launch(64, 4, 1),
     "invert": Launch(64, 1, 1),
-    "summarise": Launch(64, 4, 2),
+    "summarise": Launch(64, 4, 3),
     "apply": Launch(64, 4, 2),
     "keep": Launch(64, 4, 2),
     "reverse_summary": Launch(64, 4, 2),
@@ -195,7 +195,8 @@ def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
     B, T, HV, _ = x.v.shape
     NC, device, launches = -(-T // CHUNK), x.v.device, proof.require(x)
     if tensors is not None:
-        return Prepared(x, *tensors, NC, launches)
+        A, P, rows, through, bound = tensors
+        return Prepared(x, A, P, rows, through, bound, NC, launches)
     tiles = (B * HV, NC, CHUNK, CHUNK)
     A, P = (torch.empty(tiles, dtype=x.v.dtype, device=device) for _ in range(2))
     N = torch.empty(tiles if x.rule.erase else 0, dtype=torch.float32, device=device)
@@ -205,9 +206,9 @@ def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
     doc = _documents(x)
     starts = _on_device(x.segments.starts, torch.int64, device)
     proof.launch(
-        prepare_kernel, (B * x.k.shape[2], NC),
+        prepare_kernel, (B * HV, NC),
         x.q, x.k, g, x.beta, doc, starts, N, P, rows, through, bound,
-        T, NC, x.segments.tokens // CHUNK, HV // x.k.shape[2], x.scale,
+        T, NC, x.segments.tokens // CHUNK, x.scale,
         *_strides(x.q), *_strides(x.k), *_strides(g), *_strides(x.beta),
         **_shape(x), **_flags(x), DOT=_dot(x), **_launch(launches, "prepare", x).options,
     )  # fmt: skip
@@ -291,10 +292,12 @@ def summarise_backward(p: Prepared, do_BTHV: Tensor, need_D: tuple[bool, ...]) -
 
 
 def _reverse_and_gradients(
-    p: Prepared, do: Tensor, outgoing: Tensor, heads: slice, states: Tensor, errors: Tensor, d_states: Tensor,
-    tiles: Tensor, parts: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    p: Prepared, do: Tensor, outgoing: Tensor, heads: slice, states: Tensor, errors: Tensor,
+    between: tuple[Tensor, Tensor], parts: Tensor, grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
-    """Passes 3 and 4 over some value heads of all rows, up to ``parts`` of dbeta and dg."""
+    """Passes 3 and 4 over some value heads of all rows: dq, dk and dv, and ``parts`` of dbeta and dg. Between the passes
+    lie the states' gradients and the tiles of the pairs."""
+    (d_states, tiles), (dq, dk, dv) = between, grads
     x, flags, K = p.x, _flags(p.x), p.x.k.shape[3]
     T, G = x.v.shape[1], x.v.shape[2] // x.k.shape[2]
     _reverse(p, do, "reverse", heads, outgoing=outgoing, d_states=d_states, dv=dv)
@@ -328,7 +331,7 @@ def _is_hopper(device: torch.device) -> bool:
 def _has_backward(p: Prepared) -> bool:
     """Whether passes 3 and 4 have one kernel here."""
     x = p.x
-    widths = x.k.shape[3] == x.v.shape[3] == gluon_backward.WIDTH.value
+    widths = x.k.shape[3] == x.v.shape[3] == WIDTH.value
     rule = x.rule.erase and x.rule.error_decay != "previous"
     wanted = p.launches["backward"].warps == LAUNCHES["backward"].warps
     return wanted and widths and rule and x.v.dtype != torch.float32 and _is_hopper(x.v.device)
@@ -340,20 +343,21 @@ def _tokens(x_BTHK: Tensor) -> TensorDescriptor:
         x_BTHK = x_BTHK.contiguous()
     width = x_BTHK.shape[3]
     strides = [stride if size > 1 else width for stride, size in zip(x_BTHK.stride()[:3], x_BTHK.shape, strict=False)]
-    return TensorDescriptor(x_BTHK, list(x_BTHK.shape), [*strides, 1], [1, CHUNK, 1, width], gluon_backward.TOKENS.value)
+    return TensorDescriptor(x_BTHK, list(x_BTHK.shape), [*strides, 1], [1, CHUNK, 1, width], TOKENS.value)
 
 
 def _tiles(x: Tensor) -> TensorDescriptor:
     """By which x's last two axes are fetched, of which row is known."""
     rows, columns = x.shape[-2:]
-    return TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], [rows, columns], gluon_backward.TILE.value)
+    return TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], [rows, columns], TILE.value)
 
 
 def _backward(
-    p: Prepared, do: Tensor, outgoing: Tensor, heads: slice, states: Tensor, errors: Tensor, dq_parts: Tensor,
-    dk_parts: Tensor, parts: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    p: Prepared, do: Tensor, outgoing: Tensor, heads: slice, states: Tensor, errors: Tensor,
+    between: tuple[Tensor, Tensor], parts: Tensor, grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
-    """The same in one kernel, and the sums of dq and dk over the value heads of a key head."""
+    """The same in one kernel, and a second one that sums the value heads' dq and dk, which lie between them."""
+    (dq_parts, dk_parts), (dq, dk, dv) = between, grads
     x, flags = p.x, _flags(p.x)
     H, K = x.k.shape[2:]
     G = x.v.shape[2] // H
@@ -385,23 +389,22 @@ def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoin
     dg = None if x.g is None else torch.empty(B, T, HV, dtype=x.g.dtype, device=x.v.device)
     dbeta = torch.empty(B, T, HV, dtype=x.beta.dtype, device=x.v.device)
 
-    # The states kept of a chunk are K / 64 times the size of its v: for all heads together that would be the most of the
-    # backward pass's memory. It takes the heads in groups whose states are as large as v.
+    # The states kept of a chunk are K / 64 times the size of its v: for all heads together that would be the most of
+    # the backward pass's memory. It takes the heads in groups whose states are as large as v.
     together = -(-B * H * CHUNK // max(K, CHUNK))
     chunks = together * G, p.chunks
-    kept = torch.empty(*chunks, V, K, **like), torch.empty(*chunks, CHUNK, V, **like)
+    states, errors = torch.empty(*chunks, V, K, **like), torch.empty(*chunks, CHUNK, V, **like)
     parts = torch.empty(*chunks, len(PARTS), CHUNK, dtype=torch.float32, device=x.v.device)
-    fused = _has_backward(p)
-    if fused:
-        between = tuple(torch.empty(*chunks, CHUNK, K, **like) for _ in range(2))
+    if _has_backward(p):
+        gradients, shapes = _backward, ((CHUNK, K), (CHUNK, K))
     else:
-        between = torch.empty(*chunks, V, K, **like), torch.empty(*chunks, 2, CHUNK, CHUNK, **like)
+        gradients, shapes = _reverse_and_gradients, ((V, K), (2 * CHUNK, CHUNK))
+    between = torch.empty(*chunks, *shapes[0], **like), torch.empty(*chunks, *shapes[1], **like)
     for first in range(0, B * H, together):
         last = min(first + together, B * H)
         heads = slice(first * G, last * G)
-        _forward(p, "keep", heads, incoming=incoming, states=kept[0], errors=kept[1])
-        gradients = _backward if fused else _reverse_and_gradients
-        gradients(p, do, outgoing, heads, *kept, *between, parts, dq, dk, dv)
+        _forward(p, "keep", heads, incoming=incoming, states=states, errors=errors)
+        gradients(p, do, outgoing, heads, states, errors, between, parts, (dq, dk, dv))
         proof.launch(
             gates_kernel, (-(-p.chunks // GATES), heads.stop - heads.start),
             p.rows, p.through, parts, dbeta if dg is None else dg, dbeta, T, p.chunks, heads.start,

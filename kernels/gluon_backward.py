@@ -1,11 +1,11 @@
 """Gluon passes 3 and 4 in one, for Hopper: the reverse recurrence and the gradients of each chunk's inputs.
 
-The mathematics is that of :mod:`.triton_reverse` and :mod:`.triton_gradients`. There the gradient of every chunk's state
-goes through memory, and so do the tiles of the pairs; here one program takes a value head of a segment, right to left,
-and all of a chunk stays on the multiprocessor. Eight warps hold dS, transposed, in registers; what a chunk needs from
-memory comes through the tensor memory accelerator, each array into shared memory as soon as the last use of the chunk
-behind it is over. Matrix instructions are issued before their results are waited for, so that those of the recurrence,
-which depend on each other, lie between those of the pairs, which do not.
+The mathematics is that of :mod:`.triton_reverse` and :mod:`.triton_gradients`. There the gradient of every chunk's
+state goes through memory, and so do the tiles of the pairs; here one program takes a value head of a segment, right to
+left, and all of a chunk stays on the multiprocessor. Eight warps hold dS, transposed, in registers (64 of a thread's
+255); what a chunk needs from memory comes through the tensor memory accelerator, each array into shared memory as soon
+as the last use of the chunk behind it is over. Matrix instructions are issued before their results are waited for.
+One that spills is lost: shared memory leaves the first cache 28 KiB.
 
 A value head leaves its part of dq and dk, which *group* of :mod:`.triton_gradients` sums, and ``parts`` as there.
 """
@@ -145,16 +145,22 @@ def backward_kernel(
     at_kept = local * NC + c
     at_tile = row * NC + c
     mbarrier.expect(bars.index(0), 64 * W * 2)
-    tma.async_copy_global_to_shared(k, [ib, c * 64, ih, 0], bars.index(0), k_at.index(0)._reinterpret(dtype, [1, 64, 1, W], tokens))
+    tma.async_copy_global_to_shared(
+        k, [ib, c * 64, ih, 0], bars.index(0), k_at.index(0)._reinterpret(dtype, [1, 64, 1, W], tokens)
+    )
     mbarrier.expect(early, 64 * W * 2 + 2 * 64 * 64 * 2)
-    tma.async_copy_global_to_shared(do, [ib, c * 64, hv, 0], early, do_mem.index(0)._reinterpret(dtype, [1, 64, 1, W], tokens))
+    tma.async_copy_global_to_shared(
+        do, [ib, c * 64, hv, 0], early, do_mem.index(0)._reinterpret(dtype, [1, 64, 1, W], tokens)
+    )
     tma.async_copy_global_to_shared(P, [at_tile * 64, 0], early, P_mem.index(0))
     tma.async_copy_global_to_shared(A, [at_tile * 64, 0], early, A_mem.index(0))
     mbarrier.expect(middle, 64 * W * 2 + W * W * 2)
     tma.async_copy_global_to_shared(errors, [at_kept * 64, 0], middle, errors_mem.index(0))
     tma.async_copy_global_to_shared(states, [at_kept * W, 0], middle, S_mem.index(0))
     mbarrier.expect(late, 64 * W * 2)
-    tma.async_copy_global_to_shared(q, [ib, c * 64, ih, 0], late, q_mem.index(0)._reinterpret(dtype, [1, 64, 1, W], tokens))
+    tma.async_copy_global_to_shared(
+        q, [ib, c * 64, ih, 0], late, q_mem.index(0)._reinterpret(dtype, [1, 64, 1, W], tokens)
+    )
 
     r512 = gl.arange(0, 512, layout=flat)
     r64 = gl.arange(0, 64, layout=flat64)

@@ -13,6 +13,7 @@ outgoing one, and the passage of the whole chunk: sums of just those log gradien
 Four kernels, because what all of it needs does not fit the registers. *pairs*, a program a chunk and value head, leaves
 the ``tiles`` dqk^T and dkk + dkk^T; *queries* and then *keys*, a program a chunk and key head, take the value heads
 that share it in turn and sum their dq and dk in registers. Each leaves ``parts`` of dbeta and dg, which *gates* adds.
+Of :mod:`.gluon_backward`, which does all this but the last by value head, *group* sums dq and dk.
 """
 
 from __future__ import annotations

@@ -45,23 +45,25 @@ def _add_within_document(b_left, d_left, b_right, d_right):
 
 
 @triton.jit(
-    do_not_specialize=["T", "NC", "segment_chunks", "group", "sqb", "skb", "sgb", "sbb"],
+    do_not_specialize=["T", "NC", "segment_chunks", "sqb", "skb", "sgb", "sbb"],
     do_not_specialize_on_alignment=["g", "beta", "doc", "starts"],
 )
 def prepare_kernel(
     q, k, g, beta, doc, starts, N, P, rows, through, bound,
-    T, NC, segment_chunks, group, scale,
+    T, NC, segment_chunks, scale,
     sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
     sgb: tl.int64, sgt: tl.constexpr, sgh: tl.constexpr, sbb: tl.int64, sbt: tl.constexpr, sbh: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
     HAS_G: tl.constexpr, HAS_DOC: tl.constexpr, ERASE: tl.constexpr, PREVIOUS: tl.constexpr, NORM: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """N (its lower half of blocks), P and the scales: one program a chunk and key head, whose value heads it takes in
-    turn, because they share Q K^T and K K^T."""
-    ib, ih = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    """N (its lower half of blocks), P and the scales: one program a chunk and value head."""
+    row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1)
     HV: tl.constexpr = H * G
+    ib, hv = row // HV, row % HV
+    ih = hv // G
+    chunk = row * NC + c
     r = tl.arange(0, 64)
     ck = tl.arange(0, K)
     inside = c * 64 + r < T
@@ -74,7 +76,25 @@ def prepare_kernel(
         d = tl.load(doc + ib * T + tl.minimum(t, T - 1))
         d_last = tl.load(doc + ib * T + tl.minimum(c * 64 + 63, T - 1))
         keep = keep & (d[:, None] == d[None, :])
-    strict = keep & (r[:, None] > r[None, :])
+    hi = tl.zeros((64,), tl.float32)
+    lo = hi
+    e_hi = hi  # b as an error sees it
+    e_lo = hi
+    hi_last = 0.0
+    lo_last = 0.0
+    gt = tl.zeros((64,), tl.float64)
+    if HAS_G:
+        gt = tl.load(g + ib * sgb + hv * sgh + t * sgt, mask=inside, other=0.0).to(tl.float64)
+        if HAS_DOC:
+            b, _ = tl.associative_scan((gt, d), 0, _add_within_document)
+        else:
+            b = tl.cumsum(gt, 0)
+        hi, lo = _pair(b)
+        e_hi, e_lo = hi, lo
+        if PREVIOUS:  # the decay that an error sees ends one token earlier
+            e_hi, e_lo = _pair(b - gt)
+        hi_last, lo_last = _pair(tl.sum(tl.where(r == 63, b, 0.0), 0))
+    bt = tl.load(beta + ib * sbb + hv * sbh + t * sbt, mask=inside, other=0.0).to(tl.float32)
 
     k += tl.multiple_of(ib * skb, 16) + ih * skh
     q += tl.multiple_of(ib * sqb, 16) + ih * sqh
@@ -86,71 +106,46 @@ def prepare_kernel(
     if NORM:
         rq = tl.rsqrt(tl.sum(qt.to(tl.float32) * qt.to(tl.float32), 1) + EPS)
         rk = tl.rsqrt(k_norm + EPS)
-    qk = tl.dot(qt, tl.trans(kt), input_precision=DOT) * (rq * scale)[:, None] * rk[None, :]
+
+    of_q = tl.exp(hi + lo)
+    of_k = tl.exp(e_hi + e_lo)
+    of_out = tl.exp((hi_last - hi) + (lo_last - lo))
+    passes = tl.exp(hi_last + lo_last)
+    if HAS_DOC:
+        of_q = tl.where(d < chunk_start, of_q, 0.0)
+        of_k = tl.where(d < chunk_start, of_k, 0.0)
+        of_out = tl.where(d == d_last, of_out, 0.0)
+        passes = tl.where(d_last < chunk_start, passes, 0.0)
+    tl.store(through + chunk, passes)
+    # How much longer the chunk can make a state, at most: the log of the product of its tokens' operator norms.
+    decay_t = tl.exp(gt.to(tl.float32))
+    erased = tl.zeros((64,), tl.float32)
     if ERASE:
-        kk = tl.dot(kt, tl.trans(kt), input_precision=DOT) * rk[:, None] * rk[None, :]
+        erased = bt * rk * rk * k_norm * (1.0 if PREVIOUS else decay_t)
+    longer = tl.sum(tl.log(tl.maximum(decay_t, tl.abs(decay_t - erased))), 0)
+    if HAS_DOC:
+        longer = tl.where(d_last < chunk_start, longer, float("-inf"))
+    tl.store(bound + chunk, longer)
+    at = rows + chunk * 512 + r
+    tl.store(at, of_q * rq * scale)
+    tl.store(at + 64, of_k * rk)
+    tl.store(at + 128, of_out * rk)
+    tl.store(at + 192, bt)
+    tl.store(at + 256, hi)
+    tl.store(at + 320, lo)
+    tl.store(at + 384, rq)
+    tl.store(at + 448, rk)
 
-    # group is G, but not known when this is compiled: unrolled the loop would be G times as long.
-    for j in range(0, group):
-        hv = ih * G + j
-        chunk = (ib * HV + hv) * NC + c
-        hi = tl.zeros((64,), tl.float32)
-        lo = hi
-        e_hi = hi  # b as an error sees it
-        e_lo = hi
-        hi_last = 0.0
-        lo_last = 0.0
-        gt = tl.zeros((64,), tl.float64)
-        if HAS_G:
-            gt = tl.load(g + ib * sgb + hv * sgh + t * sgt, mask=inside, other=0.0).to(tl.float64)
-            if HAS_DOC:
-                b, _ = tl.associative_scan((gt, d), 0, _add_within_document)
-            else:
-                b = tl.cumsum(gt, 0)
-            hi, lo = _pair(b)
-            e_hi, e_lo = hi, lo
-            if PREVIOUS:  # the decay that an error sees ends one token earlier
-                e_hi, e_lo = _pair(b - gt)
-            hi_last, lo_last = _pair(tl.sum(tl.where(r == 63, b, 0.0), 0))
-        bt = tl.load(beta + ib * sbb + hv * sbh + t * sbt, mask=inside, other=0.0).to(tl.float32)
-
-        of_q = tl.exp(hi + lo)
-        of_k = tl.exp(e_hi + e_lo)
-        of_out = tl.exp((hi_last - hi) + (lo_last - lo))
-        passes = tl.exp(hi_last + lo_last)
-        if HAS_DOC:
-            of_q = tl.where(d < chunk_start, of_q, 0.0)
-            of_k = tl.where(d < chunk_start, of_k, 0.0)
-            of_out = tl.where(d == d_last, of_out, 0.0)
-            passes = tl.where(d_last < chunk_start, passes, 0.0)
-        tl.store(through + chunk, passes)
-        # How much longer the chunk can make a state, at most: the log of the product of its tokens' operator norms.
-        decay_t = tl.exp(gt.to(tl.float32))
-        erased = tl.zeros((64,), tl.float32)
-        if ERASE:
-            erased = bt * rk * rk * k_norm * (1.0 if PREVIOUS else decay_t)
-        longer = tl.sum(tl.log(tl.maximum(decay_t, tl.abs(decay_t - erased))), 0)
-        if HAS_DOC:
-            longer = tl.where(d_last < chunk_start, longer, float("-inf"))
-        tl.store(bound + chunk, longer)
-        at = rows + chunk * 512 + r
-        tl.store(at, of_q * rq * scale)
-        tl.store(at + 64, of_k * rk)
-        tl.store(at + 128, of_out * rk)
-        tl.store(at + 192, bt)
-        tl.store(at + 256, hi)
-        tl.store(at + 320, lo)
-        tl.store(at + 384, rq)
-        tl.store(at + 448, rk)
-
-        tile = chunk * 4096 + r[:, None] * 64 + r[None, :]
-        decay = decays(hi, lo, hi, lo, keep)
-        tl.store(P + tile, tl.where(keep, qk * decay, 0.0).to(P.dtype.element_ty))
-        if ERASE:
-            if PREVIOUS:
-                decay = decays(e_hi, e_lo, hi, lo, strict)
-            weights = tl.where(strict, kk * bt[None, :] * decay, 0.0)
-            tl.store(N + tile, weights, mask=(r[:, None] // 16) >= (r[None, :] // 16))
+    tile = chunk * 4096 + r[:, None] * 64 + r[None, :]
+    decay = decays(hi, lo, hi, lo, keep)
+    weights = tl.dot(qt, tl.trans(kt), input_precision=DOT) * (rq * scale)[:, None] * rk[None, :] * decay
+    tl.store(P + tile, tl.where(keep, weights, 0.0).to(P.dtype.element_ty))
+    if ERASE:
+        strict = keep & (r[:, None] > r[None, :])
+        if PREVIOUS:
+            decay = decays(e_hi, e_lo, hi, lo, strict)
+        weights = tl.dot(kt, tl.trans(kt), input_precision=DOT) * rk[:, None] * (rk * bt)[None, :] * decay
+        tl.store(N + tile, tl.where(strict, weights, 0.0), mask=(r[:, None] // 16) >= (r[None, :] // 16))
 
 
 @triton.jit

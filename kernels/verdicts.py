@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Launches = Mapping[str, "Launch"]
 
-FORMAT = 1  # of the files; another number where a proof asks for more than it did
+FORMAT = 2  # of the files; another number where a proof asks for more than it did
 _log = logging.getLogger(__name__)
 
 
@@ -122,10 +122,12 @@ def candidates() -> dict[str, Launches]:
         "one stage, at most 32 columns": {"stages": 1, "columns": 32, "warps": 4, "registers": None},
         "one stage, at most 2 warps, 32 columns": {"stages": 1, "columns": 32, "warps": 2, "registers": None},
     }
-    tables = {name: {use: _at_most(how, **change) for use, how in LAUNCHES.items()} for name, change in changes.items()}
-    for name in list(tables)[1:]:
+    tables: dict[str, dict[str, Launch]] = {
+        name: {use: _at_most(how, **change) for use, how in LAUNCHES.items()} for name, change in changes.items()
+    }
+    for name in list(tables)[1:]:  # see LAUNCHES
         tables[name]["backward"] = replace(LAUNCHES["backward"], warps=0)
-    return tables
+    return dict(tables)
 
 
 def to_try(signature: Signature | Fold) -> list[str]:
@@ -135,7 +137,8 @@ def to_try(signature: Signature | Fold) -> list[str]:
 
 
 def _at_most(how: Launch, **change: Any) -> Launch:
-    return replace(how, **{n: value if value is None else min(getattr(how, n), value) for n, value in change.items()})
+    less: dict[str, Any] = {n: x if x is None else min(getattr(how, n), x) for n, x in change.items()}
+    return replace(how, **less)
 
 
 def folder() -> Path:

@@ -6,6 +6,7 @@ the merged o and lse, yields its share of dq, dk, dv; shares are summed in fp32,
 
     ring    in round s each rank works on the keys of the rank s places before it, which arrive while it works on those
             of round s-1; only the ranges that documents and causality call for travel. P-1 rounds.
+    peer    the ring, through memory that the ranks share: its messages are made and taken by the GPUs alone.
     gather  all keys and values are gathered first; the same rounds, the same bits, P times the memory for keys.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,10 @@ from dnsp.kernels import kept
 from .attention_backends import Backend, Edges, Heads, choose
 from .blocks import Block, Range, Round
 from .plan import Plan
-from .transport import Exchange
+from .transport import Exchange, Transport
+
+if TYPE_CHECKING:
+    from .post import Post, Posted
 
 KV = list[tuple[Tensor, Tensor]]  # keys and values of a round, one pair a piece, [B, tokens, G, D]
 
@@ -141,7 +145,7 @@ def _backward(
     wide = _wide(q) if _merges(plan) else q.dtype
     dq, dk, dv = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (q, k, v))
     keys = _Keys(k, v, plan, "backward")
-    returning: tuple[Exchange, Round, Tensor] | None = None
+    returning: tuple[Exchange | Posted, Round, Tensor] | None = None
     for work in plan.rounds:
         pieces = keys.next(work)
         own = work.owner == plan.rank
@@ -164,15 +168,29 @@ def _backward(
             _add_returned(returning, dk, dv, k, v)
         if not own:  # the share goes home while the next round is worked on
             arriving = _buffer(work.sends, k, v, wide)
-            what = "attention's return of key gradients (backward)"
-            exchange = plan.comm.exchange([(work.owner, buffer)], [(work.reader, arriving)], what)
+            what = plan.named("attention's return of key gradients (backward)")
+            exchange = _exchange(plan, k, v, [(work.owner, buffer)], [(work.reader, arriving)], what)
             returning = exchange, work, arriving
     if returning is not None:
         _add_returned(returning, dk, dv, k, v)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _add_returned(returning: tuple[Exchange, Round, Tensor], dk: Tensor, dv: Tensor, k: Tensor, v: Tensor) -> None:
+def _exchange(
+    plan: Plan, k: Tensor, v: Tensor, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], what: str
+) -> Exchange | Posted:
+    """Messages to and from other ranks, none larger than the gradients of all keys and values here."""
+    mail: Transport | Post = plan.comm
+    if plan.attention_transport == "peer":
+        wide = torch.promote_types(k.dtype, _wide(k))
+        mail = plan.mail("peer", k, (k.numel() + v.numel()) * wide.itemsize)
+        plan.comm.calls += 1
+    return mail.exchange(sends, receives, what)
+
+
+def _add_returned(
+    returning: tuple[Exchange | Posted, Round, Tensor], dk: Tensor, dv: Tensor, k: Tensor, v: Tensor
+) -> None:
     exchange, work, arriving = returning
     exchange.wait()
     for mine, back in zip(_cut(dk, dv, work.sends), _split(arriving, work.sends, k, v), strict=True):
@@ -185,8 +203,8 @@ class _Keys:
 
     def __init__(self, k: Tensor, v: Tensor, plan: Plan, way: str) -> None:
         self._k, self._v, self._plan = k, v, plan
-        self._what = f"attention's exchange of keys and values ({way})"
-        self._ahead: tuple[Exchange, Tensor] | None = None
+        self._what = plan.named(f"attention's exchange of keys and values ({way})")
+        self._ahead: tuple[Exchange | Posted, Tensor] | None = None
         self._all: list[Tensor] | None = None
         if plan.attention_transport == "gather" and plan.crosses:
             self._all = plan.comm.all_gather(torch.cat([k, v], dim=-1), self._what)
@@ -206,10 +224,11 @@ class _Keys:
         ahead[0].wait()
         return _split(ahead[1], work.pieces, self._k, self._v)
 
-    def _start(self, work: Round) -> tuple[Exchange, Tensor]:
+    def _start(self, work: Round) -> tuple[Exchange | Posted, Tensor]:
         leaving = _join(_cut(self._k, self._v, work.sends), self._k)
         arriving = _buffer(work.pieces, self._k, self._v, self._k.dtype)
-        exchange = self._plan.comm.exchange([(work.reader, leaving)], [(work.owner, arriving)], self._what)
+        ends = [(work.reader, leaving)], [(work.owner, arriving)]
+        exchange = _exchange(self._plan, self._k, self._v, *ends, self._what)
         return exchange, arriving
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import groupby
 
 import torch.distributed as dist
 
 from .errors import LayoutError
+from .probe import host
+from .transport import Transport
+
+PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -18,8 +23,12 @@ class Grid:
     rank: int
     sequence: int
     sequence_group: dist.ProcessGroup | None = None
+    sequence_control: dist.ProcessGroup | None = None  # the same ranks; gloo, for words between hosts
     everyone: dist.ProcessGroup | None = None  # gradients and optimizer shards: data and sequence ranks together
     alone: dist.ProcessGroup | None = None  # this rank only
+    timeout: float = 30.0  # seconds a message of a group may wait
+    near: tuple[int, ...] | None = None  # sequence ranks on this host, neighbours of each other; None: all
+    near_control: dist.ProcessGroup | None = None  # those ranks; gloo
 
     @property
     def sequence_size(self) -> int:
@@ -43,6 +52,18 @@ class Grid:
         first = self.data_rank * self.sequence
         return tuple(range(first, first + self.sequence))
 
+    def transport(self) -> Transport:
+        """The messages of this rank's sequence group."""
+        return Transport(
+            self.sequence_group,
+            self.sequence_ranks,
+            self.sequence_rank,
+            self.sequence_control,
+            self.timeout,
+            self.near,
+            self.near_control,
+        )
+
     def mpu(self) -> Mpu:
         """What ``deepspeed.initialize(mpu=...)`` asks for."""
         return Mpu(self)
@@ -64,11 +85,38 @@ def make_grid(sequence: int | None = None, timeout: float = 30.0) -> Grid:
     if not dist.is_initialized():
         return Grid(world=1, rank=0, sequence=1)
     limit = timedelta(seconds=timeout)
+    # Words between hosts may wait for a rank that still compiles or proves its kernels.
+    controls = [
+        dist.new_group(range(first, first + size), timeout=PATIENCE, backend="gloo") if size > 1 else None
+        for first in range(0, world, size)
+    ]
     # Own groups, also where they hold the same ranks: a scan's messages never queue behind a gradient reduction.
     groups = [dist.new_group(range(first, first + size), timeout=limit) for first in range(0, world, size)]
     everyone = dist.new_group(range(world), timeout=limit)
     alone = dist.new_group([rank], timeout=limit, use_local_synchronization=True)
-    return Grid(world, rank, size, groups[rank // size] if size > 1 else None, everyone, alone)
+    mine = rank // size
+    group, control = groups[mine] if size > 1 else None, controls[mine]
+    near, near_control = _near(world, rank, size)
+    return Grid(world, rank, size, group, control, everyone, alone, timeout, near, near_control)
+
+
+def _near(world: int, rank: int, size: int) -> tuple[tuple[int, ...] | None, dist.ProcessGroup | None]:
+    """The sequence ranks around this one on its host, and their group where they are not the whole sequence group."""
+    hosts: list[str] = [""] * world
+    together = dist.new_group(range(world), timeout=PATIENCE, backend="gloo")
+    dist.all_gather_object(hosts, host(), group=together)
+    found: tuple[tuple[int, ...] | None, dist.ProcessGroup | None] = None, None
+    for first in range(0, world, size):
+        start = first
+        for _, names in groupby(hosts[first : first + size]):
+            ranks = range(start, start + len(list(names)))
+            start = ranks.stop
+            if len(ranks) == size:
+                continue
+            group = dist.new_group(ranks, timeout=PATIENCE, backend="gloo") if len(ranks) > 1 else None
+            if rank in ranks:
+                found = tuple(r - first for r in ranks), group
+    return found
 
 
 class Mpu:

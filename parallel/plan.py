@@ -6,8 +6,10 @@ delta rule's grid the rank holds and where states pass, and which blocks attenti
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,11 +22,15 @@ from .blocks import Round, make_rounds
 from .errors import PlanError
 from .grid import Grid
 from .layout import CHUNK, Layout
-from .scan import ParallelScan
+from .scan import ParallelScan, in_layer
 from .transport import Transport
 
-SCAN_TRANSPORTS = ("p2p", "gather")
-ATTENTION_TRANSPORTS = ("ring", "gather")
+if TYPE_CHECKING:
+    from .post import Post
+
+SCAN_TRANSPORTS = ("p2p", "gather", "peer")
+mail_on_host = False  # for tests, whose ranks share files
+ATTENTION_TRANSPORTS = ("ring", "gather", "peer")
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Plan:
     comm: Transport
     goes_on: bool  # a row's first document goes on from an initial state
     crosses: bool  # somewhere in the group a document reaches from one rank's tokens into another's
+    layer: int | None = None  # of a model, for messages
+    documents: tuple[tuple[int, ...], ...] = ()  # as given: the global starts of each row's
 
     @property
     def tokens(self) -> int:
@@ -73,6 +81,49 @@ class Plan:
     def holds_last(self) -> bool:
         """Whether the sequence's last token is here (under zigzag that is rank 0)."""
         return self.layout.owner(self.layout.count - 1) == self.rank
+
+    def at_layer(self, layer: int) -> Plan:
+        """The same plan, whose messages name this layer where something goes wrong."""
+        return replace(self, layer=layer, scan=replace(self.scan, layer=layer))
+
+    def mail(self, transport: str, like: Tensor, size: int) -> Transport | Post:
+        """What exchanges messages of at most ``size`` bytes like a tensor between ranks: symmetric memory for ``peer``.
+        ``size`` is the same on every rank."""
+        if transport != "peer" or len(self.comm.near) < self.comm.size:  # a group over several hosts
+            return self.comm
+        if not like.is_cuda and not mail_on_host:
+            raise PlanError(f"transport peer: it is between GPUs, and this is a tensor on {like.device.type}; use p2p")
+        from .post import Post
+        from .symmetric import of_group
+
+        post = of_group(Post, self.comm, like.device)
+        post.reserve(size)
+        return post
+
+    def named(self, operation: str) -> str:
+        """An operation, and the layer that it is of."""
+        return operation + in_layer(self.layer)
+
+    def agreed(self) -> Plan:
+        """This plan, once every rank of the group is known to have made the same one; between hosts alone.
+
+        Raises: PlanError on every rank, naming the rank that differs and in what.
+        """
+        if self.comm.size > 1:
+            self.comm.compare(
+                {
+                    "sequence length": self.tokens,
+                    "layout": self.layout.kind,
+                    "rows": self.batch,
+                    "segment_tokens": self.segments.tokens,
+                    "transport": self.scan.kind,
+                    "attention_transport": self.attention_transport,
+                    "attention_backend": self.attention_backend,
+                    "documents": _digest(self.documents),
+                },
+                "the plan",
+            )
+        return self
 
     def local(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of a tensor over the whole sequence, tokens along ``dim``."""
@@ -121,8 +172,9 @@ def make_plan(
         layout: over ``grid.sequence_size`` ranks.
         segment_tokens: tokens of the delta rule's segments, a multiple of 64 that divides the intervals; fixes the bits
             over all layouts and transports. None: :func:`default_segment_tokens`.
-        transport: how states cross ranks, ``p2p`` or ``gather`` (``auto``: p2p).
-        attention_transport: how keys and values do, ``ring`` or ``gather`` (``auto``: ring).
+        transport: how states cross ranks, ``peer``, ``p2p`` or ``gather`` (``auto``: p2p, which works everywhere).
+        attention_transport: how keys and values do, ``ring``, ``gather`` or ``peer``, which is the ring through
+            symmetric memory (``auto``: ring).
         attention_backend: what computes a block of attention, ``auto`` or one of ``attention_backends.BACKENDS``.
 
     Raises:
@@ -137,8 +189,10 @@ def make_plan(
     size = _checked_segments(segment_tokens, layout)
     scan_kind = _one_of(transport, SCAN_TRANSPORTS, "parallel.transport")
     attention_kind = _one_of(attention_transport, ATTENTION_TRANSPORTS, "parallel.attention_transport")
+    if attention_kind == "peer" and grid.near is not None:
+        raise PlanError("parallel.attention_transport=peer: the sequence group spans several hosts; use ring")
     backend = _one_of(attention_backend, ("auto", *BACKENDS), "parallel.attention_backend")
-    comm = Transport(grid.sequence_group, grid.sequence_ranks, rank)
+    comm = grid.transport()
 
     tokens = np.concatenate([np.arange(start, stop) for start, stop in layout.intervals(rank)])
     doc_start = np.stack([row[np.searchsorted(row, tokens, side="right") - 1] for row in rows])
@@ -171,7 +225,14 @@ def make_plan(
         comm=comm,
         goes_on=any(int(row[0]) < 0 for row in rows),
         crosses=any(cut not in row for cut in _cuts(layout) for row in rows),
+        documents=tuple(tuple(row.tolist()) for row in rows),
     )
+
+
+def _digest(documents: tuple[tuple[int, ...], ...]) -> str:
+    """Documents in few words: how many, and a digest of where they start."""
+    starts = hashlib.sha256(repr(documents).encode()).hexdigest()[:12]
+    return f"{sum(map(len, documents))} documents with starts {starts}"
 
 
 def default_segment_tokens(layout: Layout) -> int:

@@ -1,14 +1,19 @@
-"""What the ranks of a run could talk through on this machine. It only asks: no process group of the run is touched."""
+"""What the ranks of a run could talk through: on this machine, without touching a process group, and as a group."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
+import os
+import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from .transport import Transport
 
 
 class Backend(NamedTuple):
@@ -62,3 +67,70 @@ def _symmetric_memory() -> tuple[bool, str]:
 
 
 _PROBES = {"gloo": _gloo, "nccl": _nccl, "symmetric memory": _symmetric_memory}
+
+
+NO_GPU = "it needs a GPU on every rank"
+
+
+class Place(NamedTuple):
+    """Where a rank is."""
+
+    host: str
+    gpu: str
+
+
+def places(comm: Transport) -> list[Place]:
+    """Of every rank of the group; all call it together."""
+    return comm.from_all(Place(host(), _gpu()))
+
+
+def unreachable(where: Sequence[Place]) -> str | None:
+    """Why ranks at these places of one host cannot write each other's memory, in words; None where they can. Asks this
+    rank's own devices; see :func:`refusal` for the group's answer."""
+    if not all(place.gpu for place in where):
+        return NO_GPU
+    mine = torch.cuda.current_device()
+    numbers = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+    for place in where:
+        other = numbers.get(place.gpu, mine)  # unseen here: the rendezvous will tell
+        if other != mine and not torch.cuda.can_device_access_peer(mine, other):
+            return f"GPU {mine} cannot reach GPU {other}'s memory"
+    try:
+        importlib.import_module("torch.distributed._symmetric_memory")
+    except ImportError as error:
+        return f"this torch has no symmetric memory ({error})"
+    return None
+
+
+def refusal(comm: Transport) -> str | None:
+    """Why this group cannot use ``peer``, the same words on every rank; None where it can. All call it together.
+
+    Ranks of a host share memory; where a group spans hosts, states go from one to the next by p2p.
+    """
+    if comm.size == 1:
+        return None if torch.cuda.is_available() else NO_GPU
+    where = places(comm)
+    answers = comm.from_all((len(comm.near), unreachable([where[rank] for rank in comm.near])))
+    if max(near for near, _ in answers) == 1:
+        return "no two neighbours of the group are on one host, and memory is shared inside one"
+    for rank, (_, words) in enumerate(answers):
+        if words:
+            return f"rank {comm.ranks[rank]}: {words}"
+    return None
+
+
+def host() -> str:
+    """A name of this rank's host, which no other has; DNSP_HOST gives it another, to try several hosts on one."""
+    if name := os.environ.get("DNSP_HOST"):
+        return name
+    try:  # two containers may have one name
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{socket.gethostname()} {file.read().strip()}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return ""
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)

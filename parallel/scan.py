@@ -3,6 +3,8 @@
 A state crosses every segment by ``kernels.scan.fold`` alone, in global order, one segment at a time and in the shapes
 of :class:`~dnsp.kernels.scan.LocalScan`; so neither the layout nor the transport shows in its bits.
 
+    peer    as p2p, on the device alone: the kernel that folds an interval writes the state into the next rank's memory
+            (see symmetric.py), tile by tile, and raises flags there; that rank's stream waits for them. No host.
     p2p     each interval waits for the state of the interval before it, folds its own segments and sends the state on:
             one state a hop. Where a document starts in an interval, what leaves it is sent before anything is awaited.
     gather  every rank gathers all summaries and folds the chain by itself: one collective, (M, U) of every segment.
@@ -12,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dnsp.kernels.scan import LocalScan, fold, reverse_fold, stack_states
+from dnsp.kernels.scan import LocalScan, fold, on_gpu, reverse_fold, stack_states
 
+from .errors import PlanError
 from .layout import Layout
 from .transport import Exchange, Message, Transport
 
@@ -33,10 +37,11 @@ class ParallelScan:
     layout: Layout
     rank: int
     comm: Transport
-    kind: str  # p2p | gather
+    kind: str  # peer | p2p | gather
     per_interval: int
     open: tuple[bool, ...]
     continues_all_NB: Tensor
+    layer: int | None = None  # of a model, for messages
 
     def forward(
         self,
@@ -69,6 +74,11 @@ class ParallelScan:
         return chain.run(final_grad_BHKV)
 
 
+def in_layer(layer: int | None) -> str:
+    """The words that follow an operation's name."""
+    return "" if layer is None else f" of layer {layer}"
+
+
 class _Chain:
     """One pass. ``order`` names intervals as the pass meets them: left to right, or right to left in the backward.
     ``has_start``, ``want_end``: whether a state enters the first of them, and whether the last one's is wanted."""
@@ -93,8 +103,88 @@ class _Chain:
         self.entering: list[Tensor | None] = [None] * len(U)
 
     def run(self, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.scan.kind == "peer":
+            return self._peer(start)
         end = self._gather(start) if self.scan.kind == "gather" and self.scan.layout.ranks > 1 else self._hop(start)
         return stack_states(self.entering, self.U), end
+
+    def _peer(self, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A wait and a launch an interval; where a document starts in it, first what does not depend on what enters.
+        States go from host to host by p2p."""
+        if not on_gpu(self.U):
+            raise PlanError(
+                f"transport peer: it carries states that the fold's kernel takes, and not [..., K, V]="
+                f"{list(self.U.shape[-2:])} in {str(self.U.dtype).removeprefix('torch.')} on {self.U.device.type}; "
+                f"use p2p (parallel.transport)"
+            )
+        from dnsp.kernels import triton_scan
+
+        from . import symmetric
+
+        comm, near = self.scan.comm, self.scan.comm.near
+        memory = symmetric.memory(comm.nearby(), self.U.device) if len(near) > 1 else None
+        if memory is not None:
+            memory.meet(self.U)
+        tiles, each = triton_scan.tiles_of(self.U), self.scan.per_interval
+        entering = torch.empty_like(self.U, memory_format=torch.contiguous_format)
+        state = start
+
+        def through(first: int, last: int, goes_on: bool, **boxes: Any) -> Tensor:
+            part = slice(first, last)
+            _, leaving = triton_scan.fold(
+                self.M[part], self.U[part], None if boxes.get("inbox") else state,
+                None if self.continues is None else self.continues[part], last - first - (not goes_on), self.backward,
+                states_NBHKV=entering[part], clock=None if memory is None else memory.clock, **boxes,
+            )  # fmt: skip
+            return leaving
+
+        def mail(source: int | None, target: int | None, what: str) -> dict[str, Any]:
+            """Of neighbours on this host, whom the stream has waited for."""
+            come, go = (rank - near[0] if rank is not None and rank in near else None for rank in (source, target))
+            if memory is None or (come is None and go is None):
+                return {}
+            comm.calls += 1
+            return dict(zip(("inbox", "outbox"), memory.wait(tiles, come, go, what), strict=True))
+
+        def send(target: int | None, leaving: Tensor, what: str) -> None:
+            if target is not None and target not in near:
+                under_way.append(comm.exchange([(target, leaving.contiguous())], [], what))
+
+        under_way: list[Exchange] = []
+
+        for place, interval in enumerate(self.order):
+            if interval not in self.mine:
+                continue
+            first = self.mine.index(interval) * each
+            last, goes_on = first + each, place + 1 < len(self.order) or self.want_end
+            source, target = self._neighbour(place - 1), self._neighbour(place + 1)
+            what = self._what(interval)
+            closed = [n for n in range(first, last) if not self.scan.open[n]]
+            leaving = None
+            if source is not None and closed and goes_on:
+                state = None
+                to = mail(None, target, what)
+                if self.backward:
+                    leaving, first = through(first, closed[0] + 1, True, **to), closed[0]
+                else:
+                    leaving, last = through(closed[-1], last, True, **to), closed[-1] + 1
+                send(target, leaving, what)
+                target, goes_on = None, False
+            if source is not None and source not in near:
+                state = torch.empty_like(self.U[0], memory_format=torch.contiguous_format)
+                comm.exchange([], [(source, state)], what).wait()
+            onward = through(first, last, goes_on, **mail(source, target, what))
+            send(target, onward, what)
+            state = onward if leaving is None else leaving
+        for exchange in under_way:
+            exchange.wait()
+        return entering, state if self.want_end and self._owner(len(self.order) - 1) == self.scan.rank else None
+
+    def _neighbour(self, place: int) -> int | None:
+        """The rank that holds a place; None where that is this one, or there is none."""
+        if not 0 <= place < len(self.order) or self._owner(place) == self.scan.rank:
+            return None
+        return self._owner(place)
 
     def _hop(self, start: Tensor | None) -> Tensor | None:
         state, under_way = start, []
@@ -147,11 +237,14 @@ class _Chain:
         return [(self._owner(place + 1), leaving.contiguous())]
 
     def _exchange(self, sends: list[Message], receives: list[Message], interval: int) -> Exchange:
-        return self.scan.comm.exchange(sends, receives, f"the delta rule's hop at interval {interval} ({self._way})")
+        return self.scan.comm.exchange(sends, receives, self._what(interval))
+
+    def _what(self, interval: int) -> str:
+        return f"the delta rule's hop at interval {interval} ({self._way}){in_layer(self.scan.layer)}"
 
     def _gather(self, start: Tensor | None) -> Tensor | None:
         width, each = self.M.shape[-1], self.scan.per_interval
-        what = f"the delta rule's gather of summaries ({self._way})"
+        what = f"the delta rule's gather of summaries ({self._way}){in_layer(self.scan.layer)}"
         packed = self.scan.comm.all_gather(torch.cat([self.M, self.U], dim=-1), what)
         state = self._shared(start, what) if self.has_start else None
         for place, interval in enumerate(self.order):

@@ -1,20 +1,23 @@
 """Messages of one sequence group: exchanges between pairs of ranks, and all-gathers. Peers are ranks of the group.
 
 Every message is posted in the same program order on all ranks, so a pair's messages match by their order alone (NCCL
-has no tags). A peer that died, or that stayed away longer than the group's timeout, surfaces as PeerLost.
+has no tags). A peer that died, or that stayed away longer than the group's timeout, surfaces as PeerLost. Tensors of a
+GPU go through pinned memory where the group speaks gloo alone, which cannot send them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import PeerLost
+from .errors import PeerLost, PlanError
+from .waits import WAITS
 
 T = TypeVar("T")
 Message = tuple[int, Tensor]  # (peer, contiguous tensor)
@@ -24,16 +27,27 @@ Works = list[tuple[int | None, dist.Work]]  # by peer; None where one work is se
 
 
 class Exchange:
-    """Messages under way. It holds their tensors until :meth:`wait`."""
+    """Messages under way. It holds their tensors until :meth:`wait`; ``staged``: where what arrives in the host's
+    memory belongs."""
 
-    def __init__(self, transport: Transport, sent: Works, received: Works, tensors: list[Tensor], what: str) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        sent: Works,
+        received: Works,
+        tensors: list[Tensor],
+        what: str,
+        staged: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> None:
         self._transport, self._sent, self._received = transport, sent, received
-        self._tensors, self._what = tensors, what
+        self._tensors, self._what, self._staged = tensors, what, staged
 
     def arrived(self) -> None:
         """Waits for what is received, which may then be read; what is sent may still be under way."""
         self._wait(self._received)
-        self._received = []
+        for host, device in self._staged:
+            device.copy_(host, non_blocking=True)
+        self._received, self._staged = [], ()
 
     def wait(self) -> None:
         """Waits for everything."""
@@ -47,11 +61,26 @@ class Exchange:
 
 
 class Transport:
-    """The messages of a group. ``group`` None: the group of one, which never sends; ``ranks``: its global ranks."""
+    """The messages of a group. ``group`` None: the group of one, which never sends; ``ranks``: its global ranks.
+    ``control``: the same ranks in a gloo group that has long patience, for what hosts tell each other before a step;
+    ``timeout``: seconds that a message may take; ``near``: the ranks of the group on this rank's host, neighbours of
+    each other, and ``near_control`` those as a group."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None, ranks: Sequence[int] = (0,), rank: int = 0) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        ranks: Sequence[int] = (0,),
+        rank: int = 0,
+        control: dist.ProcessGroup | None = None,
+        timeout: float = 30.0,
+        near: Sequence[int] | None = None,
+        near_control: dist.ProcessGroup | None = None,
+    ) -> None:
         self.group, self.ranks, self.rank = group, tuple(ranks), rank
-        self.calls = 0  # exchanges and gathers started: recomputation must add none
+        self.control, self.timeout = control, timeout
+        self.near = tuple(range(len(self.ranks)) if near is None else near)
+        self.near_control = near_control
+        self.calls = 0  # exchanges, gathers and hops started: recomputation must add none
 
     @property
     def size(self) -> int:
@@ -66,15 +95,22 @@ class Transport:
         if not tensors:
             return Exchange(self, [], [], [], what)
         self.calls += 1
+        staged: list[tuple[Tensor, Tensor]] = []
+        if tensors[0].is_cuda and not self._sends_from_gpu():
+            sends = [(peer, _on_host(tensor)) for peer, tensor in sends]
+            staged = [(torch.empty_like(buffer, device="cpu", pin_memory=True), buffer) for _, buffer in receives]
+            receives = [(peer, host) for (peer, _), (host, _) in zip(receives, staged, strict=True)]
+            torch.cuda.current_stream(tensors[0].device).synchronize()  # gloo reads the host's memory at once
+            tensors += [tensor for _, tensor in [*sends, *receives]]
         ops = [dist.P2POp(dist.isend, tensor, self.ranks[peer], self.group) for peer, tensor in sends]
         ops += [dist.P2POp(dist.irecv, buffer, self.ranks[peer], self.group) for peer, buffer in receives]
         peers: list[int | None] = [peer for peer, _ in [*sends, *receives]]
         works = self.guard(lambda: dist.batch_isend_irecv(ops), peers[0], what)
         if len(works) != len(ops):  # NCCL makes one of them all
             one_peer = peers[0] if len(set(peers)) == 1 else None
-            return Exchange(self, [], [(one_peer, work) for work in works], tensors, what)
+            return Exchange(self, [], [(one_peer, work) for work in works], tensors, what, staged)
         by_peer = list(zip(peers, works, strict=True))
-        return Exchange(self, by_peer[: len(sends)], by_peer[len(sends) :], tensors, what)
+        return Exchange(self, by_peer[: len(sends)], by_peer[len(sends) :], tensors, what, staged)
 
     def all_gather(self, tensor: Tensor, what: str) -> list[Tensor]:
         """Every rank's tensor, by rank of the group; equal shapes."""
@@ -86,12 +122,83 @@ class Transport:
         self.guard(lambda: dist.all_gather(parts, tensor, group=self.group), None, what)
         return parts
 
+    def all_to_all(self, tensor: Tensor, what: str) -> Tensor:
+        """Part r of every rank's contiguous tensor, along its first axis of as many parts as ranks, to rank r."""
+        arriving = torch.empty_like(tensor)
+        self.calls += 1
+        self.guard(lambda: dist.all_to_all_single(arriving, tensor, group=self.group), None, what)
+        return arriving
+
+    def nearby(self) -> Transport:
+        """The messages of the ranks on this host."""
+        if len(self.near) == self.size:
+            return self
+        ranks, control = [self.ranks[rank] for rank in self.near], self.near_control
+        return Transport(control, ranks, self.near.index(self.rank), control, self.timeout)
+
+    # What hosts tell each other; nothing on a GPU waits for it.
+
+    def from_all(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank of the group."""
+        if self.control is None:
+            return [value] * self.size
+        values: list[Any] = [None] * self.size
+        self.guard(lambda: dist.all_gather_object(values, value, group=self.control), None, "what the ranks agree on")
+        return values
+
+    def barrier(self) -> None:
+        """Until every rank's host is here."""
+        self.from_all(None)
+
+    def compare(self, fields: dict[str, Any], what: str) -> None:
+        """Raises PlanError on every rank, naming rank and field, where one has another value than the group's first."""
+        if self.control is None or self._digests_agree(fields, what):
+            return
+        first, *others = self.from_all(fields)
+        for rank, mine in enumerate(others, 1):
+            for name, value in mine.items():
+                if value != first.get(name):
+                    raise PlanError(
+                        f"the ranks disagree about {what}: {name} is {_short(first.get(name))} on rank {self.ranks[0]} "
+                        f"and {_short(value)} on rank {self.ranks[rank]}; give every rank of a group the same"
+                    )
+
+    def _digests_agree(self, fields: dict[str, Any], what: str) -> bool:
+        """Whether all ranks have these fields; asked within the time that a message may take, where the group's
+        backends carry tensors of the host."""
+        if "gloo" not in str(dist.get_backend_config(self.group)):
+            return False
+        digest = hashlib.sha256(repr(sorted(fields.items())).encode()).digest()
+        mine = torch.frombuffer(bytearray(digest), dtype=torch.int64)
+        return all(torch.equal(mine, other) for other in self.all_gather(mine, f"the comparison of {what}"))
+
     def guard(self, call: Callable[[], T], peer: int | None, what: str) -> T:
         try:
-            return call()
+            with WAITS.counted():
+                return call()
         except RuntimeError as error:
             missing = None if peer is None else self.ranks[peer]
             raise PeerLost(self.ranks[self.rank], missing, what, _reason(error)) from error
+
+    def _sends_from_gpu(self) -> bool:
+        """Whether the group's backend sends tensors of a GPU itself."""
+        return "nccl" in backend_of(self.group)
+
+
+def backend_of(group: dist.ProcessGroup | None) -> str:
+    """What carries a group's tensors on a GPU: nccl or gloo."""
+    config = str(dist.get_backend_config(group))
+    found = re.search(r"cuda:(\w+)", config)
+    return found[1] if found else config
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _reason(error: RuntimeError) -> str:

@@ -5,7 +5,7 @@ device busy for as long as the host needs to launch everything, as the host is a
 a device that was idle, its launches included, is its time *alone*. On a CPU both are the wall's.
 
     copy ceiling     bytes read and written a second by a copy within the device's memory, the best of 20
-    matmul ceiling   FLOP/s of square bf16 matrix products, the best of 20
+    matmul ceiling   FLOP/s of square bf16 matrix products, the best of 25
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dnsp.errors import UsageError
+from dnsp.flops import matmul_ceiling
 
 GIB, MIB = 2**30, 2**20
-CEILING_WIDTH = 8192  # of the square matrices whose product is the ceiling
 CEILING_BYTES = GIB  # that the copy reads
 CLOCK = 2e9  # cycles a second of a GPU, about: what the kernel that keeps it busy counts
 MOST_BUSY = 0.05  # seconds of it: a call that waits for the device would ask for ever more
@@ -147,12 +147,6 @@ class Ceilings:
             "copy_ceiling_tb_per_s": None if self.copy is None else self.copy / 1e12,
             "matmul_ceiling_tflops": None if self.matmul is None else self.matmul / 1e12,
         }
-
-
-def matmul_ceiling(device: torch.device) -> float:
-    """FLOP/s of square bf16 matrix products: the best of 20."""
-    a, b = (torch.randn(CEILING_WIDTH, CEILING_WIDTH, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * CEILING_WIDTH**3 / _best(lambda: a @ b)
 
 
 def copy_ceiling(device: torch.device) -> float:

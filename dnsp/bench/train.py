@@ -5,11 +5,8 @@ Both start from the same weights and see the same tokens, one document a row. A 
 checkpointing as the configuration says. transformers takes fla's kernels where fla is installed. Steps are taken by
 turns; what is reported is the median.
 
-    model FLOPs of a step = 6 N T + sum over attention layers of 6 H D T^2      (rows of T tokens, added up)
-
-with N the parameters in matrix products (a tied embedding once, an untied one not at all), and causal attention counted
-as half of its square, forward and twice that backward. Recomputation, and the delta rule's own products, do not count.
-MFU is that rate over what this device's bf16 matrix products reach, measured in the same run.
+Model FLOPs of a step are those of dnsp/flops.py, one document a row. MFU is that rate over what this device's bf16
+matrix products reach, measured in the same run.
 
 Activation memory is the peak of allocated memory in a step above parameters, gradients and optimizer state.
 """
@@ -17,6 +14,7 @@ Activation memory is the peak of allocated memory in a step above parameters, gr
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,10 +28,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dnsp.bench import common
-from dnsp.bench.common import GIB, matmul_ceiling
+from dnsp.bench.common import GIB
 from dnsp.choices import make_choices
-from dnsp.config import Config, ModelConfig, override_tree, parse_config
+from dnsp.config import Config, override_tree, parse_config
 from dnsp.errors import UsageError
+from dnsp.flops import matmul_ceiling, step_flops
 from dnsp.loss import IGNORE
 from dnsp.model import liger
 from dnsp.model.decoder import Decoder
@@ -119,6 +118,7 @@ def run(
     if missing:
         console.print(f"transformers: {missing}", markup=False)
     else:
+        os.environ["FLA_FLASH_QLA"] = "0"  # where flash-qla is installed, fla's op would hand its calls to it
         sides.append(_peer(config, sides[0].model, device, console))
     _measure(sides, steps, device)
     if profile is not None and not sides[0].failure:
@@ -235,18 +235,10 @@ def _timed(side: Side, device: torch.device) -> tuple[float, int, float]:
     return seconds, peak, float(loss)
 
 
-def model_flops(config: ModelConfig, parameters: int, rows: int, tokens: int) -> float:
-    """Of a training step, as the head of this file counts them."""
-    if not config.tie_word_embeddings:
-        parameters -= config.vocab_size * config.hidden_size
-    attention = config.layers.count("attention") * 6 * config.num_attention_heads * config.head_dim * tokens**2
-    return float(rows * (6 * parameters * tokens + attention))
-
-
 def _report(config: Config, sides: list[Side], missing: str, device: torch.device) -> dict[str, Any]:
     rows, tokens = config.train.micro_batch, config.data.sequence_length
     parameters = sum(p.numel() for p in sides[0].model.parameters())
-    flops = model_flops(config.model, parameters, rows, tokens)
+    flops = step_flops(config.model, parameters, [tokens] * rows)
     ceiling = matmul_ceiling(device) if device.type == "cuda" else None
     figures = [_figures(side, rows * tokens, flops, ceiling) for side in sides]
     report: dict[str, Any] = {

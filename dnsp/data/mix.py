@@ -18,6 +18,7 @@ from dnsp.data.pack import GOLDEN, PackedSequence, Packer, Split, hash64
 from dnsp.data.prepare import ensure
 from dnsp.data.tokenizer import Tokenizer, load_tokenizer
 from dnsp.errors import UsageError
+from dnsp.tasks.sources import TaskPacker, TaskSequence, is_task, open_task
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Cursor:
 class Step:
     """The sequences of one optimizer step, over all data ranks and micro-batches."""
 
-    sequences: tuple[PackedSequence, ...]
+    sequences: tuple[PackedSequence | TaskSequence, ...]
     targets: int  # predicted tokens in all of them: what the step's loss is divided by
     cursor: Cursor  # after this step
 
@@ -51,7 +52,7 @@ class Mixture:
     Raises UsageError for a weight that is not above 0.
     """
 
-    def __init__(self, packers: Sequence[Packer], weights: Sequence[float], *, seed: int) -> None:
+    def __init__(self, packers: Sequence[Packer | TaskPacker], weights: Sequence[float], *, seed: int) -> None:
         for packer, weight in zip(packers, weights, strict=True):
             if not 0 < weight < float("inf"):
                 raise UsageError(
@@ -106,8 +107,15 @@ def open_data(
     ``data.tokenizer``, and a vocabulary beyond the model's.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    packers = []
+    packers: list[Packer | TaskPacker] = []
     for entry in config.sources:
+        if is_task(entry.path):
+            task = open_task(entry.path, entry.options, seed=config.seed, split=split)
+            task.source.check_vocabulary(vocab_size)
+            packers.append(task)
+            continue
+        if entry.options:
+            raise UsageError(f"data.sources: {entry.path} has no options; {entry.options} are a task's, as task:mqar")
         source = IndexedSource(ensure(entry.path, config.tokenizer, cache_dir))
         check_tokenizer(source, tokenizer)
         source.check_vocabulary(vocab_size)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -150,7 +151,14 @@ class Packer:
         return order_N, np.cumsum(lengths_N) - lengths_N
 
 
-def check_ids(ids: np.ndarray, vocab_size: int, source: IndexedSource) -> None:
+class Named(Protocol):
+    """What data come from, as messages name it."""
+
+    @property
+    def prefix(self) -> str | Path: ...
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, source: Named) -> None:
     """Raises RunError where an id is none of the model's."""
     if len(ids) and (int(ids.max()) >= vocab_size or int(ids.min()) < 0):
         worst = int(ids.max()) if int(ids.max()) >= vocab_size else int(ids.min())

@@ -14,6 +14,7 @@ import numpy as np
 from dnsp.errors import UsageError
 
 BYTE_EOD = 256
+END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
@@ -97,6 +98,32 @@ class HuggingFaceTokenizer:
 
     def count_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
         return len(self.decode(ids).encode())
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Writes the files from which transformers' AutoTokenizer makes a tokenizer with the same ids."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer._tokenizer.save_pretrained(str(folder))
+        return
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Pieces
+    from transformers import PreTrainedTokenizerFast
+
+    # byte-level BPE without merges: its symbols for the 256 bytes, with the bytes' own values as ids
+    symbols = {symbol: byte for byte, symbol in byte_symbols().items()}
+    pieces = Pieces(models.BPE(vocab=symbols, merges=[]))
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pieces.decoder = decoders.ByteLevel()
+    pieces.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])  # the next free id, 256
+    PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token=END_OF_TEXT).save_pretrained(str(folder))
+
+
+def byte_symbols() -> dict[int, str]:
+    """The printable character that byte-level BPE writes for each byte (Radford et al. 2019): itself where it is
+    printable, else the next one above 255."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in plain)
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
 @cache

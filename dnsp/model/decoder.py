@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dnsp.config import ModelConfig
 from dnsp.kernels import kept
-from dnsp.loss import cross_entropy_sum
+from dnsp.loss import cross_entropy_sum, token_losses
 from dnsp.model.attention import Attention
 from dnsp.model.deltanet import DeltaNet
 from dnsp.model.gated_delta import GatedDelta
@@ -170,9 +170,14 @@ class Decoder(nn.Module):
         """The base of the rotary frequencies, which longer contexts raise; no parameter depends on it."""
         self.rope_theta = theta
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, plan: Plan) -> Tensor:
-        """The loss in fp32, summed over local targets that are not -100; the caller divides by all of the step's."""
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, plan: Plan, by_token: bool = False) -> Tensor:
+        """The loss in fp32, summed over local targets that are not -100; the caller divides by all of the step's.
+
+        ``by_token``: each target's own instead, ``[B, T]``.
+        """
         with nullcontext() if self.autocast is None else torch.autocast(tokens_BT.device.type, self.autocast):
+            if by_token:
+                return token_losses(self.hidden(tokens_BT, plan), self.lm_head.weight, targets_BT)
             return cross_entropy_sum(self.hidden(tokens_BT, plan), self.lm_head.weight, targets_BT)
 
     def hidden(self, tokens_BT: Tensor, plan: Plan, states: list[LayerState] | None = None) -> Tensor:
@@ -182,10 +187,10 @@ class Decoder(nn.Module):
         offload = Offload() if self.activation_offloading and torch.is_grad_enabled() and x.is_cuda else None
         for i, layer in enumerate(self._layers()):
             if offload is None or i + 1 == len(self.config.layers):  # the last layer's are wanted back at once
-                x = layer(x, plan, rotary, None if states is None else states[i])
+                x = layer(x, plan.at_layer(i), rotary, None if states is None else states[i])
                 continue
             with offload.saving():
-                x = layer(x, plan, rotary, tape=offload.tape())
+                x = layer(x, plan.at_layer(i), rotary, tape=offload.tape())
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dnsp.config import ModelConfig
+from dnsp.data.tokenizer import Tokenizer, save_tokenizer
 from dnsp.errors import UsageError
 from dnsp.model.decoder import Decoder
 
@@ -114,11 +115,18 @@ def export_state_dict(model: Decoder) -> dict[str, Tensor]:
     return {name: value.detach().cpu() for name, value in model.state_dict().items()}
 
 
-def save_pretrained(model: Decoder, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_pretrained(
+    model: Decoder,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    max_positions: int = 32768,
+    eos_token_id: int | None = None,
+) -> None:
     """Writes a folder that ``transformers.AutoModelForCausalLM.from_pretrained`` reads."""
     from transformers import Qwen3_5ForCausalLM
 
-    hf_config = to_hf_config(model.config, model.rope_theta)
+    hf_config = to_hf_config(model.config, model.rope_theta, max_positions)
+    hf_config.eos_token_id = eos_token_id
     with torch.device("meta"):
         hf = Qwen3_5ForCausalLM(hf_config)
     hf.load_state_dict(export_state_dict(model), assign=True)
@@ -134,6 +142,39 @@ def load_pretrained(name_or_path: str | Path) -> Decoder:
     model = Decoder(from_hf_config(hf.config))
     load_state_dict(model, hf.state_dict())
     return model
+
+
+def read_weights(name_or_path: str, wanted: ModelConfig) -> dict[str, Tensor]:
+    """The weights of a Hugging Face model for a model of this configuration, in fp32, what is tied once.
+
+    Raises:
+        UsageError: there is no such model, or it is another one: the first field that differs, and both values.
+    """
+    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
+        raise UsageError(f"init_from=hf:{name_or_path}: there is no such folder; dnsp export makes one of a run")
+    try:
+        there = load_pretrained(Path(name_or_path).expanduser() if name_or_path.startswith("~") else name_or_path)
+    except ImportError as error:
+        raise UsageError(f"init_from=hf:{name_or_path} needs transformers ({error}): pip install 'dnsp[hf]'") from None
+    except UsageError:
+        raise
+    except Exception as error:  # transformers and the hub's client raise whatever their many loaders meet
+        why = " ".join(str(error).split())[:200]
+        raise UsageError(f"init_from=hf:{name_or_path} cannot be read as a Qwen3.5 text model: {why}") from None
+    for name in (*SAME_NAME, "layers", "partial_rotary_factor"):
+        ours, theirs = getattr(wanted, name), getattr(there.config, name)
+        if ours != theirs and name != "initializer_range":
+            raise UsageError(
+                f"init_from=hf:{name_or_path} is a model with {name}={theirs!r}, the configuration has {ours!r}; "
+                "describe the model's own widths and layers in the model section"
+            )
+    return {name: parameter.detach() for name, parameter in there.named_parameters()}
+
+
+def export(model: Decoder, tokenizer: Tokenizer, folder: Path, max_positions: int, dtype: torch.dtype) -> None:
+    """A folder of weights, configuration and tokenizer, from which AutoModelForCausalLM and AutoTokenizer are made."""
+    save_pretrained(model, folder, dtype, max_positions, eos_token_id=tokenizer.eod)
+    save_tokenizer(tokenizer, folder)
 
 
 def twin(model: Decoder, max_positions: int) -> Any:

@@ -59,3 +59,24 @@ def test_segments_fill_a_gpu_and_fit_the_intervals() -> None:
 def test_offloading_needs_checkpointing() -> None:
     with pytest.raises(UsageError, match="engine.activation_checkpointing=false keeps everything; set it to true"):
         config(engine={"activation_offloading": True})
+
+
+def test_states_and_keys_go_by_peer_where_they_can() -> None:
+    reachable = make_choices(config(), None, None)[0]
+    assert (reachable.transport, reachable.attention_transport) == ("peer", "peer")
+    assert make_choices(config(), None, None, several_hosts=True)[0].attention_transport == "ring"
+    assert make_choices(config(), reachable.to_dict())[0] == Choices("flash_cpu", 0)  # went by peer, elsewhere
+    assert make_choices(config(), Choices("flash_cpu", 0).to_dict(), None)[0].transport == "p2p"  # as it began
+    narrow = config(model={"linear_value_head_dim": 24})
+    assert make_choices(narrow, None, None)[0].transport == "p2p"
+    said = make_choices(narrow, None, None)[0].transports(narrow, None, 0)
+    assert said.startswith("states cross ranks by p2p, keys and values by peer (not by peer: states of 32 x 24 have no")
+    for section in ({"transport": "peer"}, {"attention_transport": "peer"}):
+        with pytest.raises(PlanError, match=f"parallel.{next(iter(section))}=peer: it needs a GPU on every rank; use"):
+            make_choices(config(parallel=section))
+
+
+def test_a_state_that_no_kernel_folds_is_refused_for_peer() -> None:
+    wide = config(model={"linear_key_head_dim": 256}, parallel={"transport": "peer"})
+    with pytest.raises(PlanError, match="states of 256 x 32 have no kernel that folds them"):
+        make_choices(wide, None, None)

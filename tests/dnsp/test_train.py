@@ -151,24 +151,40 @@ def test_context_grows_within_a_run_and_into_another(
 
 @pytest.mark.gpu
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize(
+    ("stage", "host"),
+    [
+        (0, ()),
+        (1, ()),
+        (2, ("engine.offload_optimizer=true",)),
+        (3, ("engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}",)),
+        (3, ("engine.offload_optimizer=true", "engine.offload_parameters=true")),
+    ],
+    ids=["0", "1", "2 offloaded", "3", "3 offloaded"],
+)
 def test_a_run_on_a_gpu(
-    stage: int, workplace: Path, dnsp: Dnsp, metrics: Callable[[Path], list[dict[str, Any]]]
+    stage: int,
+    host: tuple[str, ...],
+    workplace: Path,
+    dnsp: Dnsp,
+    metrics: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
     """bf16 with everything on, stopped and resumed, on one GPU; it learns what it learns without."""
     widths = ("model.head_dim=64", "model.linear_key_head_dim=64", "model.linear_value_head_dim=64")
     plain = ("train", "tiny.yaml", *widths, "data.sequence_length=1024", "run.timeout=200")
     memory = ("engine.activation_checkpointing=true", "engine.activation_offloading=true", "engine.mlp_tile=256")
-    options = (*plain, *memory, "engine.dtype=bf16", f"engine.zero_stage={stage}", f"run.dir=gpu-{stage}")
+    name = f"gpu-{stage}-{len(host)}"
+    options = (*plain, *memory, *host, "engine.dtype=bf16", f"engine.zero_stage={stage}", f"run.dir={name}")
     for steps in ("train.steps=6", "train.steps=12"):
         done = dnsp(*options, steps, "resume=auto", cwd=workplace, timeout=180)
         assert done.returncode == 0, done.stderr
         assert "attention: cudnn" in done.stdout and "liger-kernel" in done.stdout
-    done = dnsp(*plain, "run.dir=gpu-plain", f"engine.zero_stage={stage}", "resume=auto", cwd=workplace, timeout=180)
+        assert "gradients are the ranks' sum after the reduction" in done.stdout and "NOT SAVED" not in done.stdout
+    done = dnsp(*plain, "run.dir=gpu-plain", "resume=auto", cwd=workplace, timeout=180)
     assert done.returncode == 0, done.stderr
-    mine, exact = metrics(workplace / f"gpu-{stage}"), metrics(workplace / "gpu-plain")
+    mine, exact = metrics(workplace / name), metrics(workplace / "gpu-plain")
     assert len(mine) == 12 and all(record["peak_gib"] > 0 for record in mine)
     assert mine[-1]["loss"] < 0.8 * mine[0]["loss"]
     assert compared([r["loss"] for r in mine], [r["loss"] for r in exact]) < 0.05
-    done = dnsp("eval", f"gpu-{stage}", cwd=workplace, timeout=120)
+    done = dnsp("eval", name, cwd=workplace, timeout=120)
     assert done.returncode == 0, done.stderr

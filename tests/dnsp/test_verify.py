@@ -41,7 +41,7 @@ TINY = {
     "data": {"sequence_length": 1024},
 }
 CASE_KEYS = {
-    *("ranks", "layout", "transport", "loss", "loss_rel_err", "worst_param", "worst_grad_rel_err"),
+    *("ranks", "sequence", "zero", "layout", "transport", "loss", "loss_rel_err", "worst_param", "worst_grad_rel_err"),
     *("delta_bitwise_equal", "ok"),
 }
 
@@ -92,6 +92,27 @@ def test_data_parallel_groups_and_accumulation_equal_one_process(config: Path) -
     only = ("--layouts", "zigzag", "--transports", "p2p")
     status, report = verified(config, "parallel.sequence=2", "--ranks", "1,2,4", *only)
     assert status == 0 and [c["ranks"] for c in report["cases"]] == [1, 2, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_stage_in_groups_of_every_size_equals_one_process(config: Path) -> None:
+    """Each world is started once. Weights are in shards too, which DeepSpeed leaves whole below 100,000 elements."""
+    small = ("model.pattern=[gated_delta, attention]", "model.num_hidden_layers=2", "data.sequence_length=512")
+    sharded = "engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"
+    every = ("--ranks", "2,4", "--zero", "0,1,2,3", "--sequence", "1,2,4", "--transports", "p2p")
+    status, report = verified(config, *every, *small, sharded)
+    sizes = {2: (1, 2), 4: (1, 2, 4)}
+    asked = [
+        (ranks, size, stage, layout)
+        for ranks in (2, 4)
+        for size in sizes[ranks]
+        for stage in range(4)
+        for layout in ("contiguous", "zigzag")
+    ]
+    assert status == 0
+    assert [(c["ranks"], c["sequence"], c["zero"], c["layout"]) for c in report["cases"]] == asked
+    assert max(c["worst_grad_rel_err"] for c in report["cases"]) <= 5e-5
 
 
 @pytest.mark.slow
@@ -221,7 +242,7 @@ def test_the_verdict_is_a_table_a_file_and_a_status(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: bool
 ) -> None:
     request = verify.make_request(load_config(config), [2], ["zigzag"], ["p2p", "gather"], "fp32")
-    good = verify.Case(2, "zigzag", "p2p", 5.5, 1e-8, "model.norm.weight", 1e-6, True, True)
+    good = verify.Case(2, 2, 0, "zigzag", "p2p", 5.5, 1e-8, "model.norm.weight", 1e-6, True, True)
     other = dataclasses.replace(good, transport="gather", delta_bitwise_equal=not wrong, ok=not wrong)
     assert verify.conclude(request, [good, other], tmp_path / "verdict.json") == int(wrong)
     report = json.loads((tmp_path / "verdict.json").read_text())
@@ -229,7 +250,7 @@ def test_the_verdict_is_a_table_a_file_and_a_status(
     assert all(set(case) == CASE_KEYS for case in report["cases"])
     shown = capsys.readouterr().out
     assert ("1 of 2 hold" if wrong else "2 of 2 hold") in shown
-    assert "5.500000" in shown and ("differs" in shown) == wrong and ("FAIL" in shown) == wrong
+    assert "5.50000" in shown and ("differs" in shown) == wrong and ("FAIL" in shown) == wrong
 
 
 @pytest.mark.parametrize(
@@ -239,6 +260,8 @@ def test_the_verdict_is_a_table_a_file_and_a_status(
         (["--ranks", "two"], "'two'"),
         (["--layouts", "zigzig"], "contiguous, zigzag"),
         (["--dtype", "fp8"], "fp32, bf16"),
+        (["--zero", "4"], "0, 1, 2, 3"),
+        (["--ranks", "2", "--sequence", "3"], "none of --sequence 3 divides it"),
         (["--ranks", "3", "parallel.sequence=2"], "parallel.sequence=2"),
     ],
 )

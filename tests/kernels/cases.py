@@ -158,10 +158,11 @@ def chunked(case: Case, dtype: torch.dtype, tokens: int | None = None) -> dict[s
     return case.results(*call(case, inputs, segments(case, tokens), LocalScan()), inputs)
 
 
-def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+def errors(found: dict[str, Tensor], exact: dict[str, Tensor], smallest: float = 0.0) -> dict[str, float]:
     """``|error| / |truth|`` of each tensor in the row of the batch where it is worst.
 
-    Where the truth is exactly zero, so must be what was found.
+    Where the truth is exactly zero, so must be what was found. A row that is smaller than ``smallest`` throughout
+    counts as if it were as large.
     """
     assert found.keys() == exact.keys()
     worst = {}
@@ -169,7 +170,7 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
         a = found[name].double()
         assert a.shape == b.shape, name
         assert not a[b == 0].any(), f"{name}: the truth is zero, found {a[b == 0].abs().max():.3g}"
-        norms = b.flatten(1).norm(dim=1)
+        norms = b.flatten(1).norm(dim=1).clamp(min=smallest * b[0].numel() ** 0.5)
         worst[name] = ((a - b).flatten(1).norm(dim=1) / norms.masked_fill(norms == 0, 1)).max().item()
     return worst
 

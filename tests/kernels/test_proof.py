@@ -335,7 +335,7 @@ WRONG: dict[str, tuple[str, str, Callable[[Tensor], Any], str]] = {
     "a column": ("keys_kernel", "dk", lambda x: x[..., 3].mul_(1.5), "dk is off by .* look at pairs or keys"),
     "a chunk": ("queries_kernel", "dq", lambda x: x[1, 64:128].zero_(), "dq is off by .* look at pairs or queries"),
     "not a number": ("reverse_kernel", "dv", lambda x: x[0, 5].fill_(torch.nan), "dv is off by inf"),
-    "other bits": ("keys_kernel", "dbeta", lambda x: x.mul_(1 + 1e-6 * float(torch.rand(()))), "two runs give dbeta"),
+    "other bits": ("gates_kernel", "dbeta", lambda x: x.mul_(1 + 1e-6 * float(torch.rand(()))), "two runs give dbeta"),
     "nothing": ("keys_kernel", "dk", lambda x: None, "None"),
 }
 

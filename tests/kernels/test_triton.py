@@ -74,7 +74,8 @@ def results(case: Case, dtype: torch.dtype, tokens: int | None, device: str) -> 
 def assert_right(found: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> None:
     outputs, gradients = TOLERANCE[dtype]
     limits = {name: outputs if name in ("o", "final") else gradients for name in found}
-    wrong = {name: f"{e:.2e}" for name, e in errors(found, exact).items() if not e < limits[name]}
+    smallest = 2.0**-14 if dtype == torch.float16 else 0.0  # fp16 holds no smaller normal number
+    wrong = {name: f"{e:.2e}" for name, e in errors(found, exact, smallest).items() if not e < limits[name]}
     assert not wrong, wrong
 
 
@@ -104,11 +105,14 @@ def test_interpreted_slow():
     check_interpreted([name for name in CASES if name in SLOW])
 
 
-# Bytes of local memory a thread, as compiled by Triton 3.6 and 3.7; more means that a change spills registers.
+# Bytes of local memory a thread, the more of Triton 3.6's and 3.7's; still more means that a change spills registers.
 SPILLED = {
-    90: {"reverse": 16, "queries": 128, "keys": 352},
-    80: {"prepare": 32, "keep": 32, "apply": 448, "reverse_summary": 480, "reverse": 896, "queries": 448, "keys": 1024},
+    100: {"summarise": 48, "apply": 552, "keep": 256, "reverse_summary": 32, "reverse": 504, "pairs": 48},
+    90: {"reverse": 64, "queries": 56},
+    80: {"apply": 408, "reverse_summary": 448, "reverse": 6176, "queries": 176},  # reverse with 3.6: 616
 }
+# The tensor cores' instructions; blocks of 16 rows, which *invert* multiplies, are below a warp group's size.
+MATRIX = {100: "UTCHMMA", 90: "HGMMA", 80: "HMMA"}
 
 
 @pytest.mark.parametrize("use", ["apply", "invert"])
@@ -130,8 +134,7 @@ def check_compiled(use: str, capability: int) -> None:
         pytest.skip("written for Hopper")
     binary = compiled(use, capability)
     assert binary.spilled <= SPILLED[capability].get(use, 0)
-    # The blocks of 16 that are inverted are below a warp group's size.
-    matrix = "HGMMA" if capability == 90 and use != "invert" else "HMMA"
+    matrix = "HMMA" if use == "invert" else MATRIX[capability]
     assert binary.matrix == (set() if use == "group" else {matrix})
 
 

@@ -57,7 +57,7 @@ class Compiled:
             )
         found = re.search(r"STACK:(\d+)", usage)
         assert found, usage
-        return Compiled(int(found[1]), set(re.findall(r"\b(HGMMA|HMMA)\b", code)))
+        return Compiled(int(found[1]), set(re.findall(r"\b(UTCHMMA|HGMMA|HMMA)\b", code)))
 
 
 def compiled(use: str, capability: int, *, K: int = 128, V: int = 128, H: int = 16, G: int = 2) -> Compiled:

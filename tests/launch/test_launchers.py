@@ -2,78 +2,130 @@
 
 from __future__ import annotations
 
-import json
-import os
+import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
-import yaml
 
 from dnsp.launch.local import free_port
+from tests.launch.daemons import HOSTS, Ssh
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(sys.executable).parent
 
-CONFIG = {
-    "model": {
-        "vocab_size": 257,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "pattern": ["gated_delta"],
-        "linear_num_key_heads": 1,
-        "linear_num_value_heads": 1,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-    },
-    "data": {"sequence_length": 256, "holdout": 0.2},
-    "train": {"steps": 2},
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from dnsp.data.prepare import prepare
-
-    folder = tmp_path_factory.mktemp("launch")
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * 40}) + "\n" for n in range(20)))
-    prepare(str(folder / "text.jsonl"), folder / "text", "bytes")
-    tree = {**CONFIG, "data": {**CONFIG["data"], "sources": [{"path": str(folder / "text")}]}}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
-    return folder
-
-
-def launched(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environ["PATH"] = f"{SCRIPTS}{os.pathsep}{environ['PATH']}"
-    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=100)
+Launched = Callable[..., subprocess.CompletedProcess[str]]
+Losses = Callable[[Path], list[float]]
+WholeLosses = Callable[[int], list[float]]
 
 
 @pytest.mark.slow
-def test_torchrun(folder: Path) -> None:
+@pytest.mark.timeout(400)
+def test_torchrun(folder: Path, launched: Launched) -> None:
     torchrun = (str(SCRIPTS / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "dnsp")
-    done = launched(folder, *torchrun, "train", "tiny.yaml", "run.dir=torchrun")
+    done = launched(*torchrun, "train", "tiny.yaml", "run.dir=torchrun")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run folder: torchrun") == 1
+    assert "placement: 2 ranks on 1 node, 1 sequence group of 2, all inside a node" in done.stdout
     # a refusal is said once, whatever torchrun says around it
-    done = launched(folder, *torchrun, "train", "tiny.yaml", "run.dir=torchrun")
+    done = launched(*torchrun, "train", "tiny.yaml", "run.dir=torchrun")
     assert done.returncode != 0
     assert done.stderr.count("error: torchrun holds a run already") == 1
 
 
 @pytest.mark.slow
-def test_deepspeed(folder: Path) -> None:
-    deepspeed = (str(SCRIPTS / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()))
-    done = launched(folder, *deepspeed, "--module", "dnsp", "train", "tiny.yaml", "run.dir=deepspeed")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("run folder: deepspeed") == 1
-    assert len((folder / "deepspeed" / "metrics.jsonl").read_text().splitlines()) == 2
+@pytest.mark.timeout(400)
+def test_torchrun_starts_two_nodes_again(
+    folder: Path,
+    environ: dict[str, str],
+    losses: Losses,
+    whole_losses: WholeLosses,
+    wait_for: Callable[..., None],
+) -> None:
+    """A rank is killed; torchrun starts the ranks of both nodes again, and the run resumes without being told."""
+    run, rendezvous = folder / "restarted", f"127.0.0.1:{free_port()}"
+    torchrun = (str(SCRIPTS / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3")
+    torchrun = (*torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous, "--rdzv-id", "restarted")
+    command = (*torchrun, "-m", "dnsp", "train", "tiny.yaml", "run.dir=restarted", "checkpoint.every=4")
+    logs = [folder / f"agent-{node}.log" for node in (0, 1)]
+    agents = []
+    try:
+        for log in logs:
+            with log.open("wb") as out:
+                agents.append(
+                    subprocess.Popen(
+                        (*command, "train.steps=120"), cwd=folder, env=environ, stdout=out, stderr=subprocess.STDOUT
+                    )
+                )
+
+        def said() -> str:
+            return "\n".join(log.read_text() for log in logs)
+
+        def steps() -> int:
+            path = run / "metrics.jsonl"
+            return path.read_bytes().count(b"\n") if path.exists() else 0
+
+        wait_for(lambda: steps() >= 5, said)
+        ranks = [child for agent in agents for child in psutil.Process(agent.pid).children(recursive=True)]
+        victim = next(rank for rank in ranks if rank.environ().get("RANK") == "1")
+        victim.send_signal(signal.SIGKILL)
+        codes = [agent.wait(timeout=200) for agent in agents]
+    finally:
+        for agent in agents:
+            if agent.poll() is None:
+                agent.kill()
+                agent.wait()
+    text = "\n".join(log.read_text() for log in logs)
+    assert codes == [0, 0], text
+    resumed = re.findall(r"torchrun has started this run again \((\d+)\): from step (\d+)", text)
+    assert resumed and int(resumed[-1][1]) >= 4, text
+    assert "placement: 2 ranks on 2 nodes, 1 sequence group of 2, 0 inside a node" in text
+    assert losses(run) == whole_losses(120)
 
 
 @pytest.mark.slow
-def test_a_master_port_in_use(folder: Path) -> None:
+@pytest.mark.timeout(400)
+def test_deepspeed(folder: Path, launched: Launched, losses: Losses, whole_losses: WholeLosses) -> None:
+    deepspeed = (str(SCRIPTS / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()))
+    done = launched(*deepspeed, "--module", "dnsp", "train", "tiny.yaml", "run.dir=deepspeed")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run folder: deepspeed") == 1
+    assert losses(folder / "deepspeed") == whole_losses(2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_deepspeed_over_ssh(
+    folder: Path,
+    environ: dict[str, str],
+    launched: Launched,
+    ssh: Ssh,
+    losses: Losses,
+    whole_losses: WholeLosses,
+) -> None:
+    """Two hosts, one rank each, by the hostfile; what doctor says of the file before."""
+    (folder / "hostfile").write_text("# two names of this host\n" + "".join(f"{host} slots=1\n" for host in HOSTS))
+    # what ranks on other hosts shall have in their environment beside Python's own variables
+    (folder / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=lo\n")
+    path = ssh.path(environ)
+    doctor = (sys.executable, "-m", "dnsp", "doctor", "tiny.yaml", "--hostfile", "hostfile", "--json", "doctor.json")
+    done = launched(*doctor, PATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    deepspeed = (str(SCRIPTS / "deepspeed"), "--hostfile", "hostfile", "--master_port", str(free_port()))
+    deepspeed = (*deepspeed, "--master_addr", HOSTS[0])
+    done = launched(*deepspeed, "--module", "dnsp", "train", "tiny.yaml", "run.dir=hosts", PATH=path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.stdout.count("run folder: hosts") == 1
+    assert "placement: 2 ranks on 2 nodes, 1 sequence group of 2, 0 inside a node" in done.stdout
+    assert losses(folder / "hosts") == whole_losses(2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_master_port_in_use(launched: Launched) -> None:
     """Rank 0 of a launcher that does not look: it says so, and the others do not wait for it."""
     import socket
 
@@ -82,6 +134,18 @@ def test_a_master_port_in_use(folder: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         deepspeed = (str(SCRIPTS / "deepspeed"), "--num_accelerators", "2", "--master_port", str(port))
-        done = launched(folder, *deepspeed, "--module", "dnsp", "train", "tiny.yaml", "run.dir=busy")
+        done = launched(*deepspeed, "--module", "dnsp", "train", "tiny.yaml", "run.dir=busy")
     assert done.returncode == 2, done.stderr
     assert f"127.0.0.1:{port}: the port is in use" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_world_that_does_not_fit(launched: Launched) -> None:
+    """Refused by every rank before it looks for the others, said once a node."""
+    torchrun = (str(SCRIPTS / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "dnsp")
+    done = launched(*torchrun, "train", "tiny.yaml", "run.dir=odd", "parallel.sequence=3")
+    assert done.returncode != 0
+    assert done.stderr.count("error: parallel.sequence=3 does not divide 2 ranks") == 1
+    done = launched(*torchrun, "train", "tiny.yaml", "run.dir=odd", "parallel.sequence=1", "train.global_batch=3")
+    assert done.stderr.count("error: train.global_batch=3 is not a multiple of train.micro_batch=1 times 2 data") == 1

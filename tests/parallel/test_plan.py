@@ -96,8 +96,8 @@ def test_default_segments_depend_on_the_cut_alone() -> None:
         ([[0], [3, 5]], None, {}, ["row 1", "begin with 0"]),
         ([[0, 9, 9]], None, {}, ["row 0", "9 follows 9"]),
         ([[0, 1024]], None, {}, ["1024"]),
-        ([[0]], None, {"transport": "pigeon"}, ["'pigeon'", "p2p or gather"]),
-        ([[0]], None, {"attention_transport": "p2p"}, ["'p2p'", "ring or gather"]),
+        ([[0]], None, {"transport": "pigeon"}, ["'pigeon'", "p2p, gather or peer"]),
+        ([[0]], None, {"attention_transport": "p2p"}, ["'p2p'", "ring, gather or peer"]),
     ],
 )
 def test_refusals(doc_starts: list, segment_tokens: int | None, options: dict, words: list[str]) -> None:  # type: ignore[type-arg]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ import torch.distributed as dist
 
 from dnsp.parallel.attention import attention
 from dnsp.parallel.delta_rule import delta_rule
-from dnsp.parallel.errors import PeerLost
+from dnsp.parallel.errors import PeerLost, PlanError
 from dnsp.parallel.grid import make_grid
 from dnsp.parallel.halo import causal_conv1d
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
+from dnsp.parallel.probe import refusal
 from dnsp.parallel.transport import Transport
 from tests.ranks import RankFailure, run_ranks
 
@@ -83,6 +85,50 @@ def without_a_rank(how: str) -> list[tuple[str, int, int | None, str, float]]:
         except PeerLost as lost:
             told.append((op, lost.rank, lost.peer, str(lost), time.monotonic() - start))
     return told
+
+
+def disagreeing() -> dict[str, str]:
+    """What each of three ranks is told where rank 2 means something else."""
+    grid = make_grid(timeout=30)
+    odd = grid.rank == 2
+    usual: dict[str, Any] = {"doc_starts": [[0, 70]], "tokens": 768, "segment_tokens": 64, "transport": "p2p"}
+    changes: dict[str, dict[str, Any]] = {
+        "documents": {"doc_starts": [[0, 71]]},
+        "rows": {"doc_starts": [[0, 70], [0]]},
+        "sequence length": {"tokens": 384},
+        "segment_tokens": {"segment_tokens": 128},
+        "transport": {"transport": "gather"},
+    }
+    told = {}
+    for name, change in changes.items():
+        given = usual | (change if odd else {})
+        layout = Layout("contiguous", grid.world, given["tokens"])
+        plan = make_plan(given["doc_starts"], layout, grid, given["segment_tokens"], transport=given["transport"])
+        try:
+            plan.agreed()
+        except PlanError as refused:
+            told[name] = str(refused)
+    plan = make_plan([[0, 70]], Layout("zigzag", grid.world, 768), grid)
+    assert plan.agreed() is plan
+    try:
+        x, gates = torch.randn(1, 256, 2, 16), torch.rand(1, 256, 2)
+        by_peer = make_plan([[0]], Layout("contiguous", grid.world, 768), grid, transport="peer")
+        delta_rule(x, x, x, -gates, gates, plan=by_peer)
+    except PlanError as refused:
+        told["peer"] = str(refused)
+    told["refusal"] = str(refusal(grid.transport()))
+    return told
+
+
+def test_ranks_that_disagree_are_named_with_the_field() -> None:
+    for told in run_ranks(disagreeing, 3, timeout=90):
+        refused = told.pop("peer")
+        assert "transport peer: it carries states" in refused and "on cpu; use p2p" in refused
+        assert told.pop("refusal") == "rank 0: it needs a GPU on every rank"
+        assert set(told) == {"documents", "rows", "sequence length", "segment_tokens", "transport"}
+        for field, words in told.items():
+            assert words.startswith(f"the ranks disagree about the plan: {field} is "), words
+            assert "on rank 0 and " in words and "on rank 2; give every rank" in words, words
 
 
 @pytest.mark.parametrize("how", ["dies", "sleeps"])

@@ -1,0 +1,176 @@
+"""What a run is made of and what it goes on from: its folder, the checkpoint it resumes, the weights it begins with."""
+
+from __future__ import annotations
+
+import fcntl
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+
+from dnsp import checkpoint, stalls, watchdog
+from dnsp.config import Config
+from dnsp.data.mix import Mixture
+from dnsp.data.tokenizer import Tokenizer
+from dnsp.errors import UsageError
+from dnsp.kernels.segments import kernels_for_program
+from dnsp.model import liger
+from dnsp.model.decoder import Decoder
+from dnsp.parallel.grid import Grid
+from dnsp.parallel.layout import Layout
+from dnsp.parallel.plan import make_plan
+
+
+def check_layout(config: Config, grid: Grid, length: int) -> None:
+    """Refuse sequences of ``length`` tokens that the sequence group or the segments do not divide."""
+    make_plan([[0]], Layout(config.parallel.layout, grid.sequence_size, length), grid, config.parallel.segment_tokens)
+
+
+def identity_of(config: Config, tokenizer: Tokenizer, data: Mixture) -> dict[str, Any]:
+    """What a run folder's runs have in common: another of these is another run."""
+    sources = [
+        {"contents": packer.source.identity, "weight": source.weight}
+        for packer, source in zip(data.packers, config.data.sources, strict=True)
+    ]
+    return {
+        "model": config.model.model_dump(mode="json"),
+        "tokenizer": tokenizer.fingerprint,
+        "data": {"sources": sources, "seed": config.data.seed, "holdout": config.data.holdout},
+    }
+
+
+def open_folder(config: Config, identity: dict[str, Any], name: str, first: bool) -> Path:
+    """The run folder, made or checked by rank 0; a new one each time unless ``run.dir`` names one."""
+    with watchdog.agreed():
+        try:
+            folder = _make_folder(config, identity, name) if first else None
+        except OSError as error:
+            where = config.run.dir or "runs"
+            raise UsageError(f"cannot make the run folder {where}: {error.strerror}; set run.dir to another") from None
+    return watchdog.from_first(folder)
+
+
+def check_free(config: Config) -> None:
+    """Refuse the folder of a living run before anything of it is read; nothing is written.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    lock = Path(config.run.dir or "", ".lock")
+    if config.run.dir is None or not lock.exists():
+        return
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(IN_USE.format(folder=config.run.dir)) from None
+
+
+IN_USE = "{folder} is in use by a running run; wait for it, or choose another run.dir"
+_LOCKS: list[FileLock] = []  # held until the process ends
+
+
+def _make_folder(config: Config, identity: dict[str, Any], name: str) -> Path:
+    if config.run.dir is None:
+        stem, number = f"{name}-{date.today():%Y%m%d}", 1
+        Path("runs").mkdir(exist_ok=True)
+        while True:
+            folder = Path("runs", f"{stem}-{number}")
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+    else:
+        folder = Path(config.run.dir)
+        checkpoint.check_identity(folder, identity)
+        if config.resume == "none" and (folder / "metrics.jsonl").exists():
+            raise UsageError(f"{folder} holds a run already; resume=auto continues it, or choose another run.dir")
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UsageError(IN_USE.format(folder=folder)) from None
+    _LOCKS.append(lock)
+    checkpoint.clean(folder)
+    stalls.clear(folder)
+    checkpoint.write_identity(folder, identity)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    return folder
+
+
+def starting_point(config: Config, identity: dict[str, Any]) -> Path | None:
+    """The checkpoint to continue from, whole and of this run, or None; what is damaged is passed over with a word."""
+    if config.resume == "none":
+        return None
+    if config.resume != "auto":
+        found, words = checkpoint.find(config.resume)
+        checkpoint.compare(found.state["identity"], identity, found.path)
+    elif config.run.dir is None:
+        raise UsageError("resume=auto needs run.dir: name the run folder to continue")
+    else:
+        checkpoint.check_identity(Path(config.run.dir), identity)
+        latest, words = checkpoint.latest(Path(config.run.dir))
+        if latest is None:
+            if words:
+                raise UsageError(f"{'; '.join(words)}; there is no other: choose another run.dir to begin anew")
+            return None
+        found = latest
+    for word in words:
+        print(f"{word}; going on from {found.path.name}", flush=True)
+    return found.path
+
+
+def initial_weights(model: Decoder, config: Config, rope_theta: float, first: bool) -> None:
+    """The weights of another run (``init_from``), or as they were drawn. Only where a run begins."""
+    if config.init_from is None:
+        return
+    kind, _, where = config.init_from.partition(":")
+    if kind == "hf":
+        from dnsp.model.hf import read_weights
+
+        checkpoint.load_weights(model, read_weights(where, config.model), config.init_from)
+        return
+    if kind != "run":
+        raise UsageError(
+            f"init_from={config.init_from!r} is not known; write run:PATH of a run or checkpoint folder, "
+            "or hf:PATH of a Hugging Face folder"
+        )
+    other, _ = checkpoint.find(config.init_from)
+    compare_models(other, config)
+    checkpoint.load_weights(model, other.weights(), str(other.path))
+    if first and other.state["rope_theta"] != rope_theta:
+        was = other.state["rope_theta"]
+        print(f"{other.path} was trained with rope_theta={was:g}, this run begins with {rope_theta:g}", flush=True)
+
+
+def compare_models(other: checkpoint.Checkpoint, config: Config) -> None:
+    """Refuse the weights of another model; the base of the rotary frequencies may be another one.
+
+    Raises:
+        UsageError: naming the first field that differs.
+    """
+    ours, theirs = (dict(model) for model in (config.model.model_dump(mode="json"), other.state["identity"]["model"]))
+    for model in (ours, theirs):
+        model.pop("rope_theta", None)
+        # how often a pattern is repeated is written in several ways
+        layers = model.pop("pattern") * model["num_hidden_layers"]
+        model["pattern"] = layers[: model["num_hidden_layers"]]
+    checkpoint.compare({"model": theirs}, {"model": ours}, other.path)
+
+
+def check_settings(config: Config) -> None:
+    """Refuse what would fail only in or behind the first step."""
+    if config.generate.tokens and not config.generate.prompt:
+        raise UsageError("generate.prompt is empty: give it some text, or generate.tokens=0 for no sample")
+    kernels = kernels_for_program()
+    if kernels not in (None, "torch", "triton"):
+        raise UsageError(f"DNSP_DELTA_RULE={kernels}: the delta rule has the backends torch and triton; take one")
+    if kernels == "triton" and not torch.cuda.is_available():
+        raise UsageError("DNSP_DELTA_RULE=triton needs a GPU, and there is none; unset it, or take torch")
+    if torch.cuda.is_available() and liger.wanted() and liger.missing():
+        raise UsageError(f"{liger.missing()}, or set DNSP_LIGER=0 for torch's slower operations")

@@ -1,0 +1,150 @@
+"""Benches of several ranks: they are started here, on one GPU together (under MPS) or on one each, and take turns.
+
+A *turn* is one thing done by all ranks, or by one of them while the others wait; a turn's time is from the first rank
+that begins to the last that ends, hosts' clock, devices waited for. Things are timed turn about, and medians reported.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from dnsp import watchdog
+from dnsp.errors import UsageError
+from dnsp.launch.environment import find_environment
+from dnsp.launch.local import start_ranks
+from dnsp.parallel.grid import Grid, make_grid
+from dnsp.parallel.transport import Transport
+
+TIMEOUT = 60.0  # seconds that a message may take
+WARM = 2  # turns before any is timed
+Work = Callable[[], Any]
+
+
+@dataclass
+class Ranks:
+    """A rank among those of a bench: what it does in turns with the others."""
+
+    grid: Grid
+    comm: Transport
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.grid.rank == 0
+
+    def turns(self, works: Mapping[str, Work | None], steps: int, repeat: int = 1) -> dict[str, list[float]]:
+        """Milliseconds of each work, turn about; None: this rank only waits. Every rank gets the same figures."""
+        found: dict[str, list[float]] = {name: [] for name in works}
+        with Progress(transient=True, disable=not self.first) as bar:
+            line = bar.add_task(f"{self.grid.world} ranks", total=(WARM + steps) * len(works))
+            for step in range(-WARM, steps):
+                for name, work in works.items():
+                    bar.update(line, description=f"{self.grid.world} ranks: {name}")
+                    seconds = self.turn(work, repeat)
+                    bar.advance(line)
+                    if step >= 0:
+                        found[name].append(1e3 * seconds / repeat)
+        return found
+
+    def turn(self, work: Work | None, repeat: int = 1) -> float:
+        self.wait()
+        began = time.perf_counter()
+        if work is not None:
+            for _ in range(repeat):
+                work()
+            self.synchronize()
+        ended = time.perf_counter()
+        spans = [span for span in self.comm.from_all((began, ended) if work else None) if span]
+        return max(end for _, end in spans) - min(begin for begin, _ in spans)
+
+    def wait(self) -> None:
+        self.synchronize()
+        self.comm.barrier()
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        watchdog.check_peers()
+
+    @property
+    def sharing(self) -> int:
+        """Ranks on one GPU."""
+        if self.device.type == "cpu":
+            return self.grid.world
+        return -(-self.grid.world // torch.cuda.device_count())
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """How many ranks there are, how many of them share a GPU, and that in words."""
+        where = "a GPU each" if self.sharing == 1 else f"{self.sharing} on one GPU"
+        words = "on the CPU" if self.device.type == "cpu" else where
+        return {"ranks": self.grid.world, "sharing": self.sharing, "where": words}
+
+    @property
+    def multiprocessors(self) -> int:
+        """Of a GPU, this rank's share; 0 on a CPU."""
+        if self.device.type == "cpu":
+            return 0
+        return max(1, torch.cuda.get_device_properties(self.device).multi_processor_count // self.sharing)
+
+
+def measure(command: str, request: dict[str, Any], worlds: Sequence[int]) -> list[dict[str, Any]]:
+    """Starts ``dnsp COMMAND FILE`` as so many ranks, once a world; what each world's rank 0 found.
+
+    Raises: UsageError under a launcher, and where ranks failed (their words are on stderr).
+    """
+    environment = find_environment()
+    if environment.launcher != "none":
+        raise UsageError(f"this bench starts its ranks itself; run it without {environment.launcher}")
+    found = []
+    with tempfile.TemporaryDirectory(prefix="dnsp-bench-") as name:
+        file, report = Path(name, "request.json"), Path(name, "report.json")
+        for world in worlds:
+            file.write_text(json.dumps(request))
+            with watchdog.room_for(world):
+                status = start_ranks([command, str(file)], world)
+            if status:
+                raise UsageError(f"{world} ranks could not be measured (status {status}); what they said stands above")
+            found.append(json.loads(report.read_text()))
+    return found
+
+
+def as_rank(file: Path, work: Callable[[dict[str, Any], Ranks], dict[str, Any]]) -> None:
+    """What a rank that :func:`measure` started does: ``work(request, ranks)``; rank 0 leaves the figures."""
+    environment = find_environment()
+    watchdog.take_device(environment)
+    watchdog.join(environment)
+    grid = make_grid(timeout=TIMEOUT)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    found = work(json.loads(file.read_text()), Ranks(grid, grid.transport(), device))
+    if grid.rank == 0:
+        file.with_name("report.json").write_text(json.dumps(found))
+    watchdog.leave()
+
+
+def about() -> dict[str, Any]:
+    """Where figures come from."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [torch.cuda.get_device_name(i) for i in range(count)]
+    packages = {}
+    for package in ("torch", "triton", "flash-linear-attention"):
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            packages[package] = "not installed"
+    return {"gpus": gpus, "packages": packages}
+
+
+def middle(values: Sequence[float]) -> float:
+    return float(median(values)) if values else float("nan")

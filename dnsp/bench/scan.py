@@ -1,0 +1,380 @@
+"""``dnsp bench scan``: the delta rule over P ranks, forward and backward, against one process and the local shard.
+
+    one process   all tokens, by one rank alone, at the fastest of some segment lengths
+    ranks         P ranks, for each layout and transport. On one GPU together: time over one process's is the extra work
+                  of being parallel, waiting hides. On a GPU each: efficiency = local shard / ranks
+    local shard   T / P tokens by one rank alone: the ideal of a GPU each
+    replay        each rank's work alone on the GPU, its launches as in the real scan, its messages already in its
+                  inbox; from these times and the hop the *makespan* that P GPUs would have:
+
+        a state leaves a place at   max(its rank is there, it left the place before + hop) + the fold's time
+
+    hop           a flag seen by the waiting kernel minus the flag's raising, by the device's timer; one GPU only, for
+                  two GPUs' timers differ
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dnsp.bench.ranks import Ranks, about, measure, middle
+from dnsp.bench.scan_peers import missing, peers
+from dnsp.errors import UsageError
+from dnsp.kernels.delta_rule import delta_rule
+from dnsp.parallel.layout import CHUNK, KINDS, Layout
+from dnsp.parallel.plan import SCAN_TRANSPORTS, Plan, filling_segment_tokens, local_plan, make_plan
+from dnsp.parallel.probe import refusal
+
+HOPS = 30  # forward scans whose stamps are read
+AHEAD = 20_000_000  # cycles of the GPU, some 10 ms
+REPEAT = 3  # steps of a turn
+HOP_US = 10.0  # where a hop cannot be measured
+ONE, LOCAL = "one process", "local shard"
+
+
+def run(
+    tokens: int = 131_072,
+    ranks: Sequence[int] = (2, 4, 8),
+    layouts: Sequence[str] = KINDS,
+    transports: Sequence[str] = ("peer", "p2p", "gather"),
+    *,
+    heads: int = 16,
+    value_heads: int = 32,
+    width: int = 128,
+    segment_tokens: int | None = None,
+    steps: int = 5,
+    json_path: Path | None = None,
+) -> int:
+    """Measure and print; returns the exit status. ``tokens``: in all; ``segment_tokens``: of the ranks' segments, None
+    for those that fill their share of a GPU.
+
+    Raises: UsageError for what cannot be measured.
+    """
+    for what, given, known in (("--layouts", layouts, KINDS), ("--transports", transports, SCAN_TRANSPORTS)):
+        for value in given:
+            if value not in known:
+                raise UsageError(f"{what} {value}: it is not one of {', '.join(known)}")
+    for world in ranks:
+        if world < 2:
+            raise UsageError(f"--ranks {world}: one process is measured beside every number of ranks; give 2 or more")
+        for kind in layouts:
+            Layout(kind, world, tokens)
+    shape = {"tokens": tokens, "heads": heads, "value_heads": value_heads, "width": width}
+    request = {
+        **shape, "layouts": list(layouts), "transports": list(transports), "segment_tokens": segment_tokens,
+        "steps": steps,
+    }  # fmt: skip
+    worlds = measure("bench-scan-ranks", request, ranks)
+    report = {**about(), **shape, "worlds": worlds}
+    console = Console(highlight=False)
+    for found in worlds:
+        console.print(table(found, shape))
+        for note in found["notes"]:
+            console.print(f"  {note}", markup=False, soft_wrap=True)
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def table(world: dict[str, Any], shape: dict[str, Any]) -> Table:
+    """One world's figures for people."""
+    alone = world["sharing"] == 1
+    title = (
+        f"{world['ranks']} ranks, {shape['tokens']:,} tokens in all, {shape['heads']}/{shape['value_heads']} heads of "
+        f"{shape['width']}, bf16, forward + backward; {world['where']}"
+    )
+    rows = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    columns = ["", "segment", "ms", "efficiency" if alone else "over one", "makespan", "over local", "hop, us"]
+    for column in columns:
+        rows.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    one, local = world[ONE]["ms"], world[LOCAL]["ms"]
+    rows.add_row(ONE, f"{world[ONE]['segment_tokens']:,}", f"{one:.3f}", "" if alone else "1.000")
+    rows.add_row(LOCAL, f"{world[LOCAL]['segment_tokens']:,}", f"{local:.3f}", "100.0%" if alone else "")
+    for way in world["ways"]:
+        makespan, hop = way.get("makespan_ms"), way.get("hop_us")
+        rows.add_row(
+            f"{way['layout']}, {way['transport']}",
+            f"{way['segment_tokens']:,}",
+            f"{way['ms']:.3f}",
+            f"{local / way['ms']:.1%}" if alone else f"{way['ms'] / one:.3f}",
+            "" if makespan is None else f"{makespan:.3f}",
+            "" if makespan is None else f"{makespan / local:.3f}",
+            "" if hop is None else f"{hop:.1f}",
+        )
+    for peer in world.get("peers", ()):
+        rows.add_row(peer["name"], "", f"{peer['ms']:.3f}", f"{local / peer['ms']:.1%}" if alone else "")
+    return rows
+
+
+# What a rank does.
+
+
+@dataclass
+class Step:
+    """Forward and backward of the op on some tokens."""
+
+    plan: Plan
+    inputs: dict[str, Tensor]
+    do: Tensor
+    scan: Any = None  # instead of the plan's
+
+    def __call__(self) -> None:
+        o, _ = self.forward()
+        torch.autograd.grad(o, list(self.inputs.values()), self.do)
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        i = self.inputs
+        return delta_rule(
+            i["q"], i["k"], i["v"], i["g"], i["beta"], scale=i["k"].shape[-1] ** -0.5, segments=self.plan.segments,
+            scan=self.scan or self.plan.scan, doc_start_BT=self.plan.doc_start_BT, normalise_qk=True,
+        )  # fmt: skip
+
+
+def make_step(plan: Plan, request: dict[str, Any], device: torch.device, like: Step | None = None) -> Step:
+    """``like``: a step on as many tokens, whose inputs serve again."""
+    if like is not None:
+        return Step(plan.to(device), like.inputs, like.do)
+    H, HV, D, T = request["heads"], request["value_heads"], request["width"], plan.local_tokens
+    draw = torch.Generator(device).manual_seed(plan.rank)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*shape, generator=draw, device=device, dtype=torch.float32).to(dtype)
+
+    inputs = {"q": normal(1, T, H, D), "k": normal(1, T, H, D), "v": normal(1, T, HV, D)}
+    inputs["g"] = -0.05 * normal(1, T, HV, dtype=torch.float32).abs()
+    inputs["beta"] = normal(1, T, HV, dtype=torch.float32).sigmoid()
+    return Step(plan.to(device), {name: x.requires_grad_() for name, x in inputs.items()}, normal(1, T, HV, D))
+
+
+class Replay:
+    """A rank's scan alone: the launches of the real one, on mail that has come and room that there is. ``folds``:
+    events around each interval's launches, of a forward scan and of the reverse one after it."""
+
+    def __init__(self, plan: Plan, U_shape: Sequence[int], device: torch.device) -> None:
+        from dnsp.kernels import triton_scan
+
+        B, HV, K, V = U_shape
+        self.scan = plan.scan
+        tiles = B * HV * V // triton_scan.COLUMNS
+        self.tiles = tiles
+        inbox, outbox, self.clock = triton_scan.loopback(tiles, device)
+        far = torch.full_like(inbox.ready_C, 2**30)
+        self.inbox = inbox._replace(ready_C=far, free_C=torch.zeros_like(far))
+        self.outbox = outbox._replace(free_C=far, ready_C=torch.zeros_like(far))
+        self.folds: list[list[torch.cuda.Event]] = []
+
+    def forward(self, M: Tensor, U: Tensor, continues: Tensor | None, initial: Any, want_final: bool) -> Any:
+        return self._pass(M, U, continues, backward=False), None
+
+    def reverse(self, M: Tensor, D: Tensor, continues: Tensor | None, final: Any, has: bool, want: bool) -> Any:
+        return self._pass(M, D, continues, backward=True), None
+
+    def _pass(self, M: Tensor, U: Tensor, continues: Tensor | None, backward: bool) -> Tensor:
+        from dnsp.kernels import triton_scan
+
+        layout, rank, each = self.scan.layout, self.scan.rank, self.scan.per_interval
+        entering, state = torch.empty_like(U), None
+        events = [_event()]
+        mine = layout.indices(rank)
+        for interval in reversed(mine) if backward else mine:
+            part = slice(mine.index(interval) * each, (mine.index(interval) + 1) * each)
+            before, after = (interval + 1, interval - 1) if backward else (interval - 1, interval + 1)
+            goes_on = 0 <= after < layout.count
+            inbox = self.inbox if 0 <= before < layout.count and layout.owner(before) != rank else None
+            outbox = self.outbox if goes_on and layout.owner(after) != rank else None
+            if inbox or outbox:
+                triton_scan.wait(self.tiles, inbox, outbox, self.clock)
+            _, state = triton_scan.fold(
+                M[part], U[part], None if inbox else state, None if continues is None else continues[part],
+                each - (not goes_on), backward, inbox=inbox, outbox=outbox, clock=self.clock,
+                states_NBHKV=entering[part],
+            )  # fmt: skip
+            events.append(_event())
+        self.folds.append(events)
+        return entering
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+@dataclass
+class Work:
+    """What a rank does in a step, ms: before the forward scan, each interval's fold in it, between the scans, each
+    interval's fold in the reverse one, and after it."""
+
+    before: float
+    forward: list[float]
+    between: float
+    reverse: list[float]
+    after: float
+
+    @staticmethod
+    def of(step: Step, replay: Replay, repeats: int) -> Work:
+        found: list[Work] = []
+        for _ in range(repeats + 2):
+            replay.folds.clear()
+            torch.cuda._sleep(AHEAD)  # the host comes to be ahead, and the device waits for nothing
+            began = _event()
+            step()
+            ended = _event()
+            torch.cuda.synchronize()
+            there, back = replay.folds
+            folds = [[a.elapsed_time(b) for a, b in zip(p, p[1:], strict=False)] for p in (there, back)]
+            between = there[-1].elapsed_time(back[0])
+            found.append(Work(began.elapsed_time(there[0]), folds[0], between, folds[1], back[-1].elapsed_time(ended)))
+        found = found[2:]
+        return Work(
+            middle([w.before for w in found]),
+            [middle(list(column)) for column in zip(*(w.forward for w in found), strict=True)],
+            middle([w.between for w in found]),
+            [middle(list(column)) for column in zip(*(w.reverse for w in found), strict=True)],
+            middle([w.after for w in found]),
+        )
+
+
+def makespan(layout: Layout, works: Sequence[Work], hop_ms: float) -> float:
+    """When the last of P GPUs ends a step, ms; every rank begins at 0."""
+    there = [work.before for work in works]  # when a rank's stream has come to its next interval
+    for backward in (False, True):
+        left, owner_before = 0.0, -1
+        folds = [list(work.reverse if backward else work.forward) for work in works]
+        order = range(layout.count)
+        for interval in reversed(order) if backward else order:
+            rank = layout.owner(interval)
+            come = left + (hop_ms if owner_before not in (-1, rank) else 0.0)
+            left = max(there[rank], come if owner_before >= 0 else 0.0) + folds[rank].pop(0)
+            there[rank], owner_before = left, rank
+        if not backward:
+            there = [at + work.between for at, work in zip(there, works, strict=True)]
+    return max(at + work.after for at, work in zip(there, works, strict=True))
+
+
+def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """One world's figures."""
+    grid, device, tokens, steps = ranks.grid, ranks.device, request["tokens"], request["steps"]
+    notes: list[str] = []
+    why_not = refusal(ranks.comm)
+    transports = [t for t in request["transports"] if not (t == "peer" and why_not)]
+    if why_not and "peer" in request["transports"]:
+        notes.append(f"not by peer: {why_not}")
+    full = 0 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+    alone: dict[str, dict[str, Any]] = {}  # rank 0 by itself, at several segment lengths
+    for name, length in ((ONE, tokens), (LOCAL, tokens // grid.world)):
+        timed: dict[int, Step] = {}
+        if ranks.first:
+            for segment in _segments(length, request, full):
+                like = next(iter(timed.values()), None)
+                timed[segment] = make_step(local_plan([[0]], length, segment), request, device, like)
+        sizes = ranks.comm.from_all(list(timed))[0]
+        times = ranks.turns({str(n): timed.get(n) for n in sizes}, steps, REPEAT)
+        best = min(times, key=lambda n: middle(times[n]))
+        alone[name] = {"ms": middle(times[best]), "segment_tokens": int(best)}
+        timed.clear()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    ways: list[dict[str, Any]] = []
+    works: dict[str, Any] = {}
+    step: Step | None = None
+    if ranks.first:
+        works[ONE] = make_step(local_plan([[0]], tokens, alone[ONE]["segment_tokens"]), request, device)
+    else:
+        works[ONE] = None
+    for kind in request["layouts"]:
+        layout = Layout(kind, grid.world, tokens)
+        segment = request["segment_tokens"] or _filling(layout, request, ranks.multiprocessors)
+        for transport in transports:
+            plan = make_plan([[0]], layout, grid, segment, transport=transport)
+            works[f"{kind}, {transport}"] = step = make_step(plan, request, device, step)
+            ways.append({"layout": kind, "transport": transport, "segment_tokens": plan.segments.tokens})
+    why_no_fla = missing(ranks)
+    others = {}
+    if why_no_fla:
+        notes.append(f"not beside fla: {why_no_fla}")
+    elif step is not None:
+        others = peers(request, ranks, step.inputs, step.do)
+        works |= others
+    times = ranks.turns(works, steps, REPEAT)
+    alone[ONE]["ms"] = middle(times[ONE])
+    for way in ways:
+        way["ms"] = middle(times[f"{way['layout']}, {way['transport']}"])
+        if way["transport"] == "peer":
+            hops = _hops(works[f"{way['layout']}, peer"], ranks)
+            way["hop_us"] = middle(hops) if hops else None
+            assert step is not None
+            hop_us = next((w["hop_us"] for w in ways if w.get("hop_us")), HOP_US)
+            way["makespan_ms"], way["work_ms"] = _replayed(way["layout"], request, ranks, hop_us / 1e3, step)
+    beside = [{"name": name, "ms": middle(times[name])} for name in others]
+    return {**ranks.about, "ways": ways, "notes": notes, "peers": beside, **alone}
+
+
+def _segments(length: int, request: dict[str, Any], multiprocessors: int) -> list[int]:
+    """Segment lengths to try on one process: the one that fills the GPU, half of it, and twice."""
+    layout = Layout("contiguous", 1, length)
+    filling = _filling(layout, request, multiprocessors)
+    tried: set[int] = {filling, filling // 2 // CHUNK * CHUNK, 2 * filling}
+    return sorted(n for n in tried if CHUNK <= n <= -(-length // CHUNK) * CHUNK)
+
+
+def _filling(layout: Layout, request: dict[str, Any], multiprocessors: int) -> int:
+    programs = request["value_heads"] * max(1, request["width"] // 64)
+    return filling_segment_tokens(layout, programs, max(1, multiprocessors))
+
+
+def _hops(step: Step, ranks: Ranks) -> list[float]:
+    """Microseconds from a flag's raising to its sight, of forward scans; where the GPU is one, contiguous alone (there
+    a rank waits and raises once)."""
+    if step.plan.layout.kind != "contiguous" or torch.cuda.device_count() > 1:
+        return []
+    from dnsp.parallel import symmetric
+
+    clock = symmetric.memory(step.plan.comm, ranks.device).clock
+    found = []
+    for _ in range(HOPS):
+        ranks.wait()
+        with torch.no_grad():
+            step.forward()
+        torch.cuda.synchronize()
+        stamps = clock.stamps.cpu()
+        mine = int(stamps[0]), int(stamps[1]), int(stamps[2:].max())  # began to wait, saw, raised
+        everyone = ranks.comm.from_all(mine)
+        for (_, _, raised), (began, saw, _) in zip(everyone, everyone[1:], strict=False):
+            if began < raised:  # it was waiting
+                found.append((saw - raised) / 1e3)
+    return found
+
+
+def _replayed(
+    kind: str, request: dict[str, Any], ranks: Ranks, hop_ms: float, like: Step
+) -> tuple[float, list[dict[str, Any]]]:
+    """The makespan of a GPU each, and every rank's work; ranks one after another, a GPU's worth of segments."""
+    layout = Layout(kind, ranks.grid.world, request["tokens"])
+    full = torch.cuda.get_device_properties(ranks.device).multi_processor_count
+    segment = request["segment_tokens"] or _filling(layout, request, full)
+    plan = make_plan([[0]], layout, ranks.grid, segment, transport="peer")
+    step = make_step(plan, request, ranks.device, like)
+    replay = Replay(plan, (1, request["value_heads"], request["width"], request["width"]), ranks.device)
+    step.scan = replay
+    mine: Work | None = None
+    for rank in range(ranks.grid.world):
+        ranks.wait()
+        if rank == ranks.grid.rank:
+            mine = Work.of(step, replay, request["steps"])
+    ranks.wait()
+    works = ranks.comm.from_all(mine)
+    return makespan(layout, works, hop_ms), [vars(work) for work in works]
+

@@ -1,0 +1,139 @@
+"""``dnsp bench stack``: whole layers over P ranks, forward and backward, against one process on the same tokens.
+
+Three gated delta layers and one of attention, with projections, convolutions, norms and feed-forwards, as a model has
+them; no optimizer and no reduction of gradients. By turns, medians; on one GPU together the time over one process's is
+the extra work of being parallel, on a GPU each efficiency is a P-th of one process's time over the ranks'.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dnsp.bench.ranks import Ranks, about, measure, middle
+from dnsp.bench.scan import ONE
+from dnsp.bench.train import SHAPE
+from dnsp.choices import make_choices
+from dnsp.config import Config, override_tree, parse_config
+from dnsp.errors import UsageError
+from dnsp.model.decoder import Decoder
+from dnsp.parallel.layout import KINDS, Layout
+from dnsp.parallel.plan import Plan, local_plan, make_plan
+from dnsp.parallel.probe import refusal
+
+LAYERS = ["model.num_hidden_layers=4", "model.vocab_size=1024", "engine.activation_checkpointing=false"]
+
+
+def run(
+    overrides: Sequence[str],
+    tokens: int = 65_536,
+    ranks: Sequence[int] = (4,),
+    layouts: Sequence[str] = KINDS,
+    *,
+    steps: int = 5,
+    json_path: Path | None = None,
+) -> int:
+    """Measure and print; returns the exit status. ``overrides``: of the configuration of ``dnsp bench train``.
+
+    Raises: UsageError for what cannot be measured.
+    """
+    settings = [*LAYERS, *overrides, f"data.sequence_length={tokens}"]
+    config = parse_config(override_tree(SHAPE, settings), "dnsp bench stack")
+    for kind in layouts:
+        if kind not in KINDS:
+            raise UsageError(f"--layouts {kind}: it is not one of {', '.join(KINDS)}")
+        for world in ranks:
+            if world < 2:
+                raise UsageError(f"--ranks {world}: one process is measured beside any number of ranks; give 2 or more")
+            Layout(kind, world, tokens)
+    request = {"config": config.model_dump(mode="json"), "layouts": list(layouts), "steps": steps}
+    worlds = measure("bench-stack-ranks", request, ranks)
+    console = Console(highlight=False)
+    for found in worlds:
+        console.print(table(found, config))
+    if json_path is not None:
+        json_path.write_text(json.dumps({**about(), "tokens": tokens, "worlds": worlds}, indent=2) + "\n")
+    return 0
+
+
+def table(world: dict[str, Any], config: Config) -> Table:
+    """One world's figures for people."""
+    alone = world["sharing"] == 1
+    title = (
+        f"{world['ranks']} ranks, {config.data.sequence_length:,} tokens in all, {', '.join(config.model.layers)} of "
+        f"width {config.model.hidden_size:,}; {world['where']}"
+    )
+    rows = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    for column in ("", "ms", "efficiency" if alone else "over one process"):
+        rows.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    one = world["ways"][0]["ms"]
+    for way in world["ways"]:
+        share = f"{one / world['ranks'] / way['ms']:.1%}" if alone else f"{way['ms'] / one:.3f}"
+        rows.add_row(way["name"], f"{way['ms']:.3f}", "" if alone and way["name"] == ONE else share)
+    return rows
+
+
+# What a rank does.
+
+
+@dataclass
+class Step:
+    """The layers, there and back, on a plan's tokens."""
+
+    model: Decoder
+    tokens: Tensor
+    plan: Plan
+    grad: Tensor
+
+    def __call__(self) -> None:
+        self.model.hidden(self.tokens, self.plan).backward(self.grad)
+        self.model.zero_grad(set_to_none=True)
+
+
+def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """One world's figures."""
+    config, grid, device = parse_config(request["config"], "dnsp bench stack"), ranks.grid, ranks.device
+    length = config.data.sequence_length
+    choices = ranks.comm.from_all(make_choices(config, None, refusal(ranks.comm), bool(grid.near))[0])[0]
+    torch.manual_seed(0)
+    with device:
+        model = Decoder(config.model).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+    def step(plan: Plan) -> Step:
+        shape = 1, plan.local_tokens
+        like: dict[str, Any] = {"device": device, "dtype": model.lm_head.weight.dtype}
+        grad = torch.randn(*shape, config.model.hidden_size, **like)
+        return Step(model, torch.randint(config.model.vocab_size, shape, device=device), plan.to(device), grad)
+
+    def layout(kind: str, world: int) -> tuple[Layout, int | None]:
+        found = Layout(kind, world, length)
+        share = choices.multiprocessors // (ranks.sharing if world > 1 else 1)  # of the GPU that ranks share
+        return found, replace(choices, multiprocessors=share).segment_tokens(config, found)
+
+    works: dict[str, Step | None] = {ONE: None}
+    if ranks.first:
+        segment = layout("contiguous", 1)[1]
+        works[ONE] = step(_with(local_plan([[0]], length, segment), choices.attention_backend))
+    for kind in request["layouts"]:
+        cut, segment = layout(kind, grid.world)
+        plan = make_plan(
+            [[0]], cut, grid, segment, transport=choices.transport, attention_transport=choices.attention_transport,
+            attention_backend=choices.attention_backend,
+        )  # fmt: skip
+        works[f"{kind}, {choices.transport}"] = step(plan)
+    times = ranks.turns(works, request["steps"])
+    ways = [{"name": name, "ms": middle(times[name])} for name in works]
+    return {**ranks.about, "ways": ways, "choices": choices.to_dict()}
+
+
+def _with(plan: Plan, backend: str) -> Plan:
+    return replace(plan, attention_backend=backend)

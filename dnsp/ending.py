@@ -1,0 +1,28 @@
+"""How a rank ends: its words go to the process that started the ranks if there is one, else to stderr. Starts fast."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from dnsp.launch.local import ERROR_FILE
+
+
+def end(status: int, message: str, consequence: bool = False, quiet: bool = False) -> int:
+    """Say why this process ends and, if it is a rank, end it.
+
+    ``consequence``: of another rank's failure. ``quiet``: to be said only where the ranks' starter collects reports.
+    """
+    text = "error: " + message.strip()
+    if ERROR_FILE in os.environ:
+        said = {"time": time.time(), "message": text, "consequence": consequence}
+        Path(os.environ[ERROR_FILE]).write_text(json.dumps(said))
+    elif not quiet:
+        print(text, file=sys.stderr, flush=True)
+    if "RANK" in os.environ:  # no destructors: a process group would wait in them for ranks that are gone
+        sys.stdout.flush()
+        os._exit(status)
+    return status

@@ -1,0 +1,135 @@
+"""``dnsp doctor CONFIG``: whether a configuration can run on this machine, or on the hosts of a hostfile."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from dnsp import checkpoint
+from dnsp.cli import check_ranks
+from dnsp.config import Config
+from dnsp.data.mix import open_data
+from dnsp.data.tokenizer import load_tokenizer
+from dnsp.errors import RunError, UsageError
+from dnsp.flops import step_flops
+from dnsp.launch.local import cores
+from dnsp.model.decoder import Decoder
+from dnsp.parallel.errors import LayoutError, PlanError
+from dnsp.schedule import spans
+from dnsp.train import check_settings
+
+if TYPE_CHECKING:
+    from dnsp.doctor import Row
+
+GIB = 2**30
+STATE, SHARDED = 8, 8  # bytes a parameter: itself and its gradient, and what ZeRO shards, AdamW's moments
+
+
+def ranks_of(config: Config, asked: int | None, slots: int | None) -> int:
+    """The ranks that a run would have: those asked for, else every slot, else every GPU, at least a sequence group."""
+    here = slots or (torch.cuda.device_count() if torch.cuda.is_available() else 1)
+    return asked or max(here, config.parallel.sequence or 1)
+
+
+def examine(config: Config, ranks: int, here: bool) -> Iterator[Row]:
+    """Rows on ranks, data, tokenizer, model, memory and run folder; ``here``: the ranks would be on this machine."""
+    yield _tried("ranks", lambda: _ranks(config, ranks, here))
+    yield _tried("settings", lambda: _settings(config))
+    yield _tried("tokenizer", lambda: (load_tokenizer(config.data.tokenizer), config.data.tokenizer)[1])
+    yield _tried("data", lambda: _data(config))
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Decoder(config.model).parameters())
+    length = max(span.sequence_length for span in spans(config))
+    flops = step_flops(config.model, parameters, [length] * config.train.global_batch)
+    yield "model", "ok", f"{parameters:,} parameters, {flops / 1e12:,.3g} TFLOP a step of {length:,} tokens a row", ""
+    yield _memory(config, parameters, ranks, here)
+    yield _tried("run folder", lambda: _folder(config))
+    yield _disk(config, parameters)
+
+
+def _tried(name: str, ask: Callable[[], str]) -> Row:
+    try:
+        return name, "ok", ask(), ""
+    except (UsageError, RunError, LayoutError, PlanError) as error:
+        found, cure = _split(str(error))
+        return name, "missing", found, cure
+
+
+def _split(message: str) -> tuple[str, str]:
+    """A refusal into what is wrong and the way out."""
+    for mark in ("; ", ": "):
+        found, there, cure = message.rpartition(mark)
+        if there:
+            return found, cure
+    return message, "change one of the values named"
+
+
+def _ranks(config: Config, ranks: int, here: bool) -> str:
+    check_ranks(config, ranks)
+    sequence = config.parallel.sequence or ranks
+    if here and torch.cuda.is_available() and ranks > torch.cuda.device_count():
+        raise UsageError(
+            f"{ranks} ranks on {torch.cuda.device_count()} GPUs; take as many ranks as GPUs (parallel.sequence, "
+            "--ranks), or more hosts (--hostfile)"
+        )
+    crowded = f", on {cores()} cores" if here and ranks > cores() else ""
+    return f"{ranks // sequence} x {sequence} (data x sequence){crowded}"
+
+
+def _settings(config: Config) -> str:
+    check_settings(config)
+    if config.init_from is not None:
+        checkpoint.find(config.init_from)
+    return "agree"
+
+
+def _data(config: Config) -> str:
+    for split in ("train", "heldout"):
+        data = open_data(config.data, vocab_size=config.model.vocab_size, split=split)
+        for span in spans(config):
+            data.check_length(span.sequence_length)
+    return f"{len(config.data.sources)} source{'s' if len(config.data.sources) > 1 else ''}"
+
+
+def _memory(config: Config, parameters: int, ranks: int, here: bool) -> Row:
+    shards = ranks if config.engine.zero_stage else 1
+    needed = parameters * (STATE + SHARDED / shards)
+    found = f"about {needed / GIB:,.2f} GiB a rank for parameters, gradients and moments"
+    if not here:
+        return "memory", "info", found, ""
+    if torch.cuda.is_available():
+        room, what = torch.cuda.get_device_properties(0).total_memory, "of a GPU"
+    else:
+        room, what = psutil.virtual_memory().available // ranks, "of the memory that is free"
+    found += f", {room / GIB:,.1f} GiB {what}"
+    if needed < 0.9 * room:
+        return "memory", "ok", found, ""
+    sharded = "take more ranks with engine.zero_stage=1" if shards == 1 else "take more ranks"
+    return "memory", "missing", found, f"{sharded}, or a smaller model"
+
+
+def _folder(config: Config) -> str:
+    if config.run.dir is None:
+        return "a new one under runs/"
+    folder = Path(config.run.dir)
+    if config.resume == "none" and (folder / "metrics.jsonl").exists():
+        raise UsageError(f"{folder} holds a run already; resume=auto continues it, or choose another run.dir")
+    saved = checkpoint.checkpoints(folder)
+    return f"{folder}: goes on from {saved[-1].name}" if saved else f"{folder}: begins"
+
+
+def _disk(config: Config, parameters: int) -> Row:
+    there = Path(config.run.dir or "runs").absolute()
+    while not there.exists():
+        there = there.parent
+    free, one = shutil.disk_usage(there).free, 12 * parameters  # fp32, and two moments
+    needed = (config.checkpoint.keep + 1) * one
+    found = f"{config.checkpoint.keep + 1} checkpoints of {one / GIB:,.2f} GiB, {free / GIB:,.1f} GiB free at {there}"
+    if needed < free:
+        return "disk", "ok", found, ""
+    return "disk", "missing", found, "make room, lower checkpoint.keep, or choose another run.dir"

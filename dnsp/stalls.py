@@ -1,0 +1,163 @@
+"""Where a rank is, and what is left of it when a run fails: one thread a rank looks after both.
+
+    RUN/failure.txt            the verdict of the rank that failed first
+    RUN/stacks/rank-00001.txt  where each rank was (step, layer, what it did) and the Python stacks of its threads
+    RUN/stacks/rank-00001.json torch's flight recorder: the last collectives of each rank, and which were not complete
+
+The training thread only sets plain attributes. The thread ends a rank that makes no progress for ``run.stall`` seconds;
+where collectives have a deadline (``run.timeout``) they notice first, and say which rank they waited for.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import platform
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FAILURE = "failure.txt"
+STACKS = "stacks"
+POLL = 0.25  # seconds
+LINGER = 1.5  # seconds that the first to fail gives the others for their stacks
+
+
+class Place:
+    """Where this rank is: ``step`` (from 1), ``layer`` (None: outside of them), ``doing``. Setting it is progress."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.node = rank, platform.node()
+        self.step, self.layer, self.doing = 0, None, "starting"  # type: int, str | None, str
+        self.since = time.monotonic()
+
+    def at(self, doing: str, layer: str | None = None, step: int | None = None) -> None:
+        self.doing, self.layer, self.since = doing, layer, time.monotonic()
+        if step is not None:
+            self.step = step
+
+    def __str__(self) -> str:
+        layer = f", layer {self.layer}" if self.layer else ""
+        return f"rank {self.rank} (node {self.node}) was at step {self.step}{layer}, in {self.doing}"
+
+    def follow(self, layers: nn.ModuleList, kinds: list[str]) -> None:
+        """Have every layer say when its forward and its backward begin."""
+        for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
+            name = f"{index} ({kind})"
+
+            def entered(module: nn.Module, inputs: Any, name: str = name) -> None:
+                self.at("the forward", name)
+
+            def left(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+                if output.requires_grad:
+                    output.register_hook(lambda _: self.at("the backward", name))
+
+            layer.register_forward_pre_hook(entered)
+            layer.register_forward_hook(left)
+
+
+class Stalls(threading.Thread):
+    """Leaves this rank's stacks when the run fails, and ends the rank when it makes no progress.
+
+    Args:
+        place: kept by the training thread.
+        give_up: ends this process with a verdict; does not return.
+    """
+
+    def __init__(self, place: Place, give_up: Callable[[str], None]) -> None:
+        super().__init__(name="stalls", daemon=True)
+        self.place, self.give_up = place, give_up
+        self.folder: Path | None = None  # of the run, once there is one
+        self.limit = float("inf")  # seconds without progress
+        self.left_stacks = False
+        self.error: BaseException | None = None  # what ended the training thread
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(POLL):
+            if self.folder is not None and not self.left_stacks and (self.folder / FAILURE).exists():
+                self.leave_stacks()
+            idle = time.monotonic() - self.place.since
+            if idle > self.limit:
+                waits = f"; it waits for {operation}" if (operation := waiting_for()) else ""
+                self.give_up(f"no progress for {idle:.0f} s: {self.place}{waits}")
+                return
+
+    def stop(self) -> None:
+        self._over.set()
+
+    def leave_stacks(self) -> None:
+        """Write where this rank is, and the recorder of its collectives; whatever cannot be written is not."""
+        if self.folder is None or self.left_stacks:
+            return
+        self.left_stacks = True
+        stem = self.folder / STACKS / f"rank-{self.place.rank:05d}"
+        idle = time.monotonic() - self.place.since
+        try:
+            stem.parent.mkdir(exist_ok=True)
+            if recorded := flight_record():
+                stem.with_suffix(".json").write_bytes(recorded)
+            part = stem.with_suffix(".part")
+            with part.open("w") as file:
+                file.write(f"{self.place} for {idle:.0f} s\n\n")
+                file.writelines(traceback.format_exception(self.error) if self.error else [])
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            part.rename(stem.with_suffix(".txt"))
+        except OSError:
+            pass
+
+    def where_the_others_are(self, world: int) -> str:
+        """The ranks' own words, once all have left their stacks or had the time to; at most three of them."""
+        self.leave_stacks()
+        if self.folder is None or world < 2:
+            return ""
+        others = [rank for rank in range(world) if rank != self.place.rank]
+        files = {rank: self.folder / STACKS / f"rank-{rank:05d}.txt" for rank in others}
+        deadline = time.monotonic() + LINGER
+        while time.monotonic() < deadline and not all(file.exists() for file in files.values()):
+            time.sleep(POLL / 5)
+        silent = [rank for rank, file in files.items() if not file.exists()]
+        told = [file.read_text().partition("\n")[0] for file in files.values() if file.exists()]
+        longest = sorted(told, key=_seconds, reverse=True)[:2]
+        if silent:
+            many = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
+            longest.append(f"rank {', '.join(map(str, silent[:3]))}{many} left no stack: stopped or gone")
+        return "; ".join(longest)
+
+
+def _seconds(line: str) -> int:
+    number = line.removesuffix(" s").rpartition(" ")[2]
+    return int(number) if number.isdigit() else 0
+
+
+def clear(folder: Path) -> None:
+    """Forget the failure of the run that this one continues."""
+    (folder / FAILURE).unlink(missing_ok=True)
+    for file in (folder / STACKS).glob("rank-*"):
+        file.unlink(missing_ok=True)
+
+
+def flight_record() -> bytes:
+    """Torch's recorder of this process's collectives, JSON; empty where this torch has none."""
+    record = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    return bytes(record()) if record is not None else b""
+
+
+def waiting_for() -> str:
+    """The last collective of the recorder that is not complete, in words."""
+    try:
+        entries = json.loads(flight_record() or b"{}").get("entries", [])
+    except ValueError:
+        return ""
+    open_ = [entry for entry in entries if not entry.get("retired") and entry.get("state") != "completed"]
+    if not open_:
+        return ""
+    last = open_[-1]
+    return f"{last.get('profiling_name', 'a collective')} of {last.get('input_sizes')}"

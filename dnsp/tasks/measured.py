@@ -1,0 +1,97 @@
+"""What a report says of speed, chunk lengths and pitfalls, as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dnsp.tasks import document
+from dnsp.tasks.suite import MODELS
+from dnsp.tasks.tables import Result, Table
+
+
+def chunk_tables(figures: list[Result]) -> list[Table]:
+    rows = [[f["chunk"], f["tokens"], f["ms"], f["output_error"], f["gradient_error"]]
+            for f in sorted(figures, key=lambda f: f["chunk"])]  # fmt: skip
+    columns = ["chunk", "tokens", "ms, forward and backward", "error of outputs", "error of gradients"]
+    return [Table("chunks", "Chunk length, torch path", columns, rows)]
+
+
+def speed_tables(figures: list[Result]) -> list[Table]:
+    alone = [f for f in figures if "ranks" not in f]
+    spread_out = [f for f in figures if "ranks" in f]
+    tables = []
+    if alone:
+        contexts = sorted({f["context"] for f in alone})
+        models = [model for model in MODELS if any(f["name"] == model for f in alone)]
+        at = {(f["name"], f["context"]): f for f in alone}
+
+        def speed(model: str, context: int) -> float | None:
+            return at[model, context]["tokens_per_s"] if (model, context) in at else None
+
+        rows: list[list[Any]] = []
+        for model in models:
+            first, last = speed(model, contexts[0]), speed(model, contexts[-1])
+            kept = last / first if first and last else None
+            rows.append([model, *(speed(model, c) for c in contexts), kept])
+        for model, stated in document.SPEED.items():
+            if any(context in stated for context in contexts):
+                rows.append([f"document: {model}", *(stated.get(c) for c in contexts), None])
+        named = [f"{c:,}" for c in contexts]
+        tables.append(Table("speed", "Tokens a second behind a context, batch 1", ["model", *named,
+                            f"{named[-1]} over {named[0]}"], rows, speed_verdict(at, contexts)))  # fmt: skip
+        rows = [
+            [f["name"], f["context"], f["parameters"], f["parameter_bytes"], f["state_bytes"], f["cache_bytes"],
+             f["prefill_tokens_per_s"], bandwidth_share(f)]
+            for f in sorted(alone, key=lambda f: (models.index(f["name"]), f["context"]))
+        ]  # fmt: skip
+        columns = ["model", "context", "parameters", "weight bytes", "state bytes", "KV-cache bytes",
+                   "prefill tokens/s", "share of copy bandwidth"]  # fmt: skip
+        tables.append(Table("speed-bytes", "What a step reads", columns, rows))
+    if spread_out:
+        rows = [
+            [f["name"], f["context"], f["ranks"], f.get("prefill_tokens_per_s"), f.get("tokens_per_s"), f.get("error"),
+             f.get("skipped", "")]
+            for f in spread_out
+        ]  # fmt: skip
+        columns = ["model", "context", "ranks", "prefill tokens/s", "tokens/s after", "error of the last hidden state",
+                   "not measured"]  # fmt: skip
+        tables.append(Table("speed-ranks", "Prefill over ranks, then one device", columns, rows))
+    return tables
+
+
+def bandwidth_share(figures: Result) -> float | None:
+    """Bytes that a step has to read, over what the device copies in that time; near 1 is memory-bound."""
+    if "copy_bytes_per_s" not in figures:
+        return None
+    read = figures["parameter_bytes"] + 2 * figures["state_bytes"] + figures["cache_bytes"]
+    return read / figures["step_s"] / figures["copy_bytes_per_s"]
+
+
+def speed_verdict(at: dict[tuple[str, int], Result], contexts: list[int]) -> str:
+    said = []
+    for model in ("deltanet", "gated_delta"):
+        if (model, contexts[0]) in at and (model, contexts[-1]) in at:
+            kept = at[model, contexts[-1]]["tokens_per_s"] / at[model, contexts[0]]["tokens_per_s"]
+            said.append(f"{model} keeps {kept:.2f} of its speed from {contexts[0]:,} to {contexts[-1]:,} tokens")
+    stated = document.SPEED["deltanet"][8192] / document.SPEED["attention"][8192]
+    if ("deltanet", 8192) in at and ("attention", 8192) in at:
+        delta, attention = at["deltanet", 8192], at["attention", 8192]
+        ours = delta["tokens_per_s"] / attention["tokens_per_s"]
+        weights, cache, state = attention["parameter_bytes"], attention["cache_bytes"], delta["state_bytes"]
+        bound = (weights + cache) / (delta["parameter_bytes"] + 2 * state)
+        said.append(
+            f"DeltaNet over attention at 8,192: {ours:.2f}, the document's {stated:.1f}; were both bound by memory "
+            f"alone it would be {bound:.2f}, for a step reads {weights / 2**30:.2f} GiB of weights beside "
+            f"{cache / 2**30:.2f} GiB of cache at batch 1"
+        )
+    return "; ".join(said)
+
+
+def pitfall_tables(figures: list[Result]) -> list[Table]:
+    tables = []
+    for found in sorted(figures, key=lambda f: f["number"]):
+        columns = list(dict.fromkeys(key for row in found["rows"] for key in row))
+        rows = [[row.get(column) for column in columns] for row in found["rows"]]
+        title = f"Pitfall {found['number']}: {found['pitfall']}"
+        tables.append(Table(f"pitfall-{found['number']}", title, columns, rows, found["says"]))
+    return tables

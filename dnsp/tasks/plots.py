@@ -1,0 +1,146 @@
+"""The report's plots, PNG files by matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from dnsp.errors import UsageError
+from dnsp.tasks import document
+from dnsp.tasks.suite import MODELS, Scale
+from dnsp.tasks.tables import Result, Summary, by_position, perplexity, summaries
+
+COLOURS = dict(zip(MODELS, ("#4c4c4c", "#c7a76c", "#3b6fb6", "#2a9d72", "#b5446e"), strict=True))
+SIZE = (6.4, 4.0)
+
+
+def all_plots(results: Sequence[Result], scale: Scale, folder: Path) -> list[Path]:
+    """Those for which there are results; returns the files.
+
+    Raises UsageError where matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError("plots need the matplotlib package: pip install 'dnsp[tasks]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = summaries(results, scale)
+    made: list[Path] = []
+
+    def save(figure: Any, name: str) -> None:
+        figure.tight_layout()
+        figure.savefig(folder / f"{name}.png", dpi=150)
+        pyplot.close(figure)
+        made.append(folder / f"{name}.png")
+
+    recall = [cell for cell in cells if cell.task in document.RECALL and cell.values("test")]
+    if recall:
+        figure, axes = pyplot.subplots(figsize=SIZE)
+        _bars(axes, recall)
+        save(figure, "recall")
+    for task, unit in (("mqar", "pairs"), ("recall32k", "tokens")):
+        own = [cell for cell in cells if cell.task == task]
+        if own and any(_by_size(cell, unit) for cell in own):
+            widths = sorted({cell.labels["width"] for cell in own})
+            size = (SIZE[0] * len(widths) / 1.3, SIZE[1])
+            figure, panels = pyplot.subplots(1, len(widths), figsize=size, sharey=True, squeeze=False)
+            for axes, width in zip(panels[0], widths, strict=True):
+                for cell in own:
+                    if cell.labels["width"] == width:
+                        _line(axes, cell.labels["model"], _by_size(cell, unit))
+                _finish(axes, f"{task}, width {width}", unit, "accuracy %")
+            save(figure, task)
+    speeds = [r["figures"] for r in results if r["kind"] == "speed" and "ranks" not in r["figures"]]
+    if speeds:
+        figure, axes = pyplot.subplots(figsize=SIZE)
+        for model in MODELS:
+            found = {f["context"]: [f["tokens_per_s"]] for f in speeds if f["name"] == model}
+            _line(axes, model, found)
+        for model, stated in document.SPEED.items():
+            axes.plot(list(stated), list(stated.values()), ":", color=COLOURS[model], label=f"document: {model}")
+        axes.set_yscale("log")
+        _finish(axes, "inference, batch 1", "context, tokens", "tokens/s")
+        save(figure, "speed")
+    lm = [cell for cell in cells if cell.task == "lm"]
+    if lm:
+        lengths = sorted({cell.labels["length"] for cell in lm})
+        size = (SIZE[0] * len(lengths) / 1.3, SIZE[1])
+        figure, panels = pyplot.subplots(1, len(lengths), figsize=size, sharey=True, squeeze=False)
+        for axes, length in zip(panels[0], lengths, strict=True):
+            for cell in lm:
+                if cell.labels["length"] == length:
+                    _line(axes, cell.labels["model"], _by_position(cell))
+            axes.axvline(length, color="#999999", linewidth=0.8, linestyle="--")
+            _finish(axes, f"trained at {length:,} tokens", "position in the document", "held-out loss")
+        save(figure, "lm")
+    ablations = [cell for cell in cells if cell.task == "ablations" and cell.values("text", "loss")]
+    if ablations:
+        figure, axes = pyplot.subplots(figsize=(SIZE[0], 0.35 * len(ablations) + 1.2))
+        names = [f"{cell.labels['group']}: {cell.labels['variant']}" for cell in ablations]
+        values = [perplexity(cell.values("text", "loss")) for cell in ablations]
+        centres = [mean(v) for v in values]
+        errors = [[m - min(v) for m, v in zip(centres, values, strict=True)],
+                  [max(v) - m for m, v in zip(centres, values, strict=True)]]  # fmt: skip
+        axes.errorbar(centres, range(len(names)), xerr=errors, fmt="o", color=COLOURS["deltanet"], capsize=3)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlabel("perplexity a byte, mean and range over seeds")
+        save(figure, "ablations")
+    return made
+
+
+def _by_size(cell: Summary, unit: str) -> dict[int, list[float]]:
+    sizes = {int(test.split()[0].replace(",", "")): test for test in cell.tests if test.endswith(f" {unit}")}
+    return {size: values for size, test in sorted(sizes.items()) if (values := cell.values(test))}
+
+
+def _by_position(cell: Summary) -> dict[int, list[float]]:
+    test = cell.tests[-1]
+    spans = {span for result in cell.finals for span in result["tests"].get(test, {}).get("by_position", {})}
+    return {int(span.partition("-")[2]) + 1: by_position(cell, test, span)
+            for span in sorted(spans, key=lambda span: int(span.partition("-")[0]))}  # fmt: skip
+
+
+def _line(axes: Any, model: str, values: dict[int, list[float]]) -> None:
+    """Mean, with a band from the lowest to the highest seed."""
+    if not values:
+        return
+    at = sorted(values)
+    axes.plot(at, [mean(values[x]) for x in at], "o-", color=COLOURS[model], label=model, markersize=3)
+    axes.fill_between(at, [min(values[x]) for x in at], [max(values[x]) for x in at], color=COLOURS[model], alpha=0.2)
+
+
+def _finish(axes: Any, title: str, x: str, y: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+
+
+def _bars(axes: Any, cells: list[Summary]) -> None:
+    """Accuracy by task and model, the document's as a line across the bar."""
+    widths = {cell.labels["width"] for cell in cells}
+    shown = 128 if 128 in widths else max(widths)
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
+    step = 0.8 / len(MODELS)
+    for cell in cells:
+        if cell.labels["width"] != shown:
+            continue
+        model, values = cell.labels["model"], cell.values("test")
+        x = tasks.index(cell.task) + step * (MODELS.index(model) - (len(MODELS) - 1) / 2)
+        centre = mean(values)
+        axes.bar(x, centre, step, color=COLOURS[model], label=model if cell.task == tasks[0] else None)
+        axes.errorbar(x, centre, yerr=[[centre - min(values)], [max(values) - centre]], color="black", capsize=2)
+        if model in document.RECALL[cell.task]:
+            axes.hlines(document.RECALL[cell.task][model], x - step / 2, x + step / 2, color="black", linestyle=":")
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_ylabel("accuracy %, dotted: the document's")
+    axes.set_title(f"recall, width {shown}", fontsize=9)
+    axes.legend(fontsize=7, ncols=len(MODELS), loc="upper center", bbox_to_anchor=(0.5, -0.08))

@@ -1,0 +1,280 @@
+"""A queue of runs in a folder, which can be stopped at any moment and taken up again where it was.
+
+    OUT/queue.json                        what the queue is made of; another one's folder is refused
+    OUT/runs/TASK/CELL/lr-L-seed-S/       a run: its configuration, metrics, log, and result.json once it is finished
+    OUT/runs/TASK/NAME/                   a measurement: its log and result.json
+
+Nothing else is state. Which run comes next follows from the results that are there: the search of every cell, and
+behind a cell's search its final seeds. Measurements of time go first, one at a time, with the device to themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dnsp.config import override_tree, parse_config
+from dnsp.data.mix import open_data
+from dnsp.data.pack import Split
+from dnsp.data.prepare import ensure
+from dnsp.errors import UsageError
+from dnsp.schedule import spans
+from dnsp.tasks.suite import FINAL_SEEDS, SEARCH_SEED, VALIDATION, Cell, Measurement, Scale, Suite
+from dnsp.tasks.worker import RESULT, run_config, write_json
+
+TRIES = 2  # of a job that fails
+
+
+@dataclass
+class Request:
+    """What the command line asks for."""
+
+    names: list[str]
+    scale: Scale
+    device: str  # cpu, cuda, cuda:N
+    out: Path
+    overrides: list[str] = field(default_factory=list)
+    models: tuple[str, ...] = ()
+    text: str | None = None
+    workers: int | None = None
+    minutes: float | None = None
+    ranks: int = 1
+    overwrite: bool = False
+    mps: bool | None = None
+
+
+def train_job(cell: Cell, lr: float, seed: int, scale: Scale, ranks: int = 1) -> dict[str, Any]:
+    """A run as its worker is told of it."""
+    return {
+        "kind": "train",
+        "task": cell.task,
+        "cell": cell.name,
+        "labels": cell.labels,
+        "name": f"{cell.task}/{cell.name}/lr-{lr:g}-seed-{seed}",
+        "lr": lr,
+        "seed": seed,
+        # text is held out by the data's seed: the same documents for all runs
+        "data_seed": seed if all("task:" in s["path"] for s in cell.tree["data"]["sources"]) else 0,
+        "config": cell.tree,
+        "tests": cell.tests,
+        "checkpoint_every": 500 if scale == "full" else 0,
+        "ranks": ranks,
+    }
+
+
+def measurement_job(measurement: Measurement) -> dict[str, Any]:
+    return {**asdict(measurement), "cell": measurement.name, "name": f"{measurement.task}/{measurement.name}"}
+
+
+def chosen_rate(results: Sequence[dict[str, Any]], choose: str) -> float:
+    """The learning rate whose run did best in validation; the lowest where all diverged. Of equal ones the lowest."""
+
+    def badness(result: dict[str, Any]) -> tuple[float, float]:
+        figures = result["tests"].get(VALIDATION)
+        if result["outcome"] == "diverged" or figures is None or figures["loss"] != figures["loss"]:
+            return float("inf"), float("inf")
+        return (-figures["accuracy"] if choose == "accuracy" else 0.0), figures["loss"]
+
+    return min(results, key=lambda result: (badness(result), result["lr"]))["lr"]
+
+
+def with_overrides(cell: Cell, overrides: Sequence[str]) -> Cell:
+    """A cell whose runs' configuration has some values replaced; tests that ask the task as it is trained follow it."""
+    if not overrides:
+        return cell
+    tree = override_tree(cell.tree, overrides)
+    tests = {}
+    for name, test in cell.tests.items():
+        same = test["sources"] == cell.tree["data"]["sources"]
+        length = tree["data"]["sequence_length"]
+        was = cell.tree["data"]["sequence_length"]
+        changed = {"sources": tree["data"]["sources"]} if same else {}
+        tests[name] = {**test, **changed, **({"length": length} if test["length"] == was else {})}
+    return Cell(cell.task, cell.name, tree, tests, cell.learning_rates, cell.choose, cell.labels)
+
+
+class Queue:
+    """The jobs of a suite in a folder."""
+
+    def __init__(self, suite: Suite, request: Request) -> None:
+        self.request, self.out = request, request.out
+        self.cells = [with_overrides(cell, request.overrides) for cell in suite.cells]
+        self.measurements = [measurement_job(m) for m in suite.measurements]
+        self.failed: dict[str, str] = {}
+        self.tries: dict[str, int] = {}
+        self.taken: set[str] = set()
+        self.at_work: dict[int, str] = {}
+        self.changed = threading.Condition()
+        self.stopping = False
+        self.results: dict[str, dict[str, Any]] = {}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        whole = json.dumps([[asdict(cell) for cell in self.cells], self.measurements], sort_keys=True)
+        request = self.request
+        return {
+            "tasks": request.names,
+            "scale": request.scale,
+            "device": request.device.partition(":")[0],
+            "models": list(request.models),
+            "overrides": request.overrides,
+            "ranks": request.ranks,
+            "runs": hashlib.sha256(whole.encode()).hexdigest()[:16],
+        }
+
+    @property
+    def total(self) -> int:
+        scale, runs = self.request.scale, 0
+        for cell in self.cells:
+            seeds = set(FINAL_SEEDS[scale]) - {SEARCH_SEED}
+            runs += len(cell.learning_rates) + len(seeds)
+        return runs + len(self.measurements)
+
+    def check(self) -> None:
+        """Refuse before anything is written what would fail in the first step of a run.
+
+        Raises UsageError.
+        """
+        looked_at = set()
+        for cell in self.cells:
+            job = train_job(cell, cell.learning_rates[0], SEARCH_SEED, self.request.scale, self.request.ranks)
+            config = run_config(job, self.out / "runs" / job["name"])
+            for source in config.data.sources:
+                if not source.path.startswith("task:"):
+                    ensure(source.path, config.data.tokenizer)  # once, before workers would wait for each other
+            wanted: list[tuple[Split, Any, int]] = [
+                ("train", cell.tree["data"]["sources"], span.sequence_length) for span in spans(config)
+            ]
+            wanted += [("heldout", test["sources"], test["length"]) for test in cell.tests.values()]
+            for split, sources, length in wanted:
+                tree = {**cell.tree, "data": {**cell.tree["data"], "sources": sources}}
+                key = (split, length, json.dumps(tree["data"]), config.model.vocab_size)
+                if key not in looked_at:
+                    looked_at.add(key)
+                    data = parse_config(tree, job["name"]).data
+                    open_data(data, vocab_size=config.model.vocab_size, split=split).check_length(length)
+
+    def open(self) -> FileLock:
+        """The folder, made or taken up; held until the lock is released.
+
+        Raises UsageError where it has another queue's results, or is in use.
+        """
+        out, file = self.out, self.out / "queue.json"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(out / ".lock", blocking=False)
+            lock.acquire()
+        except Timeout:
+            raise UsageError(f"--out {out} is in use by a running queue; wait for it, or give another folder") from None
+        except OSError as error:
+            raise UsageError(
+                f"--out {out} cannot be used: {error.strerror}; give a folder that you can write to"
+            ) from None
+        found = _read(file)
+        if found is not None and found.get("identity") != self.identity and not self.request.overwrite:
+            before = found.get("identity") or {}
+            differs = ", ".join(
+                f"{key} {before.get(key)!r} there, {value!r} asked" for key, value in self.identity.items()
+                if before.get(key) != value
+            )  # fmt: skip
+            lock.release()
+            raise UsageError(
+                f"--out {out} has the results of another queue ({differs}); give another folder, or --overwrite to "
+                "delete them"
+            )
+        if found is None and any(path.name != ".lock" for path in out.iterdir()) and not self.request.overwrite:
+            lock.release()
+            raise UsageError(f"--out {out} has files in it that are no queue's; give a new folder, or --overwrite")
+        if self.request.overwrite and (found is None or found.get("identity") != self.identity):
+            shutil.rmtree(out / "runs", ignore_errors=True)
+        write_json(file, {"identity": self.identity, "command": ["dnsp", *sys.argv[1:]], "total": self.total})
+        (out / "runs").mkdir(exist_ok=True)
+        self._read_results()
+        return lock
+
+    def _read_results(self) -> None:
+        for path in (self.out / "runs").rglob(RESULT):
+            result = _read(path)
+            if result is not None:
+                self.results[path.parent.relative_to(self.out / "runs").as_posix()] = result
+
+    def next_job(self, worker: int, measurements: bool) -> dict[str, Any] | None:
+        """A job to begin now, or None when there is nothing more to begin; waits where another's result decides."""
+        with self.changed:
+            while not self.stopping:
+                waiting = False
+                for job, ready in self._jobs(measurements):
+                    if job["name"] in self.results or job["name"] in self.failed or job["name"] in self.taken:
+                        waiting |= job["name"] in self.taken
+                        continue
+                    if not ready:
+                        waiting = True
+                        continue
+                    self.taken.add(job["name"])
+                    self.at_work[worker] = job["name"]
+                    return {**job, "folder": str(self.out / "runs" / job["name"])}
+                if not waiting:
+                    return None
+                self.changed.wait(1.0)
+            return None
+
+    def left(self, measurements: bool) -> bool:
+        """Whether there is anything to do of either kind."""
+        return any(job["name"] not in self.results for job, _ in self._jobs(measurements))
+
+    def _jobs(self, measurements: bool) -> list[tuple[dict[str, Any], bool]]:
+        """Jobs in order, and whether what decides them is known."""
+        if measurements:
+            return [(job, True) for job in self.measurements]
+        scale, ranks = self.request.scale, self.request.ranks
+        search, final = [], []
+        for cell in sorted(self.cells, key=_cost, reverse=True):  # long runs first: none is left over at the end
+            jobs = [train_job(cell, lr, SEARCH_SEED, scale, ranks) for lr in cell.learning_rates]
+            search += [(job, True) for job in jobs]
+            found = [self.results[job["name"]] for job in jobs if job["name"] in self.results]
+            if len(found) == len(jobs):
+                lr = chosen_rate(found, cell.choose)
+                final += [(train_job(cell, lr, seed, scale, ranks), True) for seed in FINAL_SEEDS[scale]]
+            elif not any(job["name"] in self.failed for job in jobs):
+                final.append(({"name": f"{cell.task}/{cell.name}/final"}, False))
+        return search + final
+
+    def done(self, worker: int, job: dict[str, Any], answer: dict[str, Any]) -> None:
+        with self.changed:
+            name = job["name"]
+            self.taken.discard(name)
+            self.at_work.pop(worker, None)
+            result = _read(Path(job["folder"]) / RESULT)
+            if answer["status"] == "finished" and result is not None:
+                self.results[name] = result
+            elif answer["status"] == "failed":
+                # once more: processes that share a GPU can be ended by each other's faults
+                self.tries[name] = self.tries.get(name, 0) + 1
+                if self.tries[name] == TRIES:
+                    self.failed[name] = answer.get("message", "")
+            self.changed.notify_all()
+
+
+def _cost(cell: Cell) -> float:
+    """Tokens that a cell's run trains on."""
+    train = cell.tree["train"]
+    if stages := train.get("stages"):
+        return float(sum(stage["tokens"] for stage in stages))
+    return float(train["steps"] * train["global_batch"] * cell.tree["data"]["sequence_length"])
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found

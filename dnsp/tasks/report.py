@@ -1,0 +1,175 @@
+"""``dnsp report DIR...``: tables beside the document's figures, in the terminal, as Markdown and CSV, and plots."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from dnsp.errors import UsageError
+from dnsp.tasks.measured import chunk_tables, pitfall_tables, speed_tables
+from dnsp.tasks.plots import all_plots
+from dnsp.tasks.suite import Scale
+from dnsp.tasks.tables import (
+    Result,
+    Table,
+    ablation_tables,
+    lm_tables,
+    recall_tables,
+    search_table,
+    summaries,
+)  # fmt: skip
+from dnsp.tasks.worker import RESULT
+
+
+def report(folders: list[Path], json_file: Path | None = None) -> int:
+    """Write ``report.md``, ``tables/*.csv`` and ``plots/*.png`` into the first folder, and print the tables.
+
+    json_file: where all tables go as one mapping, too.
+
+    Raises UsageError for folders without results, or whose results cannot stand in one table.
+    """
+    console = Console(highlight=False)
+    queues = [read_queue(folder) for folder in folders]
+    scales = {queue["identity"]["scale"] for queue in queues}
+    if len(scales) > 1:
+        raise UsageError("the folders hold runs of scale smoke and of scale full; report them apart")
+    results: dict[str, Result] = {}
+    places: dict[str, Path] = {}
+    for folder in folders:
+        for name, result in read_results(folder).items():
+            if name in results:
+                raise UsageError(f"{places[name]} and {folder} both have {name}; leave one of them out")
+            results[name], places[name] = result, folder
+    if not results:
+        raise UsageError(f"{folders[0]} has no finished run yet; let dnsp tasks run go on with it first")
+    scale = scales.pop()
+    tables = all_tables(list(results.values()), scale)
+    out = folders[0]
+    plots = all_plots(list(results.values()), scale, out / "plots")
+    (out / "tables").mkdir(exist_ok=True)
+    for table in tables:
+        with (out / "tables" / f"{table.name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(table.columns)
+            writer.writerows([["" if cell is None else cell for cell in row] for row in table.rows])
+        console.print(_rich(table))
+        if table.note:
+            console.print(table.note, markup=False)
+            console.print()
+    if json_file is not None:
+        whole = {table.name: asdict(table) for table in tables}
+        json_file.write_text(json.dumps(whole, indent=2) + "\n")
+    lines = _head(folders, queues, list(results.values()))
+    (out / "report.md").write_text("\n".join([*lines, *_markdown(tables), *_pictures(plots, out)]) + "\n")
+    for line in lines[2:]:
+        console.print(line, markup=False)
+    console.print(f"{out}/report.md, {len(tables)} CSV files in tables/, {len(plots)} plots in plots/", markup=False)
+    return 0
+
+
+def all_tables(results: Sequence[Result], scale: Scale) -> list[Table]:
+    """Every table for which there are results. At ``smoke`` the document's figures stand beside ours for the form
+    alone: nothing is said of them."""
+    cells = summaries(results, scale)
+    tables: list[Table] = []
+    for task in ("kv", "copy", "mqar", "recall32k"):
+        own = [cell for cell in cells if cell.task == task]
+        if own:
+            tables += recall_tables(task, own, scale)
+    for build, task in ((ablation_tables, "ablations"), (lm_tables, "lm")):
+        own = [cell for cell in cells if cell.task == task]
+        if own:
+            tables += build(own)
+    makers: dict[str, Callable[[list[Result]], list[Table]]] = {
+        "chunk": chunk_tables, "speed": speed_tables, "pitfall": pitfall_tables,
+    }  # fmt: skip
+    for kind, make in makers.items():
+        figures = [result["figures"] for result in results if result["kind"] == kind]
+        if figures:
+            tables += make(figures)
+    if cells:
+        tables.append(search_table(cells))
+    return tables
+
+
+def read_queue(folder: Path) -> dict[str, Any]:
+    """A queue's own file. Raises UsageError where there is none."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "queue.json").read_text())
+    except (OSError, ValueError):
+        raise UsageError(f"{folder} is no folder of dnsp tasks run (there is no queue.json in it)") from None
+    return found
+
+
+def read_results(folder: Path) -> dict[str, Result]:
+    """Every finished run and measurement of a folder, by its name."""
+    runs = folder / "runs"
+    return {
+        path.parent.relative_to(runs).as_posix(): json.loads(path.read_text()) for path in sorted(runs.rglob(RESULT))
+    }
+
+
+def _head(folders: list[Path], queues: list[dict[str, Any]], results: list[Result]) -> list[str]:
+    """What was run, on what: the command, how much of it is finished, versions, devices, time."""
+    lines = ["# Report", ""]
+    for folder, queue in zip(folders, queues, strict=True):
+        done = len(read_results(folder))
+        command = " ".join(queue["command"])
+        lines.append(f"- `{command}`: {done} of {queue['total']} finished")
+    versions = sorted({json.dumps(result["versions"], sort_keys=True) for result in results})
+    for text in versions:
+        lines.append("- " + ", ".join(f"{name} {number}" for name, number in json.loads(text).items()))
+    lines.append("- on " + ", ".join(sorted({result["device_name"] for result in results})))
+    trained = [result for result in results if result["kind"] == "train"]
+    if trained:
+        hours = sum(result["seconds"] for result in trained) / 3600
+        seeds = sorted({result["seed"] for result in trained})
+        diverged = sum(result["outcome"] == "diverged" for result in trained)
+        lines.append(f"- {len(trained)} trained models, {diverged} diverged, seeds {', '.join(map(str, seeds))}, "
+                     f"{hours:.2f} hours of runs, several at once")  # fmt: skip
+    return lines
+
+
+def shown(cell: Any) -> str:
+    """A cell as people read it; CSV files have all digits."""
+    if cell is None:
+        return ""
+    if isinstance(cell, float):
+        if cell != cell or cell in (float("inf"), float("-inf")):
+            return "not finite"
+        return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.3g}"
+    return f"{cell:,}" if isinstance(cell, int) else str(cell)
+
+
+def _rich(table: Table) -> RichTable:
+    made = RichTable(title=table.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for n, column in enumerate(table.columns):
+        made.add_column(column, justify="left" if n == 0 else "right", overflow="fold")
+    for row in table.rows:
+        made.add_row(*map(shown, row))
+    return made
+
+
+def _markdown(tables: list[Table]) -> list[str]:
+    lines: list[str] = []
+    for table in tables:
+        lines += ["", f"## {table.title}", "", _row(table.columns), _row(["---"] * len(table.columns))]
+        lines += [_row([shown(cell) for cell in row]) for row in table.rows]
+        lines += ["", table.note] if table.note else []
+    return lines
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _pictures(plots: list[Path], out: Path) -> list[str]:
+    return ["", *(f"![{path.stem}]({path.relative_to(out).as_posix()})" for path in plots)] if plots else []

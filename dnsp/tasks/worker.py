@@ -1,0 +1,207 @@
+"""A process that carries out one job after another: starting Python, torch and DeepSpeed costs more than a small run.
+
+A job comes as a line of JSON on standard input; what came of it goes back as a line on what was standard output. What a
+run says goes to ``log.txt`` in its folder. ``result.json`` appears there whole or not at all, and is what makes a job
+finished.
+"""
+
+from __future__ import annotations
+
+import gc
+import gzip
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import yaml
+
+from dnsp.config import Config, parse_config
+from dnsp.errors import RunError, UsageError
+from dnsp.evaluate import load_run
+from dnsp.launch.environment import find_environment
+from dnsp.launch.local import SUPERVISOR
+from dnsp.tasks.measure import measure
+
+RESULT = "result.json"
+PACKAGES = ("dnsp", "torch", "triton", "deepspeed", "liger-kernel", "numpy")
+LEFT_OVER = 2**30  # bytes of GPU memory still taken between jobs: a new process takes over
+DIVERGED = ("the loss is not finite", "the gradient norm is")
+
+
+def serve(answers: IO[str]) -> None:
+    """Jobs from standard input until it ends, what came of them to ``answers``."""
+    for line in sys.stdin:
+        job = json.loads(line)
+        answers.write(json.dumps(carry_out(job, Path(job["folder"]))) + "\n")
+        answers.flush()
+
+
+def carry_out(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One job in its folder. Returns ``status`` (finished, stopped or failed), ``message``, and whether this process
+    should be followed by a new one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("a") as log:
+        sys.stdout.flush()
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            began = time.time()
+            result = train_and_ask(job, folder) if job["kind"] == "train" else measured(job)
+            if result is None:
+                return {"status": "stopped"}
+            whole = {**job, **result, **surroundings(), "seconds": time.time() - began}
+            del whole["folder"]
+            write_json(folder / RESULT, whole)
+            make_small(folder)
+            return {"status": "finished", "recycle": _leftover()}
+        except Exception as error:
+            traceback.print_exc()
+            return {
+                "status": "failed",
+                "message": f"{type(error).__name__}: {str(error).strip()[:500]}",
+                "recycle": True,
+            }
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+
+def train_and_ask(job: dict[str, Any], folder: Path) -> dict[str, Any] | None:
+    """A run by the ordinary loop, gone on with where it was, and its tests. None: it was asked to stop, and saved."""
+    config = run_config(job, folder)
+    began = time.time()
+    try:
+        figures = _train(config, folder, job.get("ranks") or 1)
+    except RunError as error:
+        if any(words in str(error) for words in DIVERGED):
+            return {"outcome": "diverged", "message": str(error), "tests": {}, "training": training_record(folder)}
+        raise
+    if figures.get("stopped"):
+        return None
+    trained = time.time() - began
+    model, config, _ = load_run(folder)
+    tests = {name: measure(model, config, test) for name, test in job["tests"].items()}
+    record = training_record(folder) | {"parameters": sum(p.numel() for p in model.parameters()), "last_s": trained}
+    return {"outcome": "finished", "tests": tests, "training": record}
+
+
+def run_config(job: dict[str, Any], folder: Path) -> Config:
+    """The configuration of a job's run."""
+    tree = json.loads(json.dumps(job["config"]))
+    for section, settings in {
+        "train": {"lr": job["lr"], "seed": job["seed"]},
+        "data": {"seed": job["data_seed"]},
+        "run": {"dir": str(folder)},
+        "checkpoint": {"every": job["checkpoint_every"], "keep": 1},
+    }.items():
+        tree[section] = {**tree.get(section, {}), **settings}
+    tree["resume"] = "auto"
+    return parse_config(tree, job["name"])
+
+
+def _train(config: Config, folder: Path, ranks: int) -> dict[str, Any]:
+    if ranks == 1:
+        from dnsp.train import train
+
+        return train(config, find_environment(), name="task")
+    settings, figures = folder / "ranks.yaml", folder / "figures.json"
+    settings.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "dnsp", "train", str(settings), "--ranks", str(ranks), "--json", str(figures)]
+    child = subprocess.Popen(
+        command, env={**os.environ, SUPERVISOR: str(os.getpid())}, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+    before = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+    try:
+        _, said = child.communicate()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if child.returncode:
+        raise (UsageError if child.returncode == 2 else RunError)(said.strip() or f"status {child.returncode}")
+    found: dict[str, Any] = json.loads(figures.read_text())
+    return found
+
+
+def training_record(folder: Path) -> dict[str, Any]:
+    """What the run's own ``metrics.jsonl`` says: steps, last and highest loss, highest gradient norm, speed, time."""
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not lines:
+        return {"steps": 0}
+    speeds = sorted(line["tokens_per_s"] for line in lines)
+    return {
+        "steps": lines[-1]["step"],
+        "tokens": lines[-1]["tokens"],
+        "loss": lines[-1]["loss"],
+        "grad_norm_max": max(line["grad_norm"] for line in lines),
+        "tokens_per_s": speeds[len(speeds) // 2],
+        "train_s": sum(line["step_s"] for line in lines),
+    }
+
+
+def measured(job: dict[str, Any]) -> dict[str, Any]:
+    """What trains nothing: a module each, imported by who needs it."""
+    if job["kind"] == "speed":
+        from dnsp.tasks.speed import speed
+
+        return {"outcome": "finished", "figures": speed(**job["arguments"])}
+    if job["kind"] == "chunk":
+        from dnsp.tasks.chunks import chunk
+
+        return {"outcome": "finished", "figures": chunk(**job["arguments"])}
+    from dnsp.tasks.pitfalls import demonstrate
+
+    return {"outcome": "finished", "figures": demonstrate(**job["arguments"])}
+
+
+def surroundings() -> dict[str, Any]:
+    """Versions and device, as a result keeps them."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"versions": {package: _version(package) for package in PACKAGES}, "device_name": name}
+
+
+def make_small(folder: Path) -> None:
+    """A finished run's folder, of which there are hundreds: without checkpoints and TensorBoard's copy of the metrics,
+    and with the metrics packed."""
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists():
+        with gzip.open(folder / "metrics.jsonl.gz", "wb") as packed:
+            packed.write(metrics.read_bytes())
+        metrics.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    part = path.with_suffix(".part")
+    with part.open("w") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _leftover() -> bool:
+    gc.collect()
+    if not torch.cuda.is_available():
+        return False
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated() > LEFT_OVER
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

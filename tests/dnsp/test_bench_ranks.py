@@ -1,0 +1,79 @@
+"""``dnsp bench scan`` and ``bench attention``: real ranks, every row there, and the makespan's arithmetic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dnsp.bench.scan import Work, makespan
+from dnsp.cli import main
+from dnsp.parallel.layout import Layout
+
+SMALL = {
+    "scan": ["--tokens", "1024", "--heads", "1", "--value-heads", "2", "--width", "16"],
+    "stack": [
+        *("--tokens", "1024", "--layouts", "contiguous,zigzag", "model.hidden_size=32", "model.intermediate_size=64"),
+        *("model.num_attention_heads=2", "model.num_key_value_heads=1", "model.head_dim=16", "engine.dtype=fp32"),
+        *("model.linear_num_key_heads=1", "model.linear_num_value_heads=2", "model.linear_key_head_dim=16"),
+        *("model.linear_value_head_dim=16", "model.vocab_size=64"),
+    ],
+    "attention": ["--tokens", "1024", "--heads", "2", "--key-heads", "1", "--widths", "16", "--document", "300"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("what", SMALL)
+def test_figures_of_every_way(what: str, tmp_path: Path) -> None:
+    report = tmp_path / "figures.json"
+    assert main(["bench", what, *SMALL[what], "--ranks", "2", "--steps", "1", "--json", str(report)]) == 0
+    (world,) = json.loads(report.read_text())["worlds"]
+    assert world["ranks"] == 2
+    if what == "scan":
+        ways = {(way["layout"], way["transport"]) for way in world["ways"]}
+        assert {(kind, by) for kind in ("contiguous", "zigzag") for by in ("p2p", "gather")} <= ways
+        assert all(way["ms"] > 0 for way in [*world["ways"], world["one process"], world["local shard"]])
+        if not any(by == "peer" for _, by in ways):
+            assert world["notes"][0] == "not by peer: rank 0: it needs a GPU on every rank"
+    elif what == "stack":
+        assert [way["name"].split(",")[0] for way in world["ways"]] == ["one process", "contiguous", "zigzag"]
+        assert all(way["ms"] > 0 for way in world["ways"])
+    else:
+        (figures,) = world["widths"]
+        names = [way["name"] for way in figures["ways"]]
+        assert names[0] == "one process" and len(names) == 5
+        assert all(way["both_ms"] > way["forward_ms"] * 0.5 > 0 for way in figures["ways"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["scan", "--ranks", "1"], "--ranks 1: one process is measured beside"),
+        (["scan", "--transports", "pigeon"], "--transports pigeon: it is not one of"),
+        (["attention", "--layouts", "round"], "--layouts round: it is not one of"),
+        (["attention", "--heads", "3"], "--heads 3 is no multiple of --key-heads 2"),
+        (["scan", "--tokens", "1000", "--ranks", "2"], "sequence length 1000 does not split"),
+    ],
+)
+def test_refusals(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_makespan_is_that_of_a_chain() -> None:
+    """Two ranks, hand-made times: the state is waited for where it comes late, and costs nothing where it is early."""
+    even = [Work(10.0, [1.0], 20.0, [2.0], 5.0) for _ in range(2)]
+    contiguous = Layout("contiguous", 2, 128)
+    # forward: rank 0 leaves at 11, rank 1 at max(10, 12) + 1 = 13; reverse: rank 1 at 13 + 20 + 2 = 35, rank 0 at
+    # max(31, 36) + 2 = 38
+    assert makespan(contiguous, even, 1.0) == 38 + 5
+    early = [Work(1.0, [1.0], 20.0, [2.0], 5.0), Work(10.0, [1.0], 5.0, [2.0], 5.0)]
+    assert makespan(contiguous, early, 1.0) == max(11 + 5 + 2 + 5, max(22, 19) + 2 + 5)
+    # zigzag: rank 0 holds intervals 0 and 3, rank 1 holds 1 and 2; two hops there, two back
+    both = [Work(10.0, [1.0, 1.0], 20.0, [2.0, 2.0], 5.0) for _ in range(2)]
+    there = [10 + 1, 11 + 1 + 1, 13 + 1, 14 + 1 + 1]  # intervals 0, 1, 2, 3
+    back3 = there[3] + 20 + 2
+    back2 = max(there[2] + 20, back3 + 1) + 2
+    assert makespan(Layout("zigzag", 2, 256), both, 1.0) == back2 + 2 + 1 + 2 + 5

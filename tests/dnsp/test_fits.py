@@ -1,0 +1,104 @@
+"""doctor CONFIG: whether a configuration can run here, and DeepSpeed's options that contradict it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dnsp import engine
+from dnsp.cli import main
+
+
+def findings(workplace: Path, out: Path, *arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
+    status = main(["doctor", str(workplace / "tiny.yaml"), *arguments, "--json", str(out)])
+    report = json.loads(out.read_text())
+    assert report["ok"] == (status == 0)
+    return status, {f["name"]: f for f in report["findings"] if f["section"] == "configuration"}
+
+
+def test_a_configuration_that_fits(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, rows = findings(workplace, tmp_path / "doctor.json", "--ranks", "2")
+    assert status == 0
+    assert rows["ranks"]["found"].startswith("1 x 2 (data x sequence)")
+    assert {row["status"] for row in rows.values()} <= {"ok", "warn"}
+    assert "configuration" in capsys.readouterr().out
+
+
+# overrides, which row is missing, what it says, and the way out
+CANNOT = [
+    (("--ranks", "3", "parallel.sequence=2"), "ranks", "parallel.sequence=2 does not divide 3 ranks", "multiple of 2"),
+    (("--ranks", "2", "parallel.sequence=1"), "ranks", "train.global_batch=1 is not a multiple", "use a multiple of 2"),
+    (("data.sources=[{path: nowhere/at-all}]",), "data", "nowhere/at-all", ""),
+    (("data.sequence_length=100000000",), "data", "100,000,000", ""),
+    (("data.tokenizer=./nowhere",), "tokenizer", "./nowhere", ""),
+    (("init_from=run:nowhere",), "settings", "nowhere", ""),
+    (("model.hidden_size=65536", "model.num_hidden_layers=400"), "memory", "GiB", "take more ranks"),
+    (("model.hidden_size=65536", "model.num_hidden_layers=400"), "disk", "checkpoints of", "make room"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "row", "found", "cure"), CANNOT, ids=[f"{c[1]} {c[0][0]}" for c in CANNOT])
+def test_what_cannot_run(
+    workplace: Path, tmp_path: Path, arguments: tuple[str, ...], row: str, found: str, cure: str
+) -> None:
+    status, rows = findings(workplace, tmp_path / "doctor.json", *arguments)
+    assert status == 1
+    assert rows[row]["status"] == "missing"
+    assert found in rows[row]["found"] + rows[row]["cure"] and cure in rows[row]["cure"] and rows[row]["cure"]
+
+
+def test_a_folder_that_holds_a_run(workplace: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    status, rows = findings(workplace, tmp_path / "doctor.json", f"run.dir={run}")
+    assert status == 1 and "holds a run already" in rows["run folder"]["found"]
+    assert findings(workplace, tmp_path / "doctor.json", f"run.dir={run}", "resume=auto")[0] == 0
+
+
+CONTRADICTIONS = [
+    (["engine.deepspeed.gradient_clipping=0.5"], ["engine.deepspeed.gradient_clipping=0.5", "train.clip=1.0"]),
+    (["engine.deepspeed.zero_optimization.stage=1"], ["zero_optimization.stage=1", "engine.zero_stage=0"]),
+    (["engine.deepspeed.train_batch_size=8"], ["train_batch_size=8", "train.global_batch=1"]),
+    (["engine.deepspeed.train_micro_batch_size_per_gpu=2"], ["micro_batch_size_per_gpu=2", "train.micro_batch=1"]),
+    (["engine.deepspeed.bf16.enabled=true"], ["bf16={'enabled': True}", "engine.dtype='fp32'"]),
+    (["engine.deepspeed.gradient_accumulation_steps=4"], ["gradient_accumulation_steps=4", "train.global_batch"]),
+    (["engine.deepspeed.optimizer.type=Lamb"], ["optimizer={'type': 'Lamb'}", "train.lr"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "said"), CONTRADICTIONS, ids=[c[0][0] for c in CONTRADICTIONS])
+def test_deepspeed_options_that_contradict(
+    workplace: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: list[str]
+) -> None:
+    for command in ("doctor", "train"):
+        assert main([command, str(workplace / "tiny.yaml"), *overrides]) == 2
+        text = capsys.readouterr().err
+        assert all(word in text for word in said) and len(text.strip().splitlines()) == 1, text
+
+
+def test_deepspeed_options_reach_deepspeed(workplace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They are in the JSON that it is given."""
+    given: list[dict[str, object]] = []
+    initialize = engine.deepspeed.initialize
+
+    def noted(**arguments: object) -> object:
+        given.append(arguments["config"])  # type: ignore[arg-type]
+        return initialize(**arguments)
+
+    monkeypatch.setattr(engine.deepspeed, "initialize", noted)
+    monkeypatch.chdir(tmp_path)
+    options = ("engine.deepspeed.prescale_gradients=false", "engine.deepspeed.comms_logger.enabled=false")
+    assert main(["train", str(workplace / "tiny.yaml"), *options, "train.steps=1"]) == 0
+    (config,) = given
+    assert config["prescale_gradients"] is False and config["comms_logger"] == {"enabled": False}
+
+
+@pytest.mark.gpu
+def test_more_ranks_than_gpus(workplace: Path, tmp_path: Path) -> None:
+    ranks = torch.cuda.device_count() + 1
+    status, rows = findings(workplace, tmp_path / "doctor.json", "--ranks", str(ranks), "data.sequence_length=8192")
+    assert status == 1 and "GPUs" in rows["ranks"]["found"]

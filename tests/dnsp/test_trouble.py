@@ -1,0 +1,226 @@
+"""What a step can meet: numbers that are not finite, a loss that jumps, memory and disks that do not suffice."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dnsp import checkpoint
+from dnsp.config import FaultsConfig
+from dnsp.faults import Skipped, Spikes
+from tests.ranks import run_ranks
+
+Dnsp = Callable[..., Any]
+
+
+def overflowing(stage: int) -> str:
+    """Finite weights, too large from layer 1 on: who is named on two ranks, of which one alone sees the token."""
+    from dnsp.config import parse_config
+    from dnsp.engine import Engine
+    from dnsp.faults import find_nonfinite
+    from dnsp.model.decoder import Decoder
+    from dnsp.parallel.grid import make_grid
+    from dnsp.parallel.layout import Layout
+    from dnsp.parallel.plan import make_plan
+
+    tree = {
+        "model": {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16},
+        "engine": {"zero_stage": stage},
+        "train": {"global_batch": 2},
+    }
+    config = parse_config({**tree, "parallel": {"layout": "contiguous"}}, "the test")
+    grid = make_grid(1)
+    torch.manual_seed(0)
+    model = Decoder(config.model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.fill_(1e38)
+        model.model.layers[1].mlp.gate_proj.weight.fill_(1e38)
+    engine = Engine(model, config, grid, 1)
+    plan = make_plan([[0]], Layout("contiguous", 1, 128), grid)
+    tokens = torch.full((1, 128), grid.rank)
+
+    def backward(micro: int) -> None:
+        engine.backward(tokens, tokens, plan, 256)
+
+    backward(0)
+    engine.skip()
+    return find_nonfinite(engine, backward, lambda micro: f"sequence {grid.rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_first_layer_that_is_not_finite_is_named(stage: int) -> None:
+    for said in run_ranks(overflowing, 2, stage):
+        assert said == "first in the output of layer 1 (gated_delta), micro-batch 0 (sequence 0) on rank 0, and on 1"
+
+
+def test_steps_in_a_row_end_a_run_and_others_do_not() -> None:
+    skipped = Skipped(FaultsConfig(nonfinite_steps=2))
+    assert [skipped.bad(), skipped.bad()] == [False, False]
+    skipped.in_a_row = 0  # a good step between
+    assert [skipped.bad(), skipped.bad(), skipped.bad()] == [False, False, True]
+    assert skipped.total == 5
+    assert Skipped(FaultsConfig(nonfinite_steps=0)).bad()
+
+
+def test_a_spike_is_measured_against_the_median() -> None:
+    spikes = Spikes(FaultsConfig(spike_factor=2.0, spike_window=4, rollbacks=1))
+    assert not spikes.is_one(100.0)  # nothing to compare with
+    spikes.losses.extend([1.0, 9.0, 1.0, 1.1])
+    assert spikes.is_one(2.2) and not spikes.is_one(2.0) and not spikes.is_one(float("nan"))
+    assert spikes.may_roll_back(10) and not spikes.losses
+    assert not spikes.may_roll_back(10) and spikes.may_roll_back(20)
+    off = Spikes(FaultsConfig())
+    off.losses.extend([1.0] * 50)
+    assert not off.is_one(1e9)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_spike_is_rolled_back_and_its_sequences_passed_over(
+    stage: int, workplace: Path, dnsp: Dnsp, metrics: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    """A learning rate that is too high sends the loss up by a quarter in the fourth step."""
+    name, sharded = f"spiky-{stage}", "engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"
+    rule = ("faults.spike_factor=1.05", "faults.spike_window=2", "faults.rollbacks=50", "checkpoint.every=1")
+    place = (f"engine.zero_stage={stage}", sharded, "train.steps=20", f"run.dir={name}", "train.lr=0.15")
+    done = dnsp("train", "tiny.yaml", "--ranks", 2, *place, *rule, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    backs = [line for line in done.stdout.splitlines() if "is a spike" in line and "back to step" in line]
+    assert backs and "of the data are passed over" in backs[0]
+    records = metrics(workplace / name)
+    assert [record["step"] for record in records] == list(range(1, 21))  # each once
+    state = checkpoint.latest(workplace / name)[0].state
+    assert len(state["passed_over"]) == len(backs)
+    assert state["cursor"]["sequences"] == 20 + len(backs)  # one sequence a step, and those passed over
+    # what was put back is what was saved: without the rule and the data passed over, the first steps are the same
+    first = int(backs[0].split("back to step ")[1].split(",")[0])
+    plain = dnsp(
+        *("train", "tiny.yaml", "--ranks", 2, f"engine.zero_stage={stage}", sharded, f"run.dir=plain-{name}"),
+        f"train.steps={first}",
+        "train.lr=0.15",
+        cwd=workplace,
+    )
+    assert plain.returncode == 0, plain.stderr
+    assert [r["loss"] for r in metrics(workplace / f"plain-{name}")] == [r["loss"] for r in records[:first]]
+
+
+@pytest.mark.slow
+def test_too_many_rollbacks_end_the_run(workplace: Path, dnsp: Dnsp) -> None:
+    rule = ("faults.spike_factor=1.0001", "faults.spike_window=1", "faults.rollbacks=1", "checkpoint.every=3")
+    settings = ("run.dir=hopeless", "train.steps=200", "train.lr=1e-6", *rule)
+    done = dnsp("train", "tiny.yaml", "--ranks", 2, *settings, cwd=workplace)
+    assert done.returncode == 1
+    assert "is a spike" in done.stderr and "was gone back to 1 times already" in done.stderr, done.stderr
+    assert "resume=auto goes on from" in done.stderr
+
+
+def starved() -> str:
+    """A real engine in an address space that cannot hold the step."""
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from dnsp.config import parse_config
+    from dnsp.engine import Engine
+    from dnsp.errors import RunError
+    from dnsp.faults import explained_memory
+    from dnsp.model.decoder import Decoder
+    from dnsp.parallel.grid import make_grid
+    from dnsp.parallel.layout import Layout
+    from dnsp.parallel.plan import make_plan
+
+    config = parse_config({"train": {"micro_batch": 2, "global_batch": 2}}, "the test")
+    grid = make_grid(1)
+    engine = Engine(Decoder(config.model), config, grid, 1)
+    length = 65536
+    plan = make_plan([[0], [0]], Layout("zigzag", 1, length), grid)
+    tokens = torch.zeros(2, length, dtype=torch.long)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20, resource.RLIM_INFINITY))
+    try:
+        with explained_memory(engine, config, length):
+            engine.backward(tokens, tokens, plan, length)
+    except RunError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return "it fitted"
+
+
+def test_out_of_memory_says_what_holds_it_and_what_would_make_it_fit() -> None:
+    (said,) = run_ranks(starved, 1)
+    assert said.startswith("out of memory on rank 0: ")
+    for what in ("parameters 0.00 GiB", "gradients", "moments and master weights"):
+        assert what in said
+    ways = said.partition("To make it fit: ")[2]
+    assert ways.count("; ") >= 2
+    for setting in ("engine.activation_checkpointing=true", "train.micro_batch=1", "engine.mlp_tile=2048"):
+        assert setting in ways, said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_run_that_cannot_save_goes_on_and_says_so(
+    workplace: Path, dnsp: Dnsp, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """The folder of the checkpoints is in the way of itself, as on a disk that went read-only; then it is mended."""
+    run = workplace / "unsaved"
+    process = start(
+        *("train", "tiny.yaml", "--ranks", 2, "run.dir=unsaved", "checkpoint.every=3", "train.steps=5000"),
+        cwd=workplace,
+    )
+    try:
+        wait(lambda: bool(checkpoint.checkpoints(run)), process)
+        (run / "checkpoints").rename(run / "elsewhere")
+        (run / "checkpoints").write_text("no folder")
+        log = run / "checkpoints.jsonl"
+        wait(lambda: any(json.loads(line)["error"] for line in log.read_text().splitlines()), process)
+        failed = log.read_text().count("\n")
+        (run / "checkpoints").unlink()
+        (run / "elsewhere").rename(run / "checkpoints")
+        wait(lambda: any(not json.loads(line)["error"] for line in log.read_text().splitlines()[failed:]), process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert "NOT SAVED: the checkpoint of step" in stdout and "the run goes on" in stdout
+    assert checkpoint.latest(run)[0] is not None and not checkpoint.latest(run)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_rank_that_stands_still_is_named_with_its_place(
+    workplace: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """One process, stopped for longer than it may make no progress: it gives its own verdict once it is woken."""
+    run = workplace / "still"
+    process = start("train", "tiny.yaml", "run.dir=still", "train.steps=5000", "run.stall=4", cwd=workplace)
+    wait(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 0, process)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    process.send_signal(signal.SIGCONT)
+    _, stderr = process.communicate(timeout=30)
+    said = (run / "failure.txt").read_text() if (run / "failure.txt").exists() else ""
+    assert process.returncode == 1, stderr
+    assert "no progress for" in stderr and "rank 0 (node " in stderr and "was at step" in stderr, (stderr, said)
+    (stacks,) = (run / "stacks").glob("rank-*.txt")
+    assert "dnsp/train.py" in stacks.read_text() and os.uname().nodename in stacks.read_text()
+
+
+def wait(true: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 100) -> None:
+    deadline = time.monotonic() + timeout
+    while not true():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

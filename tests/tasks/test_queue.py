@@ -1,0 +1,281 @@
+"""The queue of runs: what is chosen, refused, stopped, killed and gone on with. Processes and files are real."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from dnsp.config import load_config
+from dnsp.errors import UsageError
+from dnsp.tasks.pool import devices_of, run
+from dnsp.tasks.queue import Queue, Request, chosen_rate, train_job, with_overrides
+from dnsp.tasks.suite import ABLATIONS, MODELS, NAMES, SEARCH_SEED, VALIDATION, suite
+from dnsp.tasks.worker import RESULT, run_config
+
+ROOT = Path(__file__).resolve().parents[2]
+ENDED = 20.0  # seconds in which a killed queue's processes are gone
+PATIENCE = 240.0
+LOSS = 1e-3  # between one rank and two after six steps, relative
+
+
+def command(out: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "dnsp", "tasks", "run", *arguments, "--out", str(out), "--device", "cpu"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def finished(out: Path) -> dict[str, dict[str, Any]]:
+    runs = out / "runs"
+    return {p.parent.relative_to(runs).as_posix(): json.loads(p.read_text()) for p in runs.rglob(RESULT)}
+
+
+def result(lr: float, accuracy: float, loss: float, outcome: str = "finished") -> dict[str, Any]:
+    tests = {} if outcome == "diverged" else {VALIDATION: {"accuracy": accuracy, "loss": loss}}
+    return {"lr": lr, "outcome": outcome, "tests": tests}
+
+
+def test_the_learning_rate_is_chosen_by_validation() -> None:
+    runs = [result(1e-4, 50, 2.0), result(1e-3, 90, 0.5), result(3e-3, 90, 0.4), result(1e-2, 0, 0, "diverged")]
+    assert chosen_rate(runs, "accuracy") == 3e-3  # of equal accuracy, the lower loss
+    assert chosen_rate([result(1e-3, 90, 0.5), result(3e-3, 10, 0.4)], "loss") == 3e-3
+    assert chosen_rate([result(1e-3, 100, 0.1), result(3e-3, 100, 0.1)], "accuracy") == 1e-3
+    assert chosen_rate([result(1e-2, 0, 0, "diverged"), result(1e-3, 0, 0, "diverged")], "accuracy") == 1e-3
+    assert chosen_rate([result(1e-2, 5, float("nan")), result(1e-1, 1, 9.0)], "loss") == 1e-1
+
+
+@pytest.mark.parametrize("scale", ["smoke", "full"])
+def test_every_run_of_every_task_is_a_valid_configuration(scale: Any) -> None:
+    """Equal sizes and an equal search for all models of a task."""
+    whole = suite(["all"], scale, gpu=False)
+    assert {cell.task for cell in whole.cells} | {m.task for m in whole.measurements} == set(NAMES)
+    for cell in whole.cells:
+        run_config(train_job(cell, cell.learning_rates[0], SEARCH_SEED, scale), Path("x"))
+        alike = [
+            other for other in whole.cells if other.task == cell.task and other.tree["train"] == cell.tree["train"]
+        ]
+        assert len({other.learning_rates for other in alike}) == 1
+        assert all("train" in other.tests or VALIDATION in other.tests for other in alike)
+    if scale == "full":
+        assert all(len(cell.learning_rates) >= 4 for cell in whole.cells)
+    widths = {cell.labels["width"] for cell in whole.cells if cell.task == "mqar"}
+    assert widths == ({64, 128, 256} if scale == "full" else {64})
+    assert sum(cell.task == "ablations" for cell in whole.cells) == len(ABLATIONS)
+    for width in widths:
+        cells = [c for c in whole.cells if c.task == "mqar" and c.labels["width"] == width]
+        assert [c.labels["model"] for c in cells] == list(MODELS)
+
+
+def test_the_configuration_in_configs_is_a_run_of_the_queue() -> None:
+    written = load_config(ROOT / "configs" / "tasks" / "mqar.yaml")
+    (cell,) = [c for c in suite(["mqar"], "full", True, ("deltanet",)).cells if c.labels["width"] == 128]
+    queued = run_config(train_job(cell, 3e-3, 0, "full"), Path("x"))
+    assert (written.train, written.data, written.engine) == (queued.train, queued.data, queued.engine)
+    assert written.model.deltanet == queued.model.deltanet and written.model.hidden_size == queued.model.hidden_size
+
+
+def test_overrides_reach_runs_and_their_tests() -> None:
+    cell = suite(["mqar"], "smoke", False, ("deltanet",)).cells[0]
+    changed = with_overrides(cell, ["train.steps=7", "data.sources.0.options.pairs=3", "data.sequence_length=32"])
+    config = run_config(train_job(changed, 1e-3, 0, "smoke"), Path("x"))
+    assert config.train.steps == 7 and config.data.sequence_length == 32
+    assert changed.tests["test"]["sources"][0]["options"]["pairs"] == 3 and changed.tests["test"]["length"] == 32
+    assert changed.tests["4 pairs"]["sources"][0]["options"]["pairs"] == 4  # asks what it is named after
+
+
+REFUSED = (
+    (["mqra"], "smoke", "cpu", {}, "unknown task 'mqra': the tasks are kv"),
+    (["kv"], "smoke", "cpu", {"models": ("gru",)}, "unknown model 'gru': the models are attention"),
+    (["kv"], "smoke", "cuda:99", {}, "--device cuda:99 is not there: this machine has"),
+    (["kv"], "smoke", "tpu", {}, "--device tpu: give cpu, cuda"),
+    (["kv"], "smoke", "cpu", {"workers": 0}, "--workers 0: at least one"),
+    (["kv"], "smoke", "cpu", {"minutes": -1.0}, "--minutes -1: give the minutes"),
+    (["kv"], "smoke", "cpu", {"overrides": ["train.stepz=3"]}, "did you mean 'train.steps'"),
+    (["mqar"], "smoke", "cpu", {"overrides": ["data.sources.0.options.pairs=9"]}, "half of vocab=8 are 4"),
+    (
+        ["mqar"],
+        "smoke",
+        "cpu",
+        {"overrides": ["data.sequence_length=8", "data.sources.0.options.pairs=4"]},
+        "4 need 16 tokens.*length is 8",
+    ),
+)
+
+
+@pytest.mark.parametrize(("names", "scale", "device", "more", "words"), REFUSED)
+def test_refusals(tmp_path: Path, names: Any, scale: Any, device: str, more: dict[str, Any], words: str) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match=words):
+        found = suite(names, scale, False, more.get("models", MODELS))
+        run(found, Request(names, scale, device, out, **more))
+    assert not out.exists()
+
+
+def test_a_folder_with_other_results_is_refused_unless_asked(tmp_path: Path) -> None:
+    def queue(names: list[str], **more: Any) -> Queue:
+        return Queue(suite(names, "smoke", False), Request(names, "smoke", "cpu", tmp_path / "out", **more))
+
+    queue(["kv"]).open().release()
+    kept = tmp_path / "out" / "runs" / "kv" / "attention-64" / "lr-0.001-seed-0" / RESULT
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps(result(1e-3, 1, 1)))
+    again = queue(["kv"])
+    again.open().release()
+    assert list(again.results) == ["kv/attention-64/lr-0.001-seed-0"]
+    for other in (["mqar"], ["kv", "copy"]):
+        with pytest.raises(UsageError, match="results of another queue .*another folder, or --overwrite"):
+            queue(other).open()
+    with pytest.raises(UsageError, match="overrides .* there"):
+        queue(["kv"], overrides=["train.steps=3"]).open()
+    assert kept.exists()
+    lock = queue(["mqar"], overwrite=True).open()
+    assert not kept.exists()
+    with pytest.raises(UsageError, match="in use by a running queue"):
+        queue(["mqar"]).open()
+    lock.release()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("text")
+    with pytest.raises(UsageError, match="files in it that are no queue's"):
+        Queue(suite(["kv"], "smoke", False), Request(["kv"], "smoke", "cpu", tmp_path / "mine")).open()
+
+
+def test_half_a_result_is_none(tmp_path: Path) -> None:
+    queue = Queue(suite(["kv"], "smoke", False), Request(["kv"], "smoke", "cpu", tmp_path))
+    queue.open().release()
+    cut = tmp_path / "runs" / "kv" / "attention-64" / "lr-0.001-seed-0" / RESULT
+    cut.parent.mkdir(parents=True)
+    cut.write_text('{"kind": "train", "lr":')
+    again = Queue(suite(["kv"], "smoke", False), Request(["kv"], "smoke", "cpu", tmp_path))
+    again.open().release()
+    assert again.results == {}
+
+
+def test_the_cpu_is_one_device() -> None:
+    assert devices_of("cpu") == [""]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_killed_and_gone_on_with_it_comes_to_the_same(tmp_path: Path) -> None:
+    """kill -9 in the middle: nothing is left running, what was finished is not done again, and every figure is that of
+    a queue that was left alone."""
+    arguments = ("kv", "--models", "deltanet,attention", "train.steps=25", "checkpoint.every=5")
+    whole = subprocess.run(
+        command(tmp_path / "whole", *arguments), env=environment(), capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert whole.returncode == 0, whole.stderr
+    assert "4 finished" in whole.stdout
+    out = tmp_path / "killed"
+    child = subprocess.Popen(
+        command(out, *arguments, "--workers", "1"), env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + PATIENCE
+    while not (before := finished(out)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    family = psutil.Process(child.pid).children(recursive=True)
+    child.kill()
+    child.wait()
+    assert 1 <= len(before) < 4 and family
+    psutil.wait_procs(family, timeout=ENDED)
+    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    stamps = {name: (out / "runs" / name / RESULT).stat().st_mtime_ns for name in finished(out)}
+    again = subprocess.run(
+        command(out, *arguments), env=environment(), capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"{len(stamps)} of 4 finished before" in again.stdout
+    assert all((out / "runs" / name / RESULT).stat().st_mtime_ns == stamp for name, stamp in stamps.items())
+    expected, got = finished(tmp_path / "whole"), finished(out)
+    assert expected.keys() == got.keys() and len(got) == 4
+    for name, one in expected.items():
+        assert got[name]["tests"] == one["tests"], name
+        assert got[name]["training"]["loss"] == one["training"]["loss"]
+        assert not (out / "runs" / name / "checkpoints").exists()
+        with gzip.open(out / "runs" / name / "metrics.jsonl.gz", "rt") as metrics:
+            steps = [json.loads(line)["step"] for line in metrics]
+        assert steps == list(range(1, 26))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_asked_to_stop_a_run_saves_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("kv", "--models", "deltanet", "train.steps=400", "--workers", "1")
+    child = subprocess.Popen(command(out, *arguments), env=environment(), stdout=subprocess.PIPE, text=True)
+    metrics = out / "runs" / "kv" / "deltanet-64" / "lr-0.001-seed-0" / "metrics.jsonl"
+    deadline = time.monotonic() + PATIENCE
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    said, _ = child.communicate(timeout=PATIENCE)
+    assert child.returncode == 0 and "the same command goes on from here" in said
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) < 400
+    assert (metrics.parent / "checkpoints" / f"step-{steps[-1]:08d}").is_dir()
+    timed = subprocess.run(  # out of time at once: the queue ends by itself, and cleanly
+        command(out, *arguments, "--minutes", "0.02"), env=environment(), capture_output=True, text=True,
+        timeout=PATIENCE,
+    )  # fmt: skip
+    assert timed.returncode == 0 and "stopped after" in timed.stdout
+    assert finished(out) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_runs_spread_over_ranks_come_to_the_same(tmp_path: Path) -> None:
+    arguments = ("kv", "--models", "hybrid", "data.sequence_length=128", "train.steps=6")
+    for ranks in ("1", "2"):
+        done = subprocess.run(
+            command(tmp_path / ranks, *arguments, "--ranks", ranks), env=environment(), capture_output=True, text=True,
+            timeout=PATIENCE,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    alone, spread = finished(tmp_path / "1"), finished(tmp_path / "2")
+    assert alone.keys() == spread.keys() and len(alone) == 2
+    for name, one in alone.items():
+        other = spread[name]
+        assert "1 x 2 ranks" in (tmp_path / "2" / "runs" / name / "log.txt").read_text()
+        assert other["training"]["loss"] == pytest.approx(one["training"]["loss"], rel=LOSS)
+        assert other["tests"]["test"]["loss"] == pytest.approx(one["tests"]["test"]["loss"], rel=LOSS)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_on_a_gpu(tmp_path: Path) -> None:
+    """Two processes on one GPU, training in bf16; then what is timed, with the device to itself."""
+    out = tmp_path / "out"
+    arguments = [part if part != "cpu" else "cuda" for part in command(out, "mqar", "--models", "deltanet,hybrid")]
+    done = subprocess.run(
+        [*arguments, "--workers", "2"], env=environment(), capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "MPS: " in done.stdout
+    got = finished(out)
+    assert len(got) == 4 and all(r["config"]["engine"]["dtype"] == "bf16" for r in got.values())
+    best = max(r["tests"]["test"]["accuracy"] for r in got.values())
+    assert best > 80, {name: r["tests"]["test"]["accuracy"] for name, r in got.items()}
+
+    from dnsp.tasks.chunks import chunk
+    from dnsp.tasks.pitfalls import demonstrate
+    from dnsp.tasks.speed import speed
+    from dnsp.tasks.suite import PITFALLS, model_tree
+
+    for name in ("attention", "deltanet", "gated_delta", "hybrid"):
+        figures = speed(model_tree(name, 128, 512), context=1024, tokens=8, name=name)
+        assert figures["tokens_per_s"] > 0 and figures["copy_bytes_per_s"] > 1e11
+        assert (figures["cache_bytes"] > 0) == (name in ("attention", "hybrid"))
+    assert chunk(tokens=256, heads=2, width=64, chunk=32)["output_error"] < 1e-5
+    for pitfall in PITFALLS:
+        assert demonstrate(pitfall, tokens=256, width=64)["rows"]

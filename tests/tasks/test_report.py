@@ -1,0 +1,177 @@
+"""The report: its figures are those of the result files, worked out here by another way."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dnsp.errors import UsageError
+from dnsp.tasks import document
+from dnsp.tasks.report import report, shown
+from dnsp.tasks.tables import order_verdict, spread, summaries
+
+VERSIONS = {"torch": "2.13.0"}
+ACCURACY = {  # of test, by model and seed; the search is on seed 0
+    "attention": {1: 99.0, 2: 98.0, 3: 97.0},
+    "linear_attention": {1: 40.0, 2: 60.0, 3: 50.0},
+    "deltanet": {1: 95.0, 2: 96.5, 3: 96.0},
+    "hybrid": {1: 98.5, 2: 97.0, 3: 97.9},
+}
+
+
+def write(folder: Path, results: list[dict[str, Any]], scale: str = "full", tasks: str = "kv") -> Path:
+    folder.mkdir(parents=True)
+    queue = {"identity": {"scale": scale}, "command": ["dnsp", "tasks", "run", tasks], "total": len(results)}
+    (folder / "queue.json").write_text(json.dumps(queue))
+    for result in results:
+        place = folder / "runs" / result["name"]
+        place.mkdir(parents=True)
+        (place / "result.json").write_text(json.dumps({"versions": VERSIONS, "device_name": "a GPU", **result}))
+    return folder
+
+
+def trained(
+    task: str, cell: str, labels: dict[str, Any], lr: float, seed: int, tests: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "kind": "train", "task": task, "cell": cell, "labels": labels, "lr": lr, "seed": seed, "tests": tests,
+        "name": f"{task}/{cell}/lr-{lr:g}-seed-{seed}", "outcome": "finished" if tests else "diverged",
+        "training": {"grad_norm_max": 1.5}, "seconds": 36.0,
+    }  # fmt: skip
+
+
+def recall_runs(task: str = "kv") -> list[dict[str, Any]]:
+    """Each model: 1e-3 wins the search, 1e-2 diverges, three seeds follow."""
+    found = []
+    for model, by_seed in ACCURACY.items():
+        cell, labels = f"{model}-128", {"model": model, "width": 128}
+        for lr, accuracy in ((1e-4, 20.0), (1e-3, 90.0), (3e-3, 80.0)):
+            tests = {"validation": {"accuracy": accuracy, "loss": 1.0}, "test": {"accuracy": accuracy - 1, "loss": 1.0}}
+            found.append(trained(task, cell, labels, lr, 0, tests))
+        found.append(trained(task, cell, labels, 1e-2, 0, {}))
+        for seed, accuracy in by_seed.items():
+            tests = {"validation": {"accuracy": 1.0, "loss": 9.0}, "test": {"accuracy": accuracy, "loss": 0.5}}
+            found.append(trained(task, cell, labels, 1e-3, seed, tests))
+        found.append(trained(task, cell, labels, 3e-3, 1, {"test": {"accuracy": 0.0, "loss": 9.0}}))  # of no choice
+    return found
+
+
+def rows(path: Path) -> dict[str, dict[str, str]]:
+    with path.open() as file:
+        return {row[next(iter(row))]: row for row in csv.DictReader(file)}
+
+
+def test_recall_beside_the_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "kv", recall_runs())
+    assert report([folder], tmp_path / "report.json") == 0
+    table = rows(folder / "tables" / "kv.csv")
+    whole = json.loads((tmp_path / "report.json").read_text())
+    assert [row[0] for row in whole["kv"]["rows"]] == list(table)
+    for model, by_seed in ACCURACY.items():
+        values = list(by_seed.values())
+        said = table[model]
+        middle = sum(values) / 3
+        assert said["accuracy %"] == f"{middle:.1f} ({min(values):.1f} to {max(values):.1f})"
+        assert float(said["deviation"]) == pytest.approx(math.sqrt(sum((v - middle) ** 2 for v in values) / 2))
+        assert said["learning rate"] == "0.001" and said["seeds"] == "3 of 3"
+        theirs = document.RECALL["kv"].get(model)
+        assert said["document"] == ("" if theirs is None else str(theirs))
+        if theirs is not None:
+            assert float(said["difference"]) == pytest.approx(middle - theirs)
+    search = rows(folder / "tables" / "search.csv")["kv"]  # the last of the task's rows
+    assert (search["0.0001"], search["0.001"], search["0.01"], search["chosen"]) == (
+        "20.0 %",
+        "90.0 %",
+        "diverged",
+        "0.001",
+    )
+    text = (folder / "report.md").read_text()
+    assert "deltanet reaches the document's DeltaNet (94.5)" in text
+    assert "hybrid within 1 point of attention" in text and "deltanet above linear attention" in text
+    assert "torch 2.13.0" in text and "a GPU" in text and "seeds 0, 1, 2, 3" in text
+    assert "32 trained models, 4 diverged" in text
+    assert (folder / "plots" / "recall.png").read_bytes()[:4] == b"\x89PNG"
+    assert "Key-value retrieval" in capsys.readouterr().out
+
+
+def ablation_runs(losses: dict[str, list[float]]) -> list[dict[str, Any]]:
+    found = []
+    for variant, by_seed in losses.items():
+        group = "base" if variant.startswith("learned beta") else "beta"
+        for seed, loss in enumerate(by_seed, 1):
+            test = {"loss": loss, "accuracy": 50.0}
+            tests = {"validation": test, "text": test, "recall": test}
+            found.append(trained("ablations", variant, {"group": group, "variant": variant}, 1e-3, seed, tests))
+            found.append(
+                trained("ablations", variant, {"group": group, "variant": variant}, 1e-3, 0, tests)
+            ) if seed == 1 else None
+    return found
+
+
+LEARNED = "learned beta, q and k by l2"
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ({"fixed 0.1": [1.5, 1.6, 1.55], "fixed 0.5": [1.4, 1.45, 1.42], LEARNED: [1.3, 1.31, 1.32]}, "do not overlap"),
+        (
+            {"fixed 0.1": [1.5, 1.6, 1.55], "fixed 0.5": [1.4, 1.52, 1.42], LEARNED: [1.3, 1.31, 1.32]},
+            "spreads overlap",
+        ),
+        ({"fixed 0.1": [1.2, 1.2, 1.2], "fixed 0.5": [1.4, 1.5, 1.4], LEARNED: [1.3, 1.3, 1.3]}, "does not hold"),
+    ],
+)
+def test_the_order_of_ablations(tmp_path: Path, losses: dict[str, list[float]], words: str) -> None:
+    folder = write(tmp_path / "a", ablation_runs(losses))
+    assert report([folder]) == 0
+    assert words in (folder / "report.md").read_text()
+    table = rows(folder / "tables" / "ablation-beta.csv")
+    for variant, values in losses.items():
+        powers = [math.e**value for value in values]
+        assert table[variant]["perplexity a byte"].startswith(f"{statistics.fmean(powers):.3f} ")
+    assert table["fixed 0.1"]["document's perplexity"] == "8.95"
+
+
+def test_what_diverged_is_worse_than_what_did_not() -> None:
+    labels = [{"group": "norm", "variant": name} for name in ("none", "k")]
+    runs = [trained("ablations", "none", labels[0], 1e-3, seed, {}) for seed in range(4)]
+    fine = {name: {"loss": 1.0, "accuracy": 1.0} for name in ("validation", "text", "recall")}
+    runs += [trained("ablations", "k", labels[1], 1e-3, seed, fine) for seed in range(4)]
+    cells = {cell.labels["variant"]: cell for cell in summaries(runs, "full")}
+    assert cells["none"].diverged == 3
+    assert order_verdict([cells["none"], cells["k"]]).startswith("the document's order holds")
+    assert "does not hold" in order_verdict([cells["k"], cells["none"]])
+
+
+def test_several_folders_in_one_report(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "kv", recall_runs("kv")), write(tmp_path / "copy", recall_runs("copy"))
+    assert report([first, second]) == 0
+    assert (first / "tables" / "copy.csv").exists() and not (second / "report.md").exists()
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no folder of dnsp tasks run"):
+        report([tmp_path])
+    empty = write(tmp_path / "empty", [])
+    with pytest.raises(UsageError, match="no finished run yet"):
+        report([empty])
+    full, smoke = write(tmp_path / "a", recall_runs()), write(tmp_path / "b", recall_runs("copy"), scale="smoke")
+    with pytest.raises(UsageError, match="report them apart"):
+        report([full, smoke])
+    again = write(tmp_path / "c", recall_runs())
+    with pytest.raises(UsageError, match="both have kv/.*leave one of them out"):
+        report([full, again])
+
+
+def test_cells_as_people_read_them() -> None:
+    assert [shown(x) for x in (None, 1234567, 0.000123, float("inf"), 12345.6, "a")] == [
+        "", "1,234,567", "0.000123", "not finite", "12,346", "a",
+    ]  # fmt: skip
+    assert spread([1.0]) == "1.0" and spread([]) == "" and spread([1.0, 2.0, 6.0]) == "3.0 (1.0 to 6.0)"

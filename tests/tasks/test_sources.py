@@ -1,0 +1,185 @@
+"""Recall tasks as data sources, held against oracles that read a sequence as a person would."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dnsp.config import parse_config
+from dnsp.data.batch import batch
+from dnsp.data.mix import open_data
+from dnsp.data.pack import IGNORE
+from dnsp.errors import UsageError
+from dnsp.tasks.sources import GAP_POWER, TaskPacker, TaskSequence, open_task, power_law_gaps
+
+SEQUENCES = 150  # over two blocks
+EXPECTED_MQAR = [7, 13, 6, 15, 7, 9, 6, 0]
+EXPECTED_COPY = [2, 5, 6, 5, 7, 2, 5, 6]
+SIZES: dict[str, tuple[dict[str, Any], int]] = {
+    "kv": ({"vocab": 128, "pairs": [4, 16]}, 80),
+    "mqar": ({"vocab": 128, "pairs": [4, 16]}, 128),
+    "copy": ({"vocab": 16}, 64),
+}
+
+
+def sequences(task: str, split: str = "train", seed: int = 0, count: int = SEQUENCES) -> list[TaskSequence]:
+    options, length = SIZES[task]
+    packer = open_task(f"task:{task}", options, seed=seed, split=split)  # type: ignore[arg-type]
+    return [packer.sequence(n * length, length) for n in range(count)]
+
+
+def asked(sequence: TaskSequence) -> list[int]:
+    return np.flatnonzero(sequence.targets_T != IGNORE).tolist()
+
+
+def lookup(task: str, tokens: list[int], position: int, pairs: int) -> int:
+    """What a perfect memory answers at a position, from the tokens up to it alone."""
+    before = tokens[: position + 1]
+    if task == "copy":
+        half = before.index(15)  # the separator
+        return before[position - half]
+    memory = {before[2 * n]: before[2 * n + 1] for n in range(pairs)}
+    return memory[before[position]]
+
+
+@pytest.mark.parametrize("task", SIZES)
+def test_a_perfect_lookup_answers_every_question(task: str) -> None:
+    counts = Counter()
+    for sequence in sequences(task):
+        tokens, positions = sequence.tokens_T.tolist(), asked(sequence)
+        pairs = len(positions)
+        counts[pairs] += 1
+        assert [lookup(task, tokens, at, pairs) for at in positions] == sequence.targets_T[positions].tolist()
+    if task == "copy":
+        assert set(counts) == {32}
+    else:
+        assert set(counts) == {4, 8, 16} and min(counts.values()) > SEQUENCES / 6  # each as often as the others
+
+
+@pytest.mark.parametrize("task", ["kv", "mqar"])
+def test_pairs_and_questions(task: str) -> None:
+    for sequence in sequences(task):
+        tokens, positions = sequence.tokens_T, asked(sequence)
+        pairs = len(positions)
+        keys, values = tokens[0 : 2 * pairs : 2], tokens[1 : 2 * pairs : 2]
+        assert len(set(keys)) == len(set(values)) == pairs
+        assert keys.max() < 64 <= values.min() and values.max() < 128
+        assert sorted(tokens[positions]) == sorted(keys)  # every key once
+        assert min(positions) >= 2 * pairs and not np.array(positions).__mod__(2).any()
+        if task == "kv":
+            assert np.array_equal(tokens[np.array(positions) + 1], sequence.targets_T[positions])
+            assert positions == list(range(80 - 2 * pairs, 80, 2))
+
+
+def test_gaps_follow_the_power_law() -> None:
+    """The first gap drawn has the law itself; all of them are different."""
+    places, draws = 32, 20_000
+    weights = np.arange(1, places + 1) ** (GAP_POWER - 1.0)
+    law = weights / weights.sum()
+    uniform = np.random.default_rng(0).random((draws, places))
+    gaps = np.stack([power_law_gaps(row, 4) for row in uniform])
+    assert all(len(set(row)) == 4 for row in gaps[:200])
+    seen = np.bincount(gaps[:, 0], minlength=places) / draws
+    assert np.abs(seen - law).max() < 4 * np.sqrt(law.max() / draws)
+    assert (np.bincount(gaps[:, 1], minlength=places) / draws)[0] < law[0]  # what is taken is taken
+
+
+def test_mqar_asks_near_more_often_than_far() -> None:
+    packer = open_task("task:mqar", {"vocab": 512, "pairs": 4}, seed=1, split="train")
+    gaps = Counter()
+    for n in range(400):
+        sequence = packer.sequence(n * 256, 256)
+        gaps.update((at - 8) // 2 for at in asked(sequence))
+    near, far = sum(gaps[g] for g in range(12)), sum(gaps[g] for g in range(112, 124))
+    assert near > 5 * far > 0
+
+
+@pytest.mark.parametrize("task", SIZES)
+def test_a_sequence_follows_from_seed_split_and_index(task: str) -> None:
+    first, again = sequences(task, count=3), sequences(task, count=3)
+    assert all(np.array_equal(a.tokens_T, b.tokens_T) for a, b in zip(first, again, strict=True))
+    others = [*sequences(task, split="heldout", count=3), *sequences(task, seed=1, count=3), *first[1:]]
+    assert not any(np.array_equal(first[0].tokens_T, other.tokens_T) for other in others)
+
+
+def test_the_first_sequences_are_those_of_every_version() -> None:
+    """A run goes on under any numpy: what is drawn is written down here."""
+    packer = open_task("task:mqar", {"vocab": 16, "pairs": 2}, seed=0, split="train")
+    assert packer.sequence(0, 8).tokens_T.tolist() == EXPECTED_MQAR
+    packer = open_task("task:copy", {"vocab": 8}, seed=0, split="heldout")
+    assert packer.sequence(0, 8).tokens_T.tolist() == EXPECTED_COPY
+
+
+def config(sources: list[dict[str, Any]], length: int = 64, vocab: int = 400) -> Any:
+    return parse_config(
+        {"data": {"sources": sources, "sequence_length": length}, "model": {"vocab_size": vocab}}, "test"
+    )
+
+
+def test_a_rank_reads_its_part_alone() -> None:
+    settings = config([{"path": "task:mqar", "options": {"vocab": 64, "pairs": 4}}])
+    data = open_data(settings.data, vocab_size=400)
+    step = data.step(data.start, 64, 4)
+    arguments = dict(micro_batch=4, data_rank=0, data_size=1, vocab_size=400)
+    whole = batch(step, 0, intervals=[(0, 64)], **arguments)
+    parts = [
+        batch(step, 0, intervals=[(a, b), (c, d)], **arguments) for a, b, c, d in ((0, 16, 48, 64), (16, 32, 32, 48))
+    ]
+    assert step.targets == 16 == sum(int((part.targets_BT != IGNORE).sum()) for part in parts)
+    assert whole.tokens_BT[:, :16].equal(parts[0].tokens_BT[:, :16])
+    assert whole.targets_BT[:, 16:48].equal(parts[1].targets_BT)
+    assert whole.doc_starts == [[0]] * 4
+
+
+def test_text_and_recall_mix_by_weight(tmp_path: Any) -> None:
+    from dnsp.data.prepare import prepare
+
+    (tmp_path / "text.txt").write_text("the delta rule writes what it got wrong. " * 40)
+    (tmp_path / "more.txt").write_text("another document. " * 40)
+    prepare(str(tmp_path), tmp_path / "data", "bytes")
+    recall = {"path": "task:mqar", "weight": 3, "options": {"vocab": 64, "first_id": 257, "pairs": 4}}
+    settings = config([{"path": str(tmp_path / "data")}, recall])
+    data = open_data(settings.data, vocab_size=400)
+    step = data.step(data.start, 64, 40)
+    tasks = [sequence for sequence in step.sequences if isinstance(sequence, TaskSequence)]
+    assert len(tasks) == 30
+    assert all(set(sequence.tokens_T) <= set(range(257, 321)) for sequence in tasks)
+    assert all(set(sequence.targets_T[asked(sequence)]) <= set(sequence.tokens_T) for sequence in tasks)
+
+
+REFUSED = (
+    ("task:mqra", {}, 64, "the tasks are task:kv, task:copy, task:mqar"),
+    ("task:mqar", {"pair": 4}, 64, "unknown option 'pair'; it has vocab, first_id, pairs"),
+    ("task:mqar", {"pairs": 0}, 64, "give a number above 0"),
+    ("task:mqar", {"pairs": 17, "vocab": 64}, 64, "pairs=17 need 68 tokens.*the sequence length is 64.*to 16"),
+    ("task:kv", {"pairs": 33, "vocab": 64}, 512, "half of vocab=64 are 32.*raise vocab to 66"),
+    ("task:copy", {"vocab": 2}, 64, "vocab=2: must be greater than 2"),
+    ("task:copy", {}, 63, "63 tokens are not two halves"),
+    ("task:kv", {"vocab": 8192}, 256, "token ids up to 8191, model.vocab_size=400.*raise model.vocab_size to 8192"),
+    ("python-stdlib", {"pairs": 4}, 64, "python-stdlib has no options"),
+)
+
+
+@pytest.mark.parametrize(("path", "options", "length", "words"), REFUSED)
+def test_refusals_name_value_rule_and_way_out(path: str, options: dict[str, Any], length: int, words: str) -> None:
+    settings = config([{"path": path, "options": options}], length)
+    with pytest.raises(UsageError, match=words):
+        open_data(settings.data, vocab_size=400).check_length(length)
+
+
+def test_pairs_are_written_in_any_form() -> None:
+    for given, meant in ((4, (4,)), ([4, 64], (4, 8, 16, 32, 64)), ([3, 5], (3, 5)), ([2, 4, 6], (2, 4, 6))):
+        packer = open_task("task:kv", {"pairs": given}, seed=0, split="train")
+        assert isinstance(packer, TaskPacker) and packer.source.options.pairs == meant  # type: ignore[attr-defined]
+
+
+def test_keys_are_uniform() -> None:
+    """Every id is a key, and the first one, as often as any other."""
+    packer = open_task("task:kv", {"vocab": 16, "pairs": 3}, seed=0, split="train")
+    drawn = np.stack([packer.sequence(n * 16, 16).tokens_T[:6:2] for n in range(4000)])
+    for column in drawn.T:
+        counts = np.bincount(column, minlength=8)
+        assert len(counts) == 8 and np.abs(counts - 500).max() < 4 * np.sqrt(500)
