@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.interpreter import InterpretedFunction
 
 from . import proof
-from .gluon_backward import TILE, TOKENS, WIDTH, backward_kernel
+from .gluon_backward import WIDTH, backward_kernel, tiles_of, tokens_of
 from .segments import CHUNK, Gradients, Inputs
 from .triton_gradients import PARTS, gates_kernel, group_kernel, keys_kernel, pairs_kernel, queries_kernel
 from .triton_prepare import ROWS, invert_kernel, prepare_kernel
@@ -295,8 +294,8 @@ def _reverse_and_gradients(
     p: Prepared, do: Tensor, outgoing: Tensor, heads: slice, states: Tensor, errors: Tensor,
     between: tuple[Tensor, Tensor], parts: Tensor, grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
-    """Passes 3 and 4 over some value heads of all rows: dq, dk and dv, and ``parts`` of dbeta and dg. Between the passes
-    lie the states' gradients and the tiles of the pairs."""
+    """Passes 3 and 4 over some value heads of all rows: dq, dk and dv, and ``parts`` of dbeta and dg. Between the
+    passes lie the states' gradients and the tiles of the pairs."""
     (d_states, tiles), (dq, dk, dv) = between, grads
     x, flags, K = p.x, _flags(p.x), p.x.k.shape[3]
     T, G = x.v.shape[1], x.v.shape[2] // x.k.shape[2]
@@ -337,21 +336,6 @@ def _has_backward(p: Prepared) -> bool:
     return wanted and widths and rule and x.v.dtype != torch.float32 and _is_hopper(x.v.device)
 
 
-def _tokens(x_BTHK: Tensor) -> TensorDescriptor:
-    """By which a chunk of a head is fetched, with zeros behind the last token."""
-    if any(stride == 0 < size - 1 for stride, size in zip(x_BTHK.stride(), x_BTHK.shape, strict=True)):
-        x_BTHK = x_BTHK.contiguous()
-    width = x_BTHK.shape[3]
-    strides = [stride if size > 1 else width for stride, size in zip(x_BTHK.stride()[:3], x_BTHK.shape, strict=False)]
-    return TensorDescriptor(x_BTHK, list(x_BTHK.shape), [*strides, 1], [1, CHUNK, 1, width], TOKENS.value)
-
-
-def _tiles(x: Tensor) -> TensorDescriptor:
-    """By which x's last two axes are fetched, of which row is known."""
-    rows, columns = x.shape[-2:]
-    return TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], [rows, columns], TILE.value)
-
-
 def _backward(
     p: Prepared, do: Tensor, outgoing: Tensor, heads: slice, states: Tensor, errors: Tensor,
     between: tuple[Tensor, Tensor], parts: Tensor, grads: tuple[Tensor, Tensor, Tensor],
@@ -364,8 +348,8 @@ def _backward(
     T, NC, segment_chunks, B, N = p.sizes
     proof.launch(
         backward_kernel, (N, heads.stop - heads.start),
-        _tokens(x.q), _tokens(x.k), _tokens(do), _tiles(states), _tiles(errors), _tiles(p.A), _tiles(p.P),
-        _tokens(dv), _tiles(dq_parts), _tiles(dk_parts), p.rows, p.through, _documents(x), outgoing, parts,
+        tokens_of(x.q), tokens_of(x.k), tokens_of(do), tiles_of(states), tiles_of(errors), tiles_of(p.A), tiles_of(p.P),
+        tokens_of(dv), tiles_of(dq_parts), tiles_of(dk_parts), p.rows, p.through, _documents(x), outgoing, parts,
         T, NC, segment_chunks, B, heads.start, x.scale,
         H=H, G=G, HAS_G=flags["HAS_G"], HAS_DOC=flags["HAS_DOC"], num_warps=p.launches["backward"].warps,
     )  # fmt: skip

@@ -12,6 +12,7 @@ A value head leaves its part of dq and dk, which *group* of :mod:`.triton_gradie
 
 from __future__ import annotations
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -21,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.7 and 3.6 call it
 WIDTH = gl.constexpr(128)  # of K and V
@@ -28,9 +30,19 @@ TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # in shared memory
 TOKENS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 4))  # the same, of a chunk [1, 64, 1, K]
 
 
-@gluon.jit
-def _add_pairs(a, b, c, d):
-    return a + c, b + d
+def tokens_of(x_BTHK: Tensor) -> TensorDescriptor:
+    """By which a chunk of a head is fetched, with zeros behind the last token."""
+    if any(stride == 0 < size - 1 for stride, size in zip(x_BTHK.stride(), x_BTHK.shape, strict=True)):
+        x_BTHK = x_BTHK.contiguous()
+    width = x_BTHK.shape[3]
+    strides = [stride if size > 1 else width for stride, size in zip(x_BTHK.stride()[:3], x_BTHK.shape, strict=False)]
+    return TensorDescriptor(x_BTHK, list(x_BTHK.shape), [*strides, 1], [1, 64, 1, width], TOKENS.value)
+
+
+def tiles_of(x: Tensor) -> TensorDescriptor:
+    """By which one of x's matrices, its last two axes, is fetched."""
+    rows, columns = x.shape[-2:]
+    return TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], [rows, columns], TILE.value)
 
 
 @gluon.jit
@@ -38,6 +50,11 @@ def _nil(i):
     """0, unknown to the compiler: an address that hangs on it is worked out where it is used, not kept through the loop
     in a register that is wanted for the state."""
     return gl.inline_asm_elementwise("mov.b32 $0, 0; // $1", "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
 
 
 @gluon.jit
