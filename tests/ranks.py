@@ -26,6 +26,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def python_path() -> str:
+    """A child's PYTHONPATH: this checkout, before what is there already."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 @dataclass
 class RankFailure:
     rank: int

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.ranks import python_path
+
 ROOT = Path(__file__).resolve().parents[2]
 
 TINY = {
@@ -45,7 +47,7 @@ def command(*arguments: object) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Of a child that finds the package wherever it runs."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from dnsp.parallel.transport import Transport
 from dnsp.parallel.waits import WAITS, gather_rows
 from dnsp.slow import AGAIN, WINDOW, Sample, SlowRanks
 from dnsp.timing import PHASES, StepClock
-from tests.ranks import run_ranks
+from tests.ranks import python_path, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDS_UP = 0.9  # of a step's time are in its phases
@@ -192,7 +192,7 @@ def test_the_live_line() -> None:
 def test_a_rank_that_is_stopped_again_and_again_is_named(workplace: Path) -> None:
     """One of two ranks gets a fifth of the time."""
     log = workplace / "slow.log"
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environ = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     settings = ("train", "tiny.yaml", "--ranks", "2", "run.dir=slow", "train.steps=100000", "checkpoint.every=0")
     with log.open("wb") as out:
         process = subprocess.Popen(

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.launch.daemons import Slurm, Ssh, missing_for_slurm, missing_for_ssh
+from tests.ranks import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(sys.executable).parent
@@ -56,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environ() -> dict[str, str]:
     """Of a command that finds this package and this Python's scripts; the ranks talk over loopback."""
     path = f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PATH": path}
+    return {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PATH": path}
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from dnsp.model import liger
 from dnsp.model.mlp import MLP, feed_forward_tiled, swiglu, swiglu_backward
 from dnsp.model.norm import RMSNorm
 from dnsp.model.rotary import rotary_angles, rotate, rotate_both
+from tests.ranks import python_path
 
 # |got - truth| / |truth| on the same rounded operands: outputs, gradients
 TOLERANCE = {torch.bfloat16: (4e-3, 6e-3), torch.float32: (1e-6, 1e-5)}
@@ -154,7 +155,7 @@ def test_off_a_gpu_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_the_interpreter_can_run() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": python_path()}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
 

@@ -21,6 +21,7 @@ from dnsp.tasks.pool import devices_of, run
 from dnsp.tasks.queue import Queue, Request, chosen_rate, train_job, with_overrides
 from dnsp.tasks.suite import ABLATIONS, MODELS, NAMES, SEARCH_SEED, VALIDATION, suite
 from dnsp.tasks.worker import RESULT, run_config
+from tests.ranks import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDED = 20.0  # seconds in which a killed queue's processes are gone
@@ -33,7 +34,7 @@ def command(out: Path, *arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
 
 
 def finished(out: Path) -> dict[str, dict[str, Any]]:
