@@ -1,4 +1,7 @@
-"""The command line. It starts fast: what is slow to import is imported by the command that needs it."""
+"""The command line. It starts fast: what is slow to import is imported by the command that needs it.
+
+Long because it is one flat list, a function a command, with every option's help where the option is.
+"""
 
 from __future__ import annotations
 

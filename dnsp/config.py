@@ -1,6 +1,7 @@
 """What a run is made of: pydantic models, read from YAML, overridden with ``key=value``.
 
 Every name here is a name that users type. Unknown keys and wrong types are refused with the nearest valid name.
+One file, though long: every key is found in it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""``dnsp bench delta`` and ``decode`` at small shapes: formulas against counts, errors against planted ones."""
+"""``dnsp bench delta`` and ``decode`` at small shapes: formulas against counts, errors against planted ones.
+
+Long because one file holds what both share, and each formula is counted by hand.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Which binaries may run: verdicts and how they are kept, children that crash, wrong kernels that are found.
 
 What computes runs under Triton's interpreter in a process of its own (this file, ``python -m tests.kernels.test_proof
-NAME``), and on a GPU.
+NAME``), and on a GPU. Long because verdicts, children and kernels share the stand-ins that make them fail.
 """
 
 from __future__ import annotations
