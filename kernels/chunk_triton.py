@@ -22,12 +22,12 @@ from triton.runtime.interpreter import InterpretedFunction
 from . import proof
 from .gluon_backward import WIDTH, backward_kernel, tiles_of, tokens_of
 from .segments import CHUNK, Gradients, Inputs
+from .signatures import strides as signature_strides
 from .triton_gradients import PARTS, gates_kernel, group_kernel, keys_kernel, pairs_kernel, queries_kernel
 from .triton_prepare import ROWS, invert_kernel, prepare_kernel
 from .triton_reverse import reverse_kernel
 from .triton_states import states_kernel
 from .verdicts import Launches
-from .verdicts import strides as signature_strides
 
 WIDTHS = (16, 32, 64, 128, 256)  # of K and V
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .segments import kernels_for_program
+
 BLOCK = 1 << 16  # elements
 
 Activation = Literal["silu"] | None
@@ -46,7 +48,8 @@ def causal_conv1d(
         halo_BWD: the W-1 tokens before the interval, ``[B, W-1, D]``. None: nothing is there, which needs start 0.
         backend: ``"torch"`` operations, or Triton's kernels, ``"triton"``, which read x where it lies: any strides of
             rows and tokens, channels one after another. None: on a GPU Triton for the widths 2 to 4 in bf16, fp16 and
-            fp32, torch for what has no kernel (other widths, fp64), and torch elsewhere.
+            fp32, torch for what has no kernel (other widths, fp64), and torch elsewhere, or everywhere where the
+            environment's DNSP_DELTA_RULE is ``torch``.
 
     Differentiable in x, weight, bias and halo. Raises ValueError or TypeError where shapes, dtypes, devices or options
     do not fit.
@@ -60,7 +63,7 @@ def _backend(asked: str | None, x: Tensor, weight: Tensor, bias: Tensor | None, 
     """What was asked for, or what fits; refuses what has no kernel."""
     if asked not in (None, "torch", "triton"):
         raise ValueError(f"backend={asked!r}: give 'triton' (a GPU), 'torch' (any device), or None for what fits")
-    if asked == "torch" or (asked is None and not x.is_cuda):
+    if asked == "torch" or (asked is None and (not x.is_cuda or kernels_for_program() == "torch")):
         return "torch"
     from . import triton_conv
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .segments import kernels_for_program
+
 Backend = Literal["torch", "triton"]
 
 
@@ -37,7 +39,8 @@ def gated_rms_norm(
     x and gate ``[..., D]``, weight ``[D]``. The norm is rounded to x's dtype before the weight, the gate taken in fp32.
     ``backend``: ``"torch"`` operations, or Triton's kernels, ``"triton"``, one launch each way, which read x and gate
     where they lie, any strides but channels one after another. None: on a GPU Triton for bf16, fp16 and fp32 with D up
-    to 8192, torch for what has no kernel, and torch elsewhere. Raises ValueError or TypeError for what does not fit.
+    to 8192, torch for what has no kernel, and torch elsewhere, or everywhere where the environment's DNSP_DELTA_RULE is
+    ``torch``. Raises ValueError or TypeError for what does not fit.
     """
     _check_weight(x, weight)
     if gate.shape != x.shape:
@@ -52,7 +55,7 @@ def _backend(asked: str | None, x: Tensor, gate: Tensor, weight: Tensor) -> Back
     """What was asked for, or what fits; refuses what has no kernel."""
     if asked not in (None, "torch", "triton"):
         raise ValueError(f"backend={asked!r}: give 'triton' (a GPU), 'torch' (any device), or None for what fits")
-    if asked == "torch" or (asked is None and not x.is_cuda):
+    if asked == "torch" or (asked is None and (not x.is_cuda or kernels_for_program() == "torch")):
         return "torch"
     from . import triton_norm
 

@@ -155,7 +155,9 @@ class _Aside:
 
 
 def _load(device: torch.device) -> None:
-    """Every binary is loaded before anyone waits for a rank that still compiles: a message of this rank to itself."""
+    """Every binary is proven and loaded before anyone waits for a rank that still compiles: a message of this rank to
+    itself."""
+    triton_post.require(device)
     counter = torch.zeros(4, APART, dtype=torch.int32, device=device)
     ring, slots = (torch.zeros(n, dtype=torch.int32, device=device) for n in (RING, 64))
     clock = make_clock(1, device, 30.0)

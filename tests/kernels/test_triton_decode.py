@@ -26,6 +26,8 @@ from dnsp.kernels.decode import conv_step, delta_step, gated_delta_step
 from dnsp.kernels.reference import Rule, recurrence
 from tests.kernels.triton_compile import Compiled
 
+pytestmark = pytest.mark.usefixtures("unasked")
+
 # |error| / |truth| of what is rounded to the dtype on its way; the state of delta_step alone is not.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 STATE = 2e-6
