@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import check_floating
 from .segments import kernels_for_program
 
 BLOCK = 1 << 16  # elements
@@ -145,7 +146,7 @@ class _CausalConv(torch.autograd.Function):
 def _blocks(x: Tensor) -> Iterator[tuple[int, int]]:
     """Runs of tokens whose intermediate results fit a core's cache; a GPU takes all at once."""
     tokens = x.shape[1]
-    step = tokens if x.is_cuda else max(1, BLOCK // (x.shape[0] * x.shape[2]))
+    step = tokens if x.is_cuda else max(1, BLOCK // max(1, x.shape[0] * x.shape[2]))
     for a in range(0, tokens, max(step, 1)):
         yield a, min(a + step, tokens)
 
@@ -201,6 +202,7 @@ def _check(
 ) -> None:
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[1] < 1:
         raise ValueError(f"x {list(x.shape)} and weight {list(weight.shape)}: give x as [B, T, D], weight as [D, W]")
+    check_floating({"x": x, "weight": weight}, {"bias": bias, "halo": halo})
     batch, tokens, channels = x.shape
     if weight.shape[0] != channels:
         raise ValueError(
@@ -217,6 +219,8 @@ def _check(
     wanted = (batch, weight.shape[1] - 1, channels)
     if halo is not None and halo.shape != wanted:
         raise ValueError(f"halo {list(halo.shape)} must be the W-1 tokens before the interval, {list(wanted)}")
+    if not isinstance(start, int | torch.SymInt) or start < 0:
+        raise ValueError(f"start={start}: it is the global index of the interval's first token, an integer from 0")
     if halo is None and start != 0:
         raise ValueError(
             f"start {start} without a halo: inside a sequence the W-1 tokens before an interval are needed"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import chunk_torch, kept
-from .checks import check_cu_seqlens, check_shapes, check_values
+from .checks import check_cu_seqlens, check_floating, check_shapes, check_values
 from .reference import Rule, recurrence
 from .scan import LocalScan, Scan
 from .segments import CHUNK, Inputs, Segments, check_segment_tokens, kernels_for_program
@@ -237,7 +237,8 @@ def chunk_gated_delta_rule(
             ``[B, T]``; one incoming state a row.
         segment_tokens: length of the segments, a multiple of 64; fixes the bits. None: one segment, or on a GPU as
             many as fill its multiprocessors.
-        check_inputs: look at values too (g > 0, cu_seqlens out of order); on a GPU this waits for the device.
+        check_inputs: look at values too (g > 0, numbers that are not finite, documents out of order); on a GPU this
+            waits for the device.
         backend: ``"torch"`` or ``"triton"``; None: what the environment's DNSP_DELTA_RULE says, or Triton's
             kernels on a GPU and torch operations elsewhere.
 
@@ -247,14 +248,15 @@ def chunk_gated_delta_rule(
     Raises:
         ValueError, TypeError: naming the argument, its value, the rule and the way out.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_shapes(q, k, v, g, beta, None, doc_start)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if cu_seqlens is not None:
         if doc_start is not None:
             raise ValueError("cu_seqlens and doc_start both describe documents; give one of them")
         check_cu_seqlens(cu_seqlens, q, initial_state, v)
     if check_inputs:
-        check_values(g, beta, cu_seqlens, q.shape[1])
+        floats = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state}
+        check_values(floats, cu_seqlens, doc_start, q.shape[1])
     if cu_seqlens is not None and (initial_state is not None or output_final_state):
         return _by_document(
             q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens,
@@ -324,9 +326,10 @@ def fused_recurrent_gated_delta_rule(
     """Gated delta rule, token by token, for decoding; arguments, results and errors of
     :func:`chunk_gated_delta_rule`. States and sums in fp32 (fp64 for fp64 inputs). ``beta`` None writes with strength
     1. Behind g flash-linear-attention has two more gates, which this rule does not know, hence the keywords."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check_floating({"q": q, "k": k, "v": v}, {"beta": beta})
     beta = v.new_ones(v.shape[:3]) if beta is None else beta
     check_shapes(q, k, v, g, beta, None if cu_seqlens is not None else initial_state, None)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     bounds = [0, q.shape[1]]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q, initial_state, v)
