@@ -24,6 +24,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COLUMNS = 16  # of the state, a program: rows of 64 bytes; at K = 128, B = 1 and 32 heads two programs a multiprocessor
 NUMBERS = 2048  # of the state, a warp: 64 a thread, half of its registers, and no reduction leaves the warp
 CHANNELS = 256  # of the convolution, a program
+READ, WRITE = "", ""  # eviction policy of the state's loads, cache modifier of its stores
 
 
 @triton.jit(do_not_specialize=["sxb"], do_not_specialize_on_alignment=["slots"])
@@ -66,7 +67,7 @@ def delta_step_kernel(
     sqb: tl.int64, skb: tl.int64, svb: tl.int64, sgb: tl.int64, sbb: tl.int64,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ERASE: tl.constexpr, HAS_G: tl.constexpr, PREVIOUS: tl.constexpr, NORM: tl.constexpr, GATES: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     HV: tl.constexpr = H * G
     blocks: tl.constexpr = (V + BV - 1) // BV
@@ -86,7 +87,10 @@ def delta_step_kernel(
     whole: tl.constexpr = (K == BK) and (V % BV == 0)
     qt = tl.load(q + b * sqb + (hv // G) * K + ck, mask=k_inside, other=0.0)
     kt = tl.load(k + b * skb + (hv // G) * K + ck, mask=k_inside, other=0.0)
-    S = tl.load(at) if whole else tl.load(at, mask=k_inside[:, None] & v_inside[None, :], other=0.0)
+    if whole:
+        S = tl.load(at, eviction_policy=READ)
+    else:
+        S = tl.load(at, mask=k_inside[:, None] & v_inside[None, :], other=0.0)
     error = tl.load(v + b * svb + hv * V + cv, mask=v_inside, other=0.0).to(tl.float32)
     strength = tl.load(beta + b * sbb + hv).to(tl.float32)
     if HAS_G:
@@ -112,7 +116,7 @@ def delta_step_kernel(
         S *= alpha
     S += kt[:, None] * (strength * error)[None, :]
     if whole:
-        tl.store(at, S)
+        tl.store(at, S, cache_modifier=WRITE)
     else:
         tl.store(at, S, mask=k_inside[:, None] & v_inside[None, :])
     ot = tl.sum(qt[:, None] * S, 0)
@@ -191,7 +195,7 @@ def delta_step(
                 q.stride(0), k.stride(0), v.stride(0), g.stride(0), beta.stride(0),
                 H=H, G=HV // H, K=K, V=V, BK=BK, BV=BV, ERASE=rule.erase, HAS_G=g_BH is not None,
                 PREVIOUS=rule.error_decay == "previous", NORM=l2norm, GATES=gates is not None,
-                HAS_SLOTS=slots_B is not None, num_warps=warps(BK, BV),
+                HAS_SLOTS=slots_B is not None, READ=READ, WRITE=WRITE, num_warps=warps(BK, BV),
             )  # fmt: skip
     return o
 

@@ -237,7 +237,7 @@ def test_compiles_without_spills(use, capability):
     constants = {
         **{"D": 8192, "W": 4, "BW": 4, "BD": triton_decode.CHANNELS, "SILU": True, "HAS_BIAS": False},
         **{"H": 16, "G": 2, "K": K, "V": K, "BK": K, "BV": columns, "ERASE": True, "HAS_G": True, "PREVIOUS": False},
-        **{"NORM": True, "GATES": gated, "HAS_SLOTS": gated},
+        **{"NORM": True, "GATES": gated, "HAS_SLOTS": gated, "READ": "", "WRITE": ""},
     }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     fp32 = ("state", "A_log", "dt_bias", *(() if gated else ("g", "beta")))
