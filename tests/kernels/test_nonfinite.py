@@ -1,5 +1,6 @@
 """Non-finite inputs come out as non-finite outputs and gradients, from their own chunk on, in the value heads that
-share their key head: never in another head or row, never in a document of other chunks, never as wrong finite numbers.
+share their key head: never in another head or row, never in another document, never as wrong finite numbers. Triton's
+kernels hold the last but one for documents that share no chunk with the token's, nor with one that is spoilt so.
 
 Every key head has another input that is not finite, and one has none, so that a run shows all of them. On the torch
 path, under Triton's interpreter in a process of its own (this file, ``python -m tests.kernels.test_nonfinite``), and on
@@ -14,7 +15,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -30,15 +31,29 @@ from tests.kernels.cases import Case, segments
 VALUES = {"nan": float("nan"), "inf": float("inf")}
 # What is not finite in a key head and its two value heads; of v, g, beta and do the first value head's alone.
 BAD = ("q", "k", "v", "g", "beta", "do", "nothing")
-TOKEN, DOCUMENT = 70, (64, 100)
-STARTS = (0, *DOCUMENT, 128, 140)
-# What may go with the token: its document, and the one that shares its chunk (products over a chunk's tokens multiply
-# what is not finite by the zeros that stand between documents).
-SPOILT = slice(64, 128)
+TOKEN = 70
+
+
+class Layout(NamedTuple):
+    """Where the documents of the token's row begin, and the tokens that may go with it. Products over a chunk's tokens
+    multiply what is not finite by the zeros that stand between documents; the torch path takes it out before."""
+
+    starts: tuple[int, ...]
+    spoilt: slice
+
+
+BESIDE = Layout((0, 64, 100, 128, 140), slice(64, 128))  # one document shares a chunk with the token's
+ALONE = Layout((0, 50, 100, 140), slice(50, 100))  # every chunk has two, and the token's goes alone
+CASE = Case(150, ("weak", "weak"), H=len(BAD), HV=2 * len(BAD), V=16)
 CASES = {
-    "documents": (Case(150, ("weak", "weak"), (STARTS, (0,)), H=len(BAD), HV=2 * len(BAD), V=16), 64),
-    "one segment": (Case(150, ("weak", "weak"), (STARTS, (0,)), H=len(BAD), HV=2 * len(BAD), V=16, l2norm=True), None),
+    "documents": (CASE, BESIDE, 64),
+    "one segment": (replace(CASE, l2norm=True), BESIDE, None),
+    "documents that share chunks": (CASE, ALONE, 64),
+    "the same, one segment": (replace(CASE, l2norm=True), ALONE, None),
 }
+# Where documents share chunks, what the kernels make of one reaches all that follow in its row.
+LEAKS = pytest.mark.xfail(strict=True, reason="kernels multiply what is not finite by the zeros between documents")
+ON_GPU = [name if layout is BESIDE else pytest.param(name, marks=LEAKS) for name, (_, layout, _) in CASES.items()]
 # |error| of what is finite, over the largest number of the tensor.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
@@ -76,13 +91,13 @@ def truth_of(case: Case, inputs: dict[str, Tensor]) -> Results:
     return {"o": o.detach()} | {"d" + name: x for name, x in zip(leaves, grads, strict=True)}
 
 
-def wrong(clean: Results, found: Results, exact: Results, tolerance: float) -> list[str]:
+def wrong(layout: Layout, clean: Results, found: Results, exact: Results, tolerance: float) -> list[str]:
     """What is not as it should be, in words; ``clean`` is what all was before a number was not finite."""
     said = []
     for name, x in found.items():
         each = x.shape[2] // len(BAD)
         may = torch.zeros(x.shape[:3], dtype=torch.bool)
-        may[0, SPOILT, : -each or None] = True
+        may[0, layout.spoilt, : -each or None] = True
         same = (x == clean[name]).flatten(3).all(-1) if x.dim() > 3 else x == clean[name]
         if not same[~may].all():
             at = (~same & ~may).nonzero().tolist()
@@ -90,7 +105,7 @@ def wrong(clean: Results, found: Results, exact: Results, tolerance: float) -> l
         finite = x.isfinite()
         should_not = finite & ~exact[name].isfinite()
         if name == "dg":  # of a document's first token it is zero, whatever comes behind: there is nothing to decay
-            should_not[0, list(STARTS)] &= x[0, list(STARTS)] != 0
+            should_not[0, list(layout.starts)] &= x[0, list(layout.starts)] != 0
         if should_not.any():
             at = should_not.nonzero()[:, :3].unique(dim=0).tolist()
             said.append(f"{name} is finite where the truth is not: {len(at)} of [row, token, head], {at[:3]}")
@@ -107,13 +122,14 @@ def wrong(clean: Results, found: Results, exact: Results, tolerance: float) -> l
 
 
 def check(name: str, value: str, dtype: torch.dtype, backend: str, device: str = "cpu") -> list[str]:
-    case, tokens = CASES[name]
+    case, layout, tokens = CASES[name]
+    case = replace(case, starts=(layout.starts, (0,)))
     if dtype == torch.bfloat16:  # the widths of the fused backward
         case = replace(case, K=128, V=128)
     clean = run(case, inputs_of(case, dtype, None), tokens, backend, device)
     changed = inputs_of(case, dtype, VALUES[value])
     found = run(case, changed, tokens, backend, device)
-    return wrong(clean, found, truth_of(case, changed), TOLERANCE[dtype])
+    return wrong(layout, clean, found, truth_of(case, changed), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -139,7 +155,7 @@ def test_interpreted() -> None:
     ("dtype", "table"),
     [(torch.bfloat16, "as tuned"), (torch.bfloat16, "passes apart"), (torch.float32, "as tuned")],
 )
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ON_GPU)
 @pytest.mark.parametrize("value", VALUES)
 def test_on_gpu(name: str, value: str, dtype: torch.dtype, table: str) -> None:
     with proof.mode(proof_run.Recording(candidates()[table])):
