@@ -11,6 +11,7 @@ Nothing here waits for the device, and no launch depends on how many segments ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -360,10 +361,10 @@ def _backward(
     )  # fmt: skip
 
 
-def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoing_grad_NBHKV: Tensor) -> Gradients:
+def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, coming: Callable[[], Tensor]) -> Gradients:
     """Gradients of the inputs; arguments as of :func:`.chunk_torch.apply_backward`."""
     x, do = p.x, _gradient(do_BTHV)
-    incoming, outgoing = incoming_NBHKV.contiguous(), outgoing_grad_NBHKV.contiguous()
+    incoming, outgoing = incoming_NBHKV.contiguous(), None
     B, T, H, K = x.k.shape
     HV, V = x.v.shape[2:]
     G, flags = HV // H, _flags(x)
@@ -388,6 +389,7 @@ def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoin
         last = min(first + together, B * H)
         heads = slice(first * G, last * G)
         _forward(p, "keep", heads, incoming=incoming, states=states, errors=errors)
+        outgoing = coming().contiguous() if outgoing is None else outgoing  # behind what does not need it
         gradients(p, do, outgoing, heads, states, errors, between, parts, (dq, dk, dv))
         proof.launch(
             gates_kernel, (-(-p.chunks // GATES), heads.stop - heads.start),

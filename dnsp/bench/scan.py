@@ -9,6 +9,8 @@
 
         a state leaves a place at   max(its rank is there, it left the place before + hop) + the fold's time
 
+                  while states travel, a rank does what needs none of them, and then waits
+
     hop           a flag seen by the waiting kernel minus the flag's raising, by the device's timer; one GPU only, for
                   two GPUs' timers differ
 """
@@ -31,6 +33,7 @@ from dnsp.bench.ranks import Ranks, about, measure, middle
 from dnsp.bench.scan_peers import missing, peers
 from dnsp.errors import UsageError
 from dnsp.kernels.delta_rule import delta_rule
+from dnsp.kernels.scan import Coming
 from dnsp.parallel.layout import CHUNK, KINDS, Layout
 from dnsp.parallel.plan import SCAN_TRANSPORTS, Plan, filling_segment_tokens, local_plan, make_plan
 from dnsp.parallel.probe import refusal
@@ -157,8 +160,9 @@ def make_step(plan: Plan, request: dict[str, Any], device: torch.device, like: S
 
 
 class Replay:
-    """A rank's scan alone: the launches of the real one, on mail that has come and room that there is. ``folds``:
-    events around each interval's launches, of a forward scan and of the reverse one after it."""
+    """A rank's scan alone: the launches of the real one, on mail that has come and room that there is, in one stream.
+    ``folds``: events around each interval's launches, of a forward scan and of the reverse one after it;
+    ``awaited``: when each was."""
 
     def __init__(self, plan: Plan, U_shape: Sequence[int], device: torch.device) -> None:
         from dnsp.kernels import triton_scan
@@ -172,14 +176,15 @@ class Replay:
         self.inbox = inbox._replace(ready_C=far, free_C=torch.zeros_like(far))
         self.outbox = outbox._replace(free_C=far, ready_C=torch.zeros_like(far))
         self.folds: list[list[torch.cuda.Event]] = []
+        self.awaited: list[torch.cuda.Event] = []
 
-    def forward(self, M: Tensor, U: Tensor, continues: Tensor | None, initial: Any, want_final: bool) -> Any:
-        return self._pass(M, U, continues, backward=False), None
+    def forward(self, M: Tensor, U: Tensor, continues: Tensor | None, initial: Any, want_final: bool) -> Coming:
+        return self._pass(M, U, continues, backward=False)
 
-    def reverse(self, M: Tensor, D: Tensor, continues: Tensor | None, final: Any, has: bool, want: bool) -> Any:
-        return self._pass(M, D, continues, backward=True), None
+    def reverse(self, M: Tensor, D: Tensor, continues: Tensor | None, final: Any, has: bool, want: bool) -> Coming:
+        return self._pass(M, D, continues, backward=True)
 
-    def _pass(self, M: Tensor, U: Tensor, continues: Tensor | None, backward: bool) -> Tensor:
+    def _pass(self, M: Tensor, U: Tensor, continues: Tensor | None, backward: bool) -> Coming:
         from dnsp.kernels import triton_scan
 
         layout, rank, each = self.scan.layout, self.scan.rank, self.scan.per_interval
@@ -201,7 +206,12 @@ class Replay:
             )  # fmt: skip
             events.append(_event())
         self.folds.append(events)
-        return entering
+
+        def arrived() -> tuple[Tensor, None]:
+            self.awaited.append(_event())
+            return entering, None
+
+        return arrived
 
 
 def _event() -> torch.cuda.Event:
@@ -212,13 +222,15 @@ def _event() -> torch.cuda.Event:
 
 @dataclass
 class Work:
-    """What a rank does in a step, ms: before the forward scan, each interval's fold in it, between the scans, each
-    interval's fold in the reverse one, and after it."""
+    """What a rank does in a step, ms: before the forward scan, each interval's fold in it, what needs no state beside
+    it, between the scans, the same of the reverse one, and after it."""
 
     before: float
     forward: list[float]
+    beside_forward: float
     between: float
     reverse: list[float]
+    beside_reverse: float
     after: float
 
     @staticmethod
@@ -226,6 +238,7 @@ class Work:
         found: list[Work] = []
         for _ in range(repeats + 2):
             replay.folds.clear()
+            replay.awaited.clear()
             torch.cuda._sleep(AHEAD)  # the host comes to be ahead, and the device waits for nothing
             began = _event()
             step()
@@ -233,30 +246,38 @@ class Work:
             torch.cuda.synchronize()
             there, back = replay.folds
             folds = [[a.elapsed_time(b) for a, b in zip(p, p[1:], strict=False)] for p in (there, back)]
-            between = there[-1].elapsed_time(back[0])
-            found.append(Work(began.elapsed_time(there[0]), folds[0], between, folds[1], back[-1].elapsed_time(ended)))
+            beside = [p[-1].elapsed_time(at) for p, at in zip((there, back), replay.awaited, strict=True)]
+            between, after = replay.awaited[0].elapsed_time(back[0]), replay.awaited[1].elapsed_time(ended)
+            before = began.elapsed_time(there[0])
+            found.append(Work(before, folds[0], beside[0], between, folds[1], beside[1], after))
         found = found[2:]
         return Work(
             middle([w.before for w in found]),
             [middle(list(column)) for column in zip(*(w.forward for w in found), strict=True)],
+            middle([w.beside_forward for w in found]),
             middle([w.between for w in found]),
             [middle(list(column)) for column in zip(*(w.reverse for w in found), strict=True)],
+            middle([w.beside_reverse for w in found]),
             middle([w.after for w in found]),
         )
 
 
 def makespan(layout: Layout, works: Sequence[Work], hop_ms: float) -> float:
     """When the last of P GPUs ends a step, ms; every rank begins at 0."""
-    there = [work.before for work in works]  # when a rank's stream has come to its next interval
+    there = [work.before for work in works]  # when a rank has come to its next interval
     for backward in (False, True):
         left, owner_before = 0.0, -1
         folds = [list(work.reverse if backward else work.forward) for work in works]
+        beside = [work.beside_reverse if backward else work.beside_forward for work in works]
+        # A GPU does one thing at a time: what is beside the scan is done before the folds, or while states travel.
+        ready = [at + more + sum(own) for at, more, own in zip(there, beside, folds, strict=True)]
         order = range(layout.count)
         for interval in reversed(order) if backward else order:
             rank = layout.owner(interval)
             come = left + (hop_ms if owner_before not in (-1, rank) else 0.0)
             left = max(there[rank], come if owner_before >= 0 else 0.0) + folds[rank].pop(0)
             there[rank], owner_before = left, rank
+        there = [max(at, early) for at, early in zip(there, ready, strict=True)]
         if not backward:
             there = [at + work.between for at, work in zip(there, works, strict=True)]
     return max(at + work.after for at, work in zip(there, works, strict=True))

@@ -64,16 +64,22 @@ def test_refusals(arguments: list[str], words: str, capsys: pytest.CaptureFixtur
 
 def test_the_makespan_is_that_of_a_chain() -> None:
     """Two ranks, hand-made times: the state is waited for where it comes late, and costs nothing where it is early."""
-    even = [Work(10.0, [1.0], 20.0, [2.0], 5.0) for _ in range(2)]
+    even = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0) for _ in range(2)]
     contiguous = Layout("contiguous", 2, 128)
     # forward: rank 0 leaves at 11, rank 1 at max(10, 12) + 1 = 13; reverse: rank 1 at 13 + 20 + 2 = 35, rank 0 at
     # max(31, 36) + 2 = 38
     assert makespan(contiguous, even, 1.0) == 38 + 5
-    early = [Work(1.0, [1.0], 20.0, [2.0], 5.0), Work(10.0, [1.0], 5.0, [2.0], 5.0)]
+    early = [Work(1.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0), Work(10.0, [1.0], 0.0, 5.0, [2.0], 0.0, 5.0)]
     assert makespan(contiguous, early, 1.0) == max(11 + 5 + 2 + 5, max(22, 19) + 2 + 5)
     # zigzag: rank 0 holds intervals 0 and 3, rank 1 holds 1 and 2; two hops there, two back
-    both = [Work(10.0, [1.0, 1.0], 20.0, [2.0, 2.0], 5.0) for _ in range(2)]
+    both = [Work(10.0, [1.0, 1.0], 0.0, 20.0, [2.0, 2.0], 0.0, 5.0) for _ in range(2)]
     there = [10 + 1, 11 + 1 + 1, 13 + 1, 14 + 1 + 1]  # intervals 0, 1, 2, 3
     back3 = there[3] + 20 + 2
     back2 = max(there[2] + 20, back3 + 1) + 2
     assert makespan(Layout("zigzag", 2, 256), both, 1.0) == back2 + 2 + 1 + 2 + 5
+    # eight ranks, seven hops there and back, hidden where there is as much to do beside them
+    layout, chain = Layout("contiguous", 8, 512), 10 + 8 * 1.0 + 7 * 1.0
+    waits = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 25.0)] * 8
+    assert makespan(layout, waits, 1.0) == chain + 20 + 8 * 2 + 7 + 25
+    hides = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 22.0, 3.0)] * 8
+    assert makespan(layout, hides, 1.0) == max(chain + 20 + 22 + 2, chain + 20 + 8 * 2 + 7) + 3

@@ -237,7 +237,7 @@ def test_bits_on_gpu():
         M, U = chunk_triton.summarise(p, yes, yes)
         state = torch.ones_like(U) / 8
         D = chunk_triton.summarise_backward(p, do[:, part], yes)
-        o, grads = chunk_triton.apply(p, state), chunk_triton.apply_backward(p, state, do[:, part], state)
+        o, grads = chunk_triton.apply(p, state), chunk_triton.apply_backward(p, state, do[:, part], lambda: state)
         return M, U, D, o, grads.q, grads.k, grads.v, grads.g, grads.beta
 
     whole = passes(starts)
@@ -256,8 +256,8 @@ def test_fold_on_gpu(has_first):
     M[:, 1][~continues[:, 1]] = torch.nan  # never read
     start = first if has_first else None
     for together, alone, order in (
-        (LocalScan().forward(M, U, continues, start, True), fold, range(N)),
-        (LocalScan().reverse(M, U, continues, start, True, True), reverse_fold, reversed(range(N))),
+        (LocalScan().forward(M, U, continues, start, True)(), fold, range(N)),
+        (LocalScan().reverse(M, U, continues, start, True, True)(), reverse_fold, reversed(range(N))),
     ):
         state, exact = start, None if start is None else start.double()
         for n in order:

@@ -135,8 +135,8 @@ class Problem:
         self.starts = [[0, *sorted(draw.sample(range(1, 64 * N), draw.randint(0, 3) if cut else 0))] for _ in range(B)]
         one = local_plan(self.starts, 64 * N, 64).to("cuda")
         self.continues = one.segments.continues_NB
-        self.forward = LocalScan().forward(self.M, self.U, self.continues, None, False)[0]
-        self.reverse = LocalScan().reverse(self.M, self.U, self.continues, None, False, False)[0]
+        self.forward = LocalScan().forward(self.M, self.U, self.continues, None, False)()[0]
+        self.reverse = LocalScan().reverse(self.M, self.U, self.continues, None, False, False)()[0]
 
     def plan(self, grid: Grid, transport: str = "peer") -> Plan:
         return make_plan(self.starts, self.layout, grid, 64, transport=transport).to("cuda")
@@ -151,8 +151,8 @@ class Problem:
 
     @staticmethod
     def wrong_of(plan: Plan, M: Tensor, U: Tensor, forward: Tensor, reverse: Tensor) -> Tensor:
-        there, _ = plan.scan.forward(M, U, plan.segments.continues_NB, None, False)
-        back, _ = plan.scan.reverse(M, U, plan.segments.continues_NB, None, False, False)
+        there, _ = plan.scan.forward(M, U, plan.segments.continues_NB, None, False)()
+        back, _ = plan.scan.reverse(M, U, plan.segments.continues_NB, None, False, False)()
         return (there != forward).any() | (back != reverse).any()
 
 
@@ -289,9 +289,9 @@ def with_a_stalled_rank(kind: str, backward: bool) -> tuple[str, int | None, flo
     try:
         for _ in range(2 if backward else 1):
             if backward:
-                plan.scan.reverse(M, U, plan.segments.continues_NB, None, False, False)
+                plan.scan.reverse(M, U, plan.segments.continues_NB, None, False, False)()
             else:
-                plan.scan.forward(M, U, plan.segments.continues_NB, None, False)
+                plan.scan.forward(M, U, plan.segments.continues_NB, None, False)()
         torch.cuda.synchronize()
         symmetric.check_all()
     except PeerLost as lost:

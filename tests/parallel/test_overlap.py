@@ -1,0 +1,109 @@
+"""What needs no state is done while states travel: the order of it on real ranks, and proof that nothing is awaited."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dnsp.config import ModelConfig
+from dnsp.kernels import kept
+from dnsp.kernels.scan import Coming
+from dnsp.model.deltanet import DeltaNet
+from dnsp.model.gated_delta import GatedDelta
+from dnsp.parallel.grid import make_grid
+from dnsp.parallel.layout import KINDS, Layout
+from dnsp.parallel.plan import make_plan
+from dnsp.parallel.scan import ParallelScan
+from tests.ranks import run_ranks
+
+THERE_AND_BACK = [
+    *("forward starts", "gate", "forward arrives"),
+    *("reverse starts", "gate's gradient", "reverse arrives"),
+]
+RECOMPUTED = [*THERE_AND_BACK[:3], "gate", *THERE_AND_BACK[3:]]
+LAYERS: dict[str, tuple[Callable[[ModelConfig], torch.nn.Module], str, str]] = {  # its output gate, and what precedes
+    "gated_delta": (GatedDelta, "in_proj_z", "in_proj_a"),
+    "deltanet": (DeltaNet, "g_proj", "beta_proj"),
+}
+
+
+@contextmanager
+def recorded(events: list[str]) -> Iterator[None]:
+    def recording(name: str) -> Any:
+        original = getattr(ParallelScan, name)
+
+        def start(self: ParallelScan, *args: Any) -> Coming:
+            events.append(f"{name} starts")
+            coming = original(self, *args)
+
+            def arrived() -> tuple[Tensor, Tensor | None]:
+                events.append(f"{name} arrives")
+                return coming()
+
+            return arrived
+
+        return patch.object(ParallelScan, name, start)
+
+    with recording("forward"), recording("reverse"):
+        yield
+
+
+def on_two_ranks() -> dict[str, Any]:
+    """Each layer there and back, the state's sender held up until its receiver has done what needs no state."""
+    grid = make_grid(timeout=20)
+    rank, found = grid.rank, {}
+    tell = dist.new_group([0, 1])
+    config = ModelConfig(hidden_size=32)
+
+    def word(sender: int) -> Any:
+        def hook(*_: object) -> None:
+            token = torch.zeros(1)
+            dist.send(token, 1 - rank, group=tell) if rank == sender else dist.recv(token, 1 - rank, group=tell)
+
+        return hook
+
+    for kind, (name, (make, gate, before)) in itertools.product(KINDS, LAYERS.items()):
+        plan = make_plan([[0, 100]], Layout(kind, 2, 512), grid, 64)
+        torch.manual_seed(0)
+        layer: Any = make(config)
+        layer.reset_parameters(0.1)
+        events: list[str] = []
+        x = torch.randn(1, plan.local_tokens, 32, requires_grad=True)
+        getattr(layer, gate).register_forward_hook(lambda *_, events=events: events.append("gate"))
+        getattr(layer, gate).register_full_backward_hook(lambda *_, events=events: events.append("gate's gradient"))
+        held = []
+        if kind == "contiguous":  # under zigzag each rank waits for the other
+            held = [
+                getattr(layer, gate).register_forward_hook(word(1))
+                if rank == 1
+                else getattr(layer, before).register_forward_pre_hook(word(1)),
+                getattr(layer, gate).register_full_backward_hook(word(0))
+                if rank == 0
+                else layer.out_proj.register_full_backward_pre_hook(word(0)),
+            ]
+        with recorded(events):
+            layer(x, plan, None).sum().backward()
+            for hook in held:
+                hook.remove()
+            dist.barrier(group=tell)
+            seen, grad = list(events), x.grad
+            events.clear()
+            x.grad = None
+            kept.checkpoint(lambda x, layer=layer, plan=plan: layer(x, plan, None), x).sum().backward()
+        assert grad is not None and x.grad is not None
+        found[f"{name}, {kind}"] = seen, list(events), torch.equal(grad, x.grad)
+    return found
+
+
+def test_the_output_gate_is_computed_while_states_travel() -> None:
+    for found in run_ranks(on_two_ranks, 2, timeout=60):
+        for name, (seen, recomputed, same) in found.items():
+            assert seen == THERE_AND_BACK, (name, seen)
+            assert recomputed == RECOMPUTED and same, (name, recomputed)
