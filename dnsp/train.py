@@ -115,7 +115,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     why_not_peer = watchdog.peer_refusal(grid)
     with watchdog.agreed():
         before = found.state.get("choices") if found else None
-        chosen = make_choices(config, before, why_not_peer, bool(grid.near)) if first else None
+        layout = Layout(config.parallel.layout, grid.sequence_size, stages[0].sequence_length)
+        chosen = make_choices(config, before, why_not_peer, bool(grid.near), layout) if first else None
     choices, why = watchdog.from_first(chosen)
     shared = reserve(choices, config, grid, max(stage.sequence_length for stage in stages))
     folder = open_folder(config, identity, name, first)
@@ -278,11 +279,11 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             watchdog.leave()
             return {"run_dir": str(folder), "step": done, "loss": loss, "tokens": tokens, "stopped": True}
         if config.eval.every and done % config.eval.every == 0 and done < steps:
-            figures = evaluate(engine.deepspeed, heldout, tokenizer, config, grid, stage.sequence_length)
+            figures = evaluate(engine.deepspeed, heldout, tokenizer, config, grid, stage.sequence_length, choices)
             recorded(telemetry, figures, done)
 
     watch.place.at("the evaluation")
-    figures = evaluate(engine.deepspeed, heldout, tokenizer, config, grid, stages[-1].sequence_length)
+    figures = evaluate(engine.deepspeed, heldout, tokenizer, config, grid, stages[-1].sequence_length, choices)
     recorded(telemetry, figures, steps)
     if engine.stage == 3 and config.generate.tokens:
         model = whole_model(engine, config, stages[-1].rope_theta)

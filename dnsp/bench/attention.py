@@ -140,7 +140,10 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     starts = [list(range(0, tokens, request["document"] or tokens))]
     found = []
     for width in request["widths"]:
-        backend = ranks.comm.from_all(_backend(request, width, ranks.device))[0]
+        chosen = _backend(request, width, ranks.device, tokens // (2 * grid.world)) if ranks.first else None
+        backend, how = ranks.comm.from_all(chosen)[0]
+        if how:
+            notes.append(f"heads of {width}: {backend} ({how})")
         works: dict[str, Step | None] = {ONE: None}
         if ranks.first:
             one = local_plan(starts, tokens)
@@ -160,10 +163,12 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     return {**ranks.about, "widths": found, "notes": notes}
 
 
-def _backend(request: dict[str, Any], width: int, device: torch.device) -> str:
+def _backend(request: dict[str, Any], width: int, device: torch.device, tokens: int) -> tuple[str, str]:
+    """Its name, and in words how it came to be this one; ``tokens``: of the blocks that it is for."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     heads = Heads(device, dtype, request["heads"], request["key_heads"], width, width)
-    return choose(heads, request["backend"])[0].name
+    backend, how = choose(heads, request["backend"], tokens=tokens)
+    return backend.name, how
 
 
 def _with(plan: Plan, backend: str) -> Plan:

@@ -60,6 +60,8 @@ def run(
     console = Console(highlight=False)
     for found in worlds:
         console.print(table(found, config))
+        for note in found["notes"]:
+            console.print(f"  {note}", markup=False, soft_wrap=True)
     if json_path is not None:
         json_path.write_text(json.dumps({**about(), "tokens": tokens, "worlds": worlds}, indent=2) + "\n")
     return 0
@@ -103,7 +105,10 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """One world's figures."""
     config, grid, device = parse_config(request["config"], "dnsp bench stack"), ranks.grid, ranks.device
     length = config.data.sequence_length
-    choices = ranks.comm.from_all(make_choices(config, None, refusal(ranks.comm), bool(grid.near))[0])[0]
+    why_not = refusal(ranks.comm)
+    timed = Layout(request["layouts"][-1], grid.world, length)
+    chosen = make_choices(config, None, why_not, bool(grid.near), timed) if ranks.first else None
+    choices, how = ranks.comm.from_all(chosen)[0]
     torch.manual_seed(0)
     with device:
         model = Decoder(config.model).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -132,7 +137,8 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         works[f"{kind}, {choices.transport}"] = step(plan)
     times = ranks.turns(works, request["steps"])
     ways = [{"name": name, "ms": middle(times[name])} for name in works]
-    return {**ranks.about, "ways": ways, "choices": choices.to_dict()}
+    notes = [f"attention: {choices.attention_backend}" + (f" ({how})" if how else "")]
+    return {**ranks.about, "ways": ways, "choices": choices.to_dict(), "notes": notes}
 
 
 def _with(plan: Plan, backend: str) -> Plan:
