@@ -6,7 +6,8 @@
 ``q_BHSD``, ``k_BGUD``, ``v_BGUD`` with H a multiple of G (query head h reads key head h // (H // G)). ``edges`` says
 which keys a query sees: ``()``, all of them, a full rectangle; ``(0, S)``, those up to itself, a causal square;
 ``(0, a, b, S)``, those of its own document up to itself, squares side by side (B = 1). ``lse_BHS`` is the log of the
-sum of exponentials, fp32 (fp64 for fp64). The backward is given the *merged* output and lse of all calls of a query;
+sum of exponentials, fp32 (fp64 for fp64). Results are in q's dtype, or wider where a backend has them so: what is merged
+or summed is then rounded once. The backward is given the *merged* output and lse of all calls of a query;
 its dq, dk, dv are then the call's share of the whole gradient (Dao 2023, FlashAttention-2, section 3.1:
 P = exp(S - lse), delta = rowsum(dO * O)).
 
@@ -262,13 +263,19 @@ def _by_document(name: str, forward: BlockForward, backward: BlockBackward) -> B
 
 
 def _flash_cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (_at_least_fp32(x) for x in (q, k, v))
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
 
 def _flash_cpu_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    do, q, k, v, o = (_at_least_fp32(x) for x in (do, q, k, v, o))
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, causal, scale=scale)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _scores(q: Tensor, k: Tensor, first: int, causal: bool, scale: float) -> Tensor:
@@ -300,7 +307,7 @@ def _plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) 
         lse = scores.logsumexp(-1)
         outputs.append(torch.einsum("bgrsu,bgud->bgrsd", torch.exp(scores - lse[..., None]), values).flatten(1, 2))
         sums.append(lse.flatten(1, 2))
-    return torch.cat(outputs, 2).to(q.dtype), torch.cat(sums, 2)
+    return torch.cat(outputs, 2), torch.cat(sums, 2)
 
 
 def _plain_backward(
@@ -318,7 +325,7 @@ def _plain_backward(
         dscores = weights * (torch.einsum("bgrsd,bgud->bgrsu", grad, values) - delta) * scale
         dq.append(torch.einsum("bgrsu,bgud->bgrsd", dscores, keys).flatten(1, 2))
         dk += torch.einsum("bgrsu,bgrsd->bgud", dscores, queries)
-    return torch.cat(dq, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return torch.cat(dq, 2), dk, dv
 
 
 CUDNN = Backend("cudnn", _cudnn_forward, _cudnn_backward)
