@@ -131,7 +131,7 @@ def _merge(o: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, first: bool) 
         lse.copy_(part_lse)
         return
     both = torch.logaddexp(lse, part_lse)
-    o.mul_(torch.exp(lse - both)[..., None]).add_(part * torch.exp(part_lse - both)[..., None])
+    o.mul_(torch.exp(lse - both)[..., None]).addcmul_(part, torch.exp(part_lse - both)[..., None])
     lse.copy_(both)
 
 

@@ -6,10 +6,10 @@
 ``q_BHSD``, ``k_BGUD``, ``v_BGUD`` with H a multiple of G (query head h reads key head h // (H // G)). ``edges`` says
 which keys a query sees: ``()``, all of them, a full rectangle; ``(0, S)``, those up to itself, a causal square;
 ``(0, a, b, S)``, those of its own document up to itself, squares side by side (B = 1). ``lse_BHS`` is the log of the
-sum of exponentials, fp32 (fp64 for fp64). Results are in q's dtype, or wider where a backend has them so: what is merged
-or summed is then rounded once. The backward is given the *merged* output and lse of all calls of a query;
-its dq, dk, dv are then the call's share of the whole gradient (Dao 2023, FlashAttention-2, section 3.1:
-P = exp(S - lse), delta = rowsum(dO * O)).
+sum of exponentials, fp32 (fp64 for fp64). Results are in q's dtype, or wider where a backend has them so: what is
+merged or summed is then rounded once. The backward is given the *merged* output and lse of all calls of a query; its
+dq, dk, dv are then the call's share of the whole gradient (Dao 2023, FlashAttention-2, section 3.1: P = exp(S - lse),
+delta = rowsum(dO * O)).
 
     cudnn       cuDNN through torch, bf16 and fp16. A plan is built, and kept, for every pair of lengths (a second or
                 so): lengths that are no multiple of 512, and several documents in one call, go to flash instead.

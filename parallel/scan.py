@@ -142,7 +142,7 @@ class _Chain:
         on_host = self.scan.kind != "peer" and (side is None or not self.scan.comm.sends_from_gpu())
 
         def go(to_the_end: bool) -> None:
-            with torch.cuda.stream(side), WAITS.aside() if side is not None else nullcontext():
+            with torch.cuda.stream(side), nullcontext() if on_host else WAITS.aside():
                 steps.go(to_the_end)
 
         if side is not None:
