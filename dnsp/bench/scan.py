@@ -17,21 +17,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dnsp.bench.ranks import Ranks, about, measure, middle
+from dnsp.bench.ranks import Ranks, check, measure, middle, new_table, publish
 from dnsp.bench.scan_peers import missing, peers
-from dnsp.errors import UsageError
 from dnsp.kernels.delta_rule import delta_rule
 from dnsp.kernels.scan import Coming
 from dnsp.parallel.layout import CHUNK, KINDS, Layout
@@ -63,29 +59,13 @@ def run(
 
     Raises: UsageError for what cannot be measured.
     """
-    for what, given, known in (("--layouts", layouts, KINDS), ("--transports", transports, SCAN_TRANSPORTS)):
-        for value in given:
-            if value not in known:
-                raise UsageError(f"{what} {value}: it is not one of {', '.join(known)}")
-    for world in ranks:
-        if world < 2:
-            raise UsageError(f"--ranks {world}: one process is measured beside every number of ranks; give 2 or more")
-        for kind in layouts:
-            Layout(kind, world, tokens)
+    check(tokens, ranks, layouts, transports, SCAN_TRANSPORTS)
     shape = {"tokens": tokens, "heads": heads, "value_heads": value_heads, "width": width}
     request = {
         **shape, "layouts": list(layouts), "transports": list(transports), "segment_tokens": segment_tokens,
         "steps": steps,
     }  # fmt: skip
-    worlds = measure("bench-scan-ranks", request, ranks)
-    report = {**about(), **shape, "worlds": worlds}
-    console = Console(highlight=False)
-    for found in worlds:
-        console.print(table(found, shape))
-        for note in found["notes"]:
-            console.print(f"  {note}", markup=False, soft_wrap=True)
-    if json_path is not None:
-        json_path.write_text(json.dumps(report, indent=2) + "\n")
+    publish(measure("scan", request, ranks), lambda found: [table(found, shape)], shape, json_path)
     return 0
 
 
@@ -96,10 +76,8 @@ def table(world: dict[str, Any], shape: dict[str, Any]) -> Table:
         f"{world['ranks']} ranks, {shape['tokens']:,} tokens in all, {shape['heads']}/{shape['value_heads']} heads of "
         f"{shape['width']}, bf16, forward + backward; {world['where']}"
     )
-    rows = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-    columns = ["", "segment", "ms", "efficiency" if alone else "over one", "makespan", "over local", "hop, us"]
-    for column in columns:
-        rows.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    share = "efficiency" if alone else "over one"
+    rows = new_table(title, "segment", "ms", share, "makespan", "over local", "hop, us")
     one, local = world[ONE]["ms"], world[LOCAL]["ms"]
     rows.add_row(ONE, f"{world[ONE]['segment_tokens']:,}", f"{one:.3f}", "" if alone else "1.000")
     rows.add_row(LOCAL, f"{world[LOCAL]['segment_tokens']:,}", f"{local:.3f}", "100.0%" if alone else "")
