@@ -5,7 +5,8 @@
                   of being parallel, waiting hides. On a GPU each: efficiency = local shard / ranks
     local shard   T / P tokens by one rank alone: the ideal of a GPU each
     replay        each rank's work alone on the GPU, its launches as in the real scan, its messages already in its
-                  inbox; from these times and the hop the *makespan* that P GPUs would have:
+                  inbox; from these times and the hop the *makespan* that P GPUs would have, at the best of some segment
+                  lengths:
 
         a state leaves a place at   max(its rank is there, it left the place before + hop) + the fold's time
 
@@ -77,7 +78,7 @@ def table(world: dict[str, Any], shape: dict[str, Any]) -> Table:
         f"{shape['width']}, bf16, forward + backward; {world['where']}"
     )
     share = "efficiency" if alone else "over one"
-    rows = new_table(title, "segment", "ms", share, "makespan", "over local", "hop, us")
+    rows = new_table(title, "segment", "ms", share, "makespan", "in segments of", "over local", "hop, us")
     one, local = world[ONE]["ms"], world[LOCAL]["ms"]
     rows.add_row(ONE, f"{world[ONE]['segment_tokens']:,}", f"{one:.3f}", "" if alone else "1.000")
     rows.add_row(LOCAL, f"{world[LOCAL]['segment_tokens']:,}", f"{local:.3f}", "100.0%" if alone else "")
@@ -89,6 +90,7 @@ def table(world: dict[str, Any], shape: dict[str, Any]) -> Table:
             f"{way['ms']:.3f}",
             f"{local / way['ms']:.1%}" if alone else f"{way['ms'] / one:.3f}",
             "" if makespan is None else f"{makespan:.3f}",
+            "" if makespan is None else f"{way['makespan_segment_tokens']:,}",
             "" if makespan is None else f"{makespan / local:.3f}",
             "" if hop is None else f"{hop:.1f}",
         )
@@ -288,7 +290,9 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
     ways: list[dict[str, Any]] = []
     works: dict[str, Any] = {}
-    step: Step | None = None
+    some = Layout(request["layouts"][0], grid.world, tokens)
+    step = make_step(make_plan([[0]], some, grid), request, device)
+    replays: dict[str, dict[int, list[Work]]] = {}
     if ranks.first:
         works[ONE] = make_step(local_plan([[0]], tokens, alone[ONE]["segment_tokens"]), request, device)
     else:
@@ -296,6 +300,10 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     for kind in request["layouts"]:
         layout = Layout(kind, grid.world, tokens)
         segment = request["segment_tokens"] or _filling(layout, request, ranks.multiprocessors)
+        if "peer" in transports:
+            replays[kind] = _replays(layout, request, ranks, step)
+            if ranks.sharing == 1:
+                segment = _shortest(layout, replays[kind], HOP_US)[1]
         for transport in transports:
             plan = make_plan([[0]], layout, grid, segment, transport=transport)
             works[f"{kind}, {transport}"] = step = make_step(plan, request, device, step)
@@ -304,7 +312,7 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     others = {}
     if why_no_fla:
         notes.append(f"not beside fla: {why_no_fla}")
-    elif step is not None:
+    else:
         others = peers(request, ranks, step.inputs, step.do)
         works |= others
     times = ranks.turns(works, steps, REPEAT)
@@ -314,9 +322,13 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         if way["transport"] == "peer":
             hops = _hops(works[f"{way['layout']}, peer"], ranks)
             way["hop_us"] = middle(hops) if hops else None
-            assert step is not None
             hop_us = next((w["hop_us"] for w in ways if w.get("hop_us")), HOP_US)
-            way["makespan_ms"], way["work_ms"] = _replayed(way["layout"], request, ranks, hop_us / 1e3, step)
+            layout, found = Layout(way["layout"], grid.world, tokens), replays[way["layout"]]
+            way["makespan_ms"], way["makespan_segment_tokens"] = _shortest(layout, found, hop_us)
+            way["replays"] = {
+                segment: {"makespan_ms": makespan(layout, own, hop_us / 1e3), "work_ms": [vars(work) for work in own]}
+                for segment, own in found.items()
+            }
     beside = [{"name": name, "ms": middle(times[name])} for name in others]
     return {**ranks.about, "ways": ways, "notes": notes, "peers": beside, **alone}
 
@@ -357,23 +369,27 @@ def _hops(step: Step, ranks: Ranks) -> list[float]:
     return found
 
 
-def _replayed(
-    kind: str, request: dict[str, Any], ranks: Ranks, hop_ms: float, like: Step
-) -> tuple[float, list[dict[str, Any]]]:
-    """The makespan of a GPU each, and every rank's work; ranks one after another, a GPU's worth of segments."""
-    layout = Layout(kind, ranks.grid.world, request["tokens"])
+def _replays(layout: Layout, request: dict[str, Any], ranks: Ranks, like: Step) -> dict[int, list[Work]]:
+    """Every rank's work at several segment lengths: a GPU's worth of segments, and fewer, which make the chain of folds
+    shorter. Ranks one after another."""
     full = torch.cuda.get_device_properties(ranks.device).multi_processor_count
-    segment = request["segment_tokens"] or _filling(layout, request, full)
-    plan = make_plan([[0]], layout, ranks.grid, segment, transport="peer")
-    step = make_step(plan, request, ranks.device, like)
-    replay = Replay(plan, (1, request["value_heads"], request["width"], request["width"]), ranks.device)
-    step.scan = replay
-    mine: Work | None = None
-    for rank in range(ranks.grid.world):
+    filling = request["segment_tokens"] or _filling(layout, request, full)
+    tried = [filling] if request["segment_tokens"] else [n * filling for n in (1, 2, 4)]
+    found = {}
+    for segment in (n for n in tried if layout.interval_tokens % n == 0):
+        plan = make_plan([[0]], layout, ranks.grid, segment, transport="peer")
+        step = make_step(plan, request, ranks.device, like)
+        step.scan = Replay(plan, (1, request["value_heads"], request["width"], request["width"]), ranks.device)
+        mine: Work | None = None
+        for rank in range(ranks.grid.world):
+            ranks.wait()
+            if rank == ranks.grid.rank:
+                mine = Work.of(step, step.scan, request["steps"])
         ranks.wait()
-        if rank == ranks.grid.rank:
-            mine = Work.of(step, replay, request["steps"])
-    ranks.wait()
-    works = ranks.comm.from_all(mine)
-    return makespan(layout, works, hop_ms), [vars(work) for work in works]
+        found[segment] = ranks.comm.from_all(mine)
+    return found
 
+
+def _shortest(layout: Layout, replays: dict[int, list[Work]], hop_us: float) -> tuple[float, int]:
+    """The makespan, ms, and the segment length that has it."""
+    return min((makespan(layout, works, hop_us / 1e3), segment) for segment, works in replays.items())

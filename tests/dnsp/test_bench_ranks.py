@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dnsp.bench.scan import Work, makespan
+from dnsp.bench.scan import Work, _shortest, makespan, table
 from dnsp.cli import main
 from dnsp.parallel.layout import Layout
 
@@ -60,6 +60,28 @@ def test_figures_of_every_way(what: str, tmp_path: Path) -> None:
 def test_refusals(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_table_has_every_figure() -> None:
+    """What a world of a GPU reports, in the columns of its table."""
+    way = {
+        "layout": "zigzag", "transport": "peer", "segment_tokens": 1024, "ms": 3.3, "makespan_ms": 1.05,
+        "makespan_segment_tokens": 2048, "hop_us": 7.4,
+    }  # fmt: skip
+    world = {
+        "ranks": 8, "sharing": 8, "where": "8 on one GPU", "one process": {"ms": 3.0, "segment_tokens": 4096},
+        "local shard": {"ms": 1.0, "segment_tokens": 512}, "ways": [way], "peers": [],
+    }  # fmt: skip
+    rows = table(world, {"tokens": 131072, "heads": 16, "value_heads": 32, "width": 128})
+    cells = [list(column.cells)[-1] for column in rows.columns]
+    assert cells == ["zigzag, peer", "1,024", "3.300", "1.100", "1.050", "2,048", "1.050", "7.4"]
+
+
+def test_the_shortest_of_several_segment_lengths_counts() -> None:
+    layout = Layout("contiguous", 2, 512)
+    fast = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0) for _ in range(2)]
+    full = [Work(9.0, [4.0], 0.0, 19.0, [8.0], 0.0, 4.0) for _ in range(2)]  # more segments, a longer chain
+    assert _shortest(layout, {64: full, 256: fast}, 1000.0) == (43.0, 256)
 
 
 def test_the_makespan_is_that_of_a_chain() -> None:
