@@ -21,7 +21,7 @@ from dnsp.kernels.scan import LocalScan
 from dnsp.launch.mps import shared_gpu
 from dnsp.parallel import symmetric
 from dnsp.parallel.attention import attention
-from dnsp.parallel.delta_rule import delta_rule
+from dnsp.parallel.delta_rule import begin_delta_rule, delta_rule
 from dnsp.parallel.errors import PeerLost, PlanError
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.halo import causal_conv1d
@@ -346,3 +346,44 @@ def test_refusals() -> None:
         assert "disagree about the plan: documents is 2 documents" in found["documents"], found
 
 
+# What needs no state is computed while states travel: a rank's stream is free until it asks for them.
+
+
+def overlap_cases() -> dict[str, bool]:
+    """Each sender is held up, by hosts alone, until its receiver's GPU has done what lies between begin and finish."""
+    grid = on_gpu(20.0)
+    comm, first, found = grid.transport(), grid.rank == 0, {}
+    given = leaves(False)
+    names = ("q", "k", "v", "g", "beta")
+
+    def work_is_done() -> None:
+        torch.cuda.current_stream().synchronize()
+        comm.barrier()
+
+    for transport in TRANSPORTS:
+        layout = Layout("contiguous", grid.world, TOKENS)
+        plan = make_plan([[0]], layout, grid, SEGMENT, transport=transport).to("cuda")
+        results = []
+        for held in (False, True):
+            mine = [plan.local(given[name]).clone().requires_grad_() for name in names]
+            weight = drawn(V, V, seed=40, dtype=torch.bfloat16).requires_grad_()
+            if held and first:
+                comm.barrier()  # forward: the second rank has computed its gate
+                weight.register_hook(lambda grad: work_is_done())
+            scan = begin_delta_rule(*mine, plan=plan, l2norm=True)
+            gate = mine[2] @ weight
+            if held and not first:
+                work_is_done()
+            o, _ = scan.finish()
+            if held and not first:  # backward: the first rank has computed its gate's gradient
+                o.register_hook(lambda grad: comm.barrier())
+            (o * gate).sum().backward()
+            results.append([o.detach(), weight.grad, *(x.grad for x in mine)])
+        symmetric.check_all()
+        found[transport] = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    return found
+
+
+def test_a_rank_works_while_states_travel() -> None:
+    for found in run_ranks(overlap_cases, 2, timeout=300):
+        assert found == dict.fromkeys(TRANSPORTS, True)
