@@ -39,10 +39,10 @@ aten = torch.ops.aten
 TILE = 512  # queries that the plain backend works on at a time
 CUDNN_TOKENS = 512  # cuDNN is asked for lengths that are multiples of this
 PROOF_ERROR = 2e-2  # |got - plain| / |plain|, of bf16 operands; a wrong kernel is off by far more
-TIMES = 5  # that a backend is timed
+TIMES = 3  # that a backend is timed
 DETERMINISTIC = "_deterministic"
 FASTER = 1.1  # times: another backend must be this much faster than one before it to be taken instead
-LONGEST = {"cpu": 512, "cuda": 16384}  # tokens of the block that they are timed on
+LONGEST = {"cpu": 256, "cuda": 16384}  # tokens of the block that they are timed on
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def begin_delta_rule(
 
     Every rank of the sequence group calls it together, with T = ``plan.local_tokens``. What is computed before
     ``finish()`` of the result, and its gradients, are computed while states travel; it must not talk to other ranks of
-    the group.
+    the group. Calls that are under way at once are finished in the order in which they began.
 
     Args:
         q_BTHK, k_BTHK: ``[B, T, H, K]``; v_BTHV: ``[B, T, HV, V]``, HV a multiple of H.

@@ -27,7 +27,7 @@ def config(**tree: dict) -> Config:
 def test_on_a_cpu() -> None:
     choices, how = make_choices(config())
     assert choices == Choices("flash_cpu", 0)
-    assert how.startswith("there and back on 512 tokens: flash_cpu ") and ", plain " in how and how.endswith(" ms")
+    assert how.startswith("there and back on 256 tokens: flash_cpu ") and ", plain " in how and how.endswith(" ms")
     assert make_choices(config(parallel={"attention_backend": "plain"})) == (Choices("plain", 0), "")
     assert make_choices(config(model={"pattern": ["gated_delta"]})) == (Choices("auto", 0), "")
     with pytest.raises(PlanError, match="attention_backend=cudnn: it is for cuda tensors, these are on cpu; use auto"):
