@@ -24,7 +24,7 @@ MOST = 1.2  # times the error of one process
 NAMES = ("output", "dq", "dk", "dv")
 # tokens, query heads, key heads, width, transports of keys, backends
 CPU = (1024, 4, 2, 16, ("ring", "gather"), ("flash_cpu", "plain"))
-GPU = (4096, 8, 2, 128, ("peer", "ring", "gather"), ("cudnn", "flash", "flash_deterministic"))
+GPU = (4096, 4, 2, 128, ("peer", "ring", "gather"), ("cudnn", "flash", "flash_deterministic"))
 
 
 def documents(tokens: int) -> dict[str, list[list[int]]]:
