@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -229,7 +230,8 @@ def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
             prepare_pairs_kernel, (B * x.k.shape[2], NC),
             tokens_of(x.q), tokens_of(x.k), tiles_of(P), tiles_of(A), g, x.beta, doc, starts, rows, through, bound,
             *sizes, *_strides(g), *_strides(x.beta),
-            H=x.k.shape[2], G=HV // x.k.shape[2], **{name: flags[name] for name in ("HAS_G", "HAS_DOC", "NORM")},
+            H=x.k.shape[2], G=HV // x.k.shape[2], HEADS=triton.next_power_of_2(HV // x.k.shape[2]),
+            **{name: flags[name] for name in ("HAS_G", "HAS_DOC", "NORM")},
             num_warps=launches["prepare_pairs"].warps, maxnreg=launches["prepare_pairs"].registers,
         )  # fmt: skip
         return Prepared(x, A, P, rows, through, bound, NC, launches)
