@@ -391,7 +391,8 @@ def _backward(
     proof.launch(
         backward_kernel, (N, heads.stop - heads.start),
         tokens_of(x.q), tokens_of(x.k), tokens_of(do), tiles_of(states), tiles_of(errors), tiles_of(p.A), tiles_of(p.P),
-        tokens_of(dv), tiles_of(dq_parts), tiles_of(dk_parts), scales_of(p.rows, 512), p.rows, p.through, _documents(x), outgoing, parts,
+        tokens_of(dv), tiles_of(dq_parts), tiles_of(dk_parts), scales_of(p.rows, 512), p.rows, p.through, _documents(x),
+        outgoing, parts,
         T, NC, segment_chunks, B, heads.start, x.scale,
         H=H, G=G, HAS_G=flags["HAS_G"], HAS_DOC=flags["HAS_DOC"], num_warps=p.launches["backward"].warps,
     )  # fmt: skip

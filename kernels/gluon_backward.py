@@ -5,7 +5,7 @@ state goes through memory, and so do the tiles of the pairs; here one program ta
 left, and all of a chunk stays on the multiprocessor. Eight warps hold dS, transposed, in registers (64 of a thread's
 255); what a chunk needs from memory comes through the tensor memory accelerator, each array into shared memory as soon
 as the last use of the chunk behind it is over. Matrix instructions are issued before their results are waited for.
-One that spills is lost: shared memory leaves the first cache 28 KiB.
+Few may spill: shared memory leaves the first cache 10 KiB.
 
 A value head leaves its part of dq and dk, which *group* of :mod:`.triton_gradients` sums, and ``parts`` as there.
 """
@@ -194,16 +194,18 @@ def backward_kernel(
         dnew = warpgroup_mma(dS_at, k_now.permute((1, 0)), zero_new, use_acc=False, is_async=True)
         mbarrier.wait(q_bar, phase)
         products = warpgroup_mma(q_at, k_now.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
-        dnew = warpgroup_mma_wait(1, deps=[dnew])
         mbarrier.wait(rows_bars.index(half), (i // 2) & 1)
-        dnew = scaled(row_of(rows_at, 128, new), dnew, HAS_DOC)
+        of_out = row_of(rows_at, 128, new)  # scales are fetched before a product is waited for
+        dnew = warpgroup_mma_wait(1, deps=[dnew])
+        dnew = scaled(of_out, dnew, HAS_DOC)
         mbarrier.wait(do_bar, phase)
         mbarrier.wait(P_bar, phase)
         dnew = warpgroup_mma(do_at.permute((1, 0)), P_at, dnew, is_async=True)
         mbarrier.wait(errors_bar, phase)
         pairs = warpgroup_mma(do_at, errors_at.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
+        bt_new = row_of(rows_at, 192, new)
         dnew = warpgroup_mma_wait(1, deps=[dnew])
-        dnew = dnew * row_of(rows_at, 192, new)
+        dnew = dnew * bt_new
         mbarrier.wait(A_bar, phase)
         d_value = warpgroup_mma(
             gl.convert_layout(dnew.to(dtype), of_new), A_at, zero_new, use_acc=False, is_async=True
@@ -233,12 +235,13 @@ def backward_kernel(
         q_at = q_mem.index(nil)
         dqk_at = pairs_mem.index(nil)
         k_now = k_at.index(half + nil)
+        of_k = row_of(rows_at, 64, new)
         d_value = warpgroup_mma_wait(0, deps=[d_value])
         dv_at.permute((1, 0)).store(d_value.to(dtype))
         fence_async_shared()
         barrier()
         tma.async_copy_shared_to_global(dv, [ib, c * 64, hv, 0], dv_at._reinterpret(dtype, [1, 64, 1, W], tokens))
-        erased = scaled(row_of(rows_at, 64, new), -d_value, HAS_DOC).to(dtype)
+        erased = scaled(of_k, -d_value, HAS_DOC).to(dtype)
         dS = warpgroup_mma(do_at.permute((1, 0)), q_at, dS, is_async=True)
         dS = warpgroup_mma(gl.convert_layout(erased, of_wide), k_now, dS, is_async=True)
         back = warpgroup_mma(dv_at, errors_at.permute((1, 0)), zero_pair, use_acc=False, is_async=True)

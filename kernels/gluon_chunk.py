@@ -1,8 +1,8 @@
-"""What the Gluon kernels for Hopper share: the descriptors by which chunks, tiles and rows of scales are fetched, and a
-chunk's scales, which lie in shared memory one row after another as ``triton_prepare.ROWS`` has them.
+"""What the Gluon kernels for Hopper share: the descriptors by which chunks, tiles and rows of scales are fetched, and
+a chunk's scales, which lie in shared memory one row after another as ``triton_prepare.ROWS`` has them.
 
-Triton puts a barrier of all warps between operations that touch the same shared memory, messages about arrivals included:
-each array has a message board of its own, and all arrivals are announced before the first is asked for.
+Triton puts a barrier of all warps between operations that touch the same shared memory, messages about arrivals
+included: each array has a board of its own, and all arrivals are announced before the first is asked for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Gluon pass 3, for Hopper, where it summarises: what a segment's outputs give to the gradient of the state that enters it.
+"""Gluon pass 3, for Hopper, where it summarises: what a segment's outputs give to the gradient of its incoming state.
 
 The mathematics is that of :mod:`.triton_reverse` from a gradient of zero; how it is done, that of :mod:`.gluon_states`.
 """
@@ -124,31 +124,31 @@ def whole_reverse_kernel(
         held = gl.convert_layout(dS.to(dtype), of_new)
         mbarrier.wait(k_bars.index(half), phase)
         dnew = warpgroup_mma(held, k_now.permute((1, 0)), zero_new, use_acc=False, is_async=True)
-        if HAS_DOC:
-            dS = gl.where(passes != 0.0, dS * passes, 0.0)
-        else:
-            dS = dS * passes
+        dS = scaled(passes, dS, HAS_DOC)
         mbarrier.wait(scales_bars.index(half), phase)
         mbarrier.wait(do_bars.index(half), phase)
         seen = do_mem.index(half).permute((1, 0)).load(new).to(gl.float32)
         seen = scaled(row_of(scales_at, 0, new), seen, HAS_DOC).to(dtype)
+        weight = row_of(scales_at, 128, new)  # scales are fetched before a product is waited for
         dnew = warpgroup_mma_wait(0, deps=[dnew])
-        dnew = scaled(row_of(scales_at, 128, new), dnew, HAS_DOC)
+        dnew = scaled(weight, dnew, HAS_DOC)
         mbarrier.wait(P_bars.index(half), phase)
         dnew = warpgroup_mma(do_mem.index(half).permute((1, 0)), P_mem.index(half), dnew, is_async=True)
         mbarrier.wait(q_bars.index(half), phase)
         dS = warpgroup_mma(gl.convert_layout(seen, of_wide), q_mem.index(half), dS, is_async=True)
+        weight = row_of(scales_at, 192, new)
         dnew = warpgroup_mma_wait(1, deps=[dnew])
-        dnew = (dnew * row_of(scales_at, 192, new)).to(dtype)
+        dnew = (dnew * weight).to(dtype)
         mbarrier.wait(A_bars.index(half), phase)
         dnew = warpgroup_mma(
             gl.convert_layout(dnew, of_new), A_mem.index(half), zero_new, use_acc=False, is_async=True
         )
+        weight = row_of(scales_at, 64, new)
         dnew, dS = warpgroup_mma_wait(0, deps=[dnew, dS])
-        erased = scaled(row_of(scales_at, 64, new), -dnew, HAS_DOC).to(dtype)
+        erased = scaled(weight, -dnew, HAS_DOC).to(dtype)
         dS = warpgroup_mma(gl.convert_layout(erased, of_wide), k_now, dS, is_async=True)
         dS = warpgroup_mma_wait(0, deps=[dS])
-        if HAS_DOC:  # where no token sees the incoming state, nothing in the chunk, not even 0 * nan, reaches its gradient
+        if HAS_DOC:  # see triton_reverse
             dS = gl.where(any_sees != 0.0, dS, 0.0)
         wanted = i + 2 < chunks
         _expect_chunk(k_bars, q_bars, do_bars, A_bars, P_bars, scales_bars, half, wanted, W)

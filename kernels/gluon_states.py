@@ -1,9 +1,9 @@
 """Gluon pass 2, for Hopper: the recurrence over the chunks of each segment.
 
-The mathematics and the three uses are those of :mod:`.triton_states`. There a program has a block of the state's columns,
-and fetches a chunk's keys, queries and tiles for that block alone; here it has the whole state of a value head, transposed,
-in the registers of eight warps, as the left operand of every product. What a chunk needs from memory comes through the
-tensor memory accelerator while the chunk before it is worked on, and its results leave the same way.
+The mathematics and the three uses are those of :mod:`.triton_states`. There a program has a block of the state's
+columns, and fetches a chunk's keys, queries and tiles for that block alone; here it has the whole state of a value
+head, transposed, in the registers of eight warps, as the left operand of every product. What a chunk needs from memory
+comes through the tensor memory accelerator while the chunk before it is worked on, and its results leave the same way.
 """
 
 from __future__ import annotations
@@ -157,27 +157,24 @@ def whole_states_kernel(
         else:
             mbarrier.wait(v_bars.index(half), phase)
             value = v_mem.index(half).permute((1, 0)).load(new).to(gl.float32)
-        if OUTPUT:
-            error = warpgroup_mma_wait(1, deps=[error])
-        else:
-            error = warpgroup_mma_wait(0, deps=[error])
-        error = value - scaled(row_of(scales_at, 64, new), error, HAS_DOC)
+        weight = row_of(scales_at, 64, new)  # scales are fetched before a product is waited for
+        error = warpgroup_mma_wait(1 if OUTPUT else 0, deps=[error])
+        error = value - scaled(weight, error, HAS_DOC)
         mbarrier.wait(A_bars.index(half), phase)
         error = warpgroup_mma(
             gl.convert_layout(error.to(dtype), of_new), A_mem.index(half).permute((1, 0)), zero_new, use_acc=False,
             is_async=True,
         )  # fmt: skip
-        if HAS_DOC:
-            S = gl.where(passes != 0.0, S * passes, 0.0)
-        else:
-            S = S * passes
+        S = scaled(passes, S, HAS_DOC)
+        bt = row_of(scales_at, 192, new)
         if OUTPUT:
+            weight = row_of(scales_at, 0, new)
             out, error = warpgroup_mma_wait(0, deps=[out, error])
-            out = scaled(row_of(scales_at, 0, new), out, HAS_DOC)
+            out = scaled(weight, out, HAS_DOC)
             mbarrier.wait(P_bars.index(half), phase)
         else:
             error = warpgroup_mma_wait(0, deps=[error])
-        values = row_of(scales_at, 192, new) * error
+        values = bt * error
         if OUTPUT:
             out = warpgroup_mma(
                 gl.convert_layout(values.to(dtype), of_new), P_mem.index(half).permute((1, 0)), out, is_async=True
