@@ -130,7 +130,8 @@ class Post(Region):
     def follow(self, event: object) -> None:
         """The compute stream waits for what was done aside."""
         if isinstance(event, torch.cuda.Event):
-            torch.cuda.current_stream(self.device).wait_event(event)
+            with WAITS.counted():
+                torch.cuda.current_stream(self.device).wait_event(event)
 
 
 class _Aside:
