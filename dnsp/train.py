@@ -159,7 +159,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         telemetry.say(f"norms, SwiGLU, rotary positions, cross entropy: {liger.described()}")
 
     if config.engine.probe:
-        telemetry.say(f"gradients are the ranks' sum after the reduction, within {proven.error:.0e}")
+        exact = f"within {proven.error:.0e} (asked in {proven.seconds:.1f} s)"
+        telemetry.say(f"gradients are the ranks' sum after the reduction, {exact}")
 
     for path in aside:
         telemetry.say(f"this run goes on from step {start}: a later checkpoint of the folder is now {path.name}")

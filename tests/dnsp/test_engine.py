@@ -274,9 +274,38 @@ def waited_in_a_forward(stage: int) -> float:
     return WAITS.take()[0]
 
 
+def reduced_beside_the_backward(stage: int) -> int:
+    """Reductions that DeepSpeed has begun when the gradients of the first layer, the last to come, are there. As on a
+    GPU: that its stages 1 to 3 reduce from the backward's own hooks is what the generated ``overlap_comm`` asks for."""
+    from dnsp.deepspeed_json import deepspeed_config
+
+    assert deepspeed_config(settings(stage), 1, on_gpu=True)["zero_optimization"]["overlap_comm"]
+    small = {**SHARDED["zero_optimization"], "reduce_bucket_size": 4000, "overlap_comm": True}
+    engine = make(settings(stage, deepspeed={"zero_optimization": small}), 1)
+    method = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads" if stage == 3 else "reduce_ipg_grads"
+    reduce, counts = getattr(engine.optimizer, method), {"in all": 0, "before": 0, "early": 0}
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        counts["in all"] += 1
+        return reduce(*arguments, **options)
+
+    def the_forward_begins(*_: Any) -> None:  # of each micro-batch
+        counts["before"] = counts["in all"]
+
+    def the_backward_ends(_: torch.Tensor) -> None:
+        counts["early"] = counts["in all"] - counts["before"]
+
+    setattr(engine.optimizer, method, counted)
+    engine.deepspeed.register_forward_pre_hook(the_forward_begins)
+    engine.names["model.layers.0.input_layernorm.weight"].register_hook(the_backward_ends)
+    take_step(engine)
+    return counts["early"]
+
+
 def two_ranks() -> dict[str, Any]:
     waited = [waited_in_a_forward(stage) for stage in (1, 3)]
-    return {"broken": all_broken(), "bf16": in_bf16(), "skipping": skipping(), "waited": waited}
+    beside = [reduced_beside_the_backward(stage) for stage in (1, 2, 3)]
+    return {"broken": all_broken(), "bf16": in_bf16(), "skipping": skipping(), "waited": waited, "beside": beside}
 
 
 @pytest.mark.slow
@@ -295,6 +324,7 @@ def test_what_breaks_the_contract_is_refused_and_what_is_fp32_stays_so() -> None
         assert bf16["kept"] == {torch.float32} and bf16["error"] < PROBE["error"]
         assert found["skipping"]
         assert found["waited"][0] == 0 < found["waited"][1]
+        assert min(found["beside"]) > 0, found["beside"]
 
 
 def saving(folder: str) -> dict[str, Any]:
