@@ -20,6 +20,7 @@ from dnsp.kernels.triton_scan import make_clock
 
 from .symmetric import STATUS, Region
 from .transport import Message, Transport
+from .waits import WAITS
 
 SLOTS = 4  # of a rank: messages on their way, to whomever; at most RING
 GRAIN = 64  # words

@@ -30,6 +30,7 @@ from dnsp.model.state import LayerState
 from dnsp.parallel.plan import Plan
 from dnsp.products import product_dtype
 
+
 class Mixer(Protocol):
     """What a layer kind offers: all tokens of a plan at once, or one token a row with a state."""
 

@@ -81,19 +81,20 @@ def killed_and_resumed(
     assert again and all(before[step]["time"] != after[step]["time"] for step in again)
     errors = [abs(after[step]["loss"] / before[step]["loss"] - 1) for step in again]
 
-    probes = [re.search(r"after the reduction, within (\S+) \(asked in (\S+) s\)", text) for text in (stdout, done.stdout)]
-    assert all(probes), stdout
-    saves = [line for text in (stdout, done.stdout) for line in text.splitlines() if "training stood still" in line]
+    said = stdout + done.stdout
+    probes = re.findall(r"after the reduction, within (\S+) \(asked in (\S+) s\)", said)
+    saves = [line for line in said.splitlines() if "training stood still" in line]
+    assert len(probes) == 2 and saves, said
     parameters = next(line for line in stdout.splitlines() if " parameters, " in line)
     steady = [record for step, record in sorted(after.items()) if step not in (1, 2, goes_on + 1, goes_on + 2)]
     speed = statistics.median(record["tokens_per_s"] for record in steady)
     mfus = [record["mfu"] for record in steady if "mfu" in record]
     peak = max((record.get("peak_gib", 0.0) for record in after.values()), default=0.0)
     assert errors and max(errors) <= SAME, errors
-    assert all(float(found[1]) <= PROBE for found in probes if found)
+    assert all(float(error) <= PROBE for error, _ in probes)
     return [
         parameters.partition(";")[0],
-        *(f"probe: within {found[1]} in {found[2]} s" for found in probes if found),
+        *(f"probe: within {error} in {seconds} s" for error, seconds in probes),
         *saves,
         f"kill -9 while step {2 * EVERY} was being written; resumed from step {goes_on}, at its end after {took:.0f} s",
         f"losses of steps {again[0]} to {again[-1]} again: "

@@ -21,7 +21,7 @@ import torch
 from dnsp import checkpoint
 from dnsp.errors import UsageError
 
-KILLS = int(os.environ.get("DNSP_KILLS", "6"))  # make test-slow: 6; DNSP_KILLS=20 on demand
+KILLS = int(os.environ.get("DNSP_KILLS", "6"))  # DNSP_KILLS=20 python -m pytest -s tests/dnsp/test_recovery.py -k kill_9
 VERDICT = 30.0  # seconds from a kill to the end of every rank
 NEXT, LATER = 1e-5, 1e-4  # relative differences of the first loss after a move, and of the 20 after it
 # in shards also what DeepSpeed would leave whole: parameters below 100,000 elements
@@ -45,7 +45,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_moves_to_other_ranks_and_stages(workplace: Path, dnsp: Dnsp, losses: Losses) -> None:
-    # at three times this rate rounding differences grow to 1e-4 on some processors: that is the course, not the resuming
+    # at three times this rate rounding differences grow to 1e-4 within these steps on some processors
     batch = ("train.global_batch=4", "train.steps=25", "checkpoint.keep=99", "train.lr=3e-3")
     ran(dnsp, workplace, 4, "run.dir=moves", "parallel.sequence=2", "engine.zero_stage=2", *batch)
     stayed = losses(workplace / "moves")
@@ -87,7 +87,7 @@ def test_kill_9_of_a_random_rank_at_random_moments(
     """Checkpoints are written after every step, so that some kills fall into the writing."""
     draw = random.Random(os.environ.get("DNSP_KILL_SEED", "5"))
     run, place = workplace / "killed", ("engine.zero_stage=2", "checkpoint.every=1", "train.global_batch=2")
-    writing = 0
+    writing, slowest = 0, 0.0
     for kill in range(KILLS):
         before = len(losses(run)) if (run / "metrics.jsonl").exists() else 0
         settings = ("--ranks", 2, "run.dir=killed", "resume=auto", "train.steps=5000", *place)
@@ -102,7 +102,8 @@ def test_kill_9_of_a_random_rank_at_random_moments(
         victim.kill()
         began = time.monotonic()
         _, stderr = process.communicate(timeout=VERDICT)
-        assert time.monotonic() - began < VERDICT
+        slowest = max(slowest, time.monotonic() - began)
+        assert slowest < VERDICT
         assert process.returncode == 1 and "SIGKILL" in stderr, stderr
         _, alive = psutil.wait_procs(ranks, timeout=5)
         assert not alive
@@ -113,6 +114,8 @@ def test_kill_9_of_a_random_rank_at_random_moments(
     ran(dnsp, workplace, 2, "run.dir=killed", "resume=auto", f"train.steps={steps}", *place)
     ran(dnsp, workplace, 2, "run.dir=unharmed", f"train.steps={steps}", *place)
     assert losses(run) == losses(workplace / "unharmed")
+    print(f"{KILLS} kills, {writing} of them in the writing of a checkpoint: {steps} losses are the unharmed run's", end="")
+    print(f", to the last bit; a run ended at most {slowest:.1f} s after the kill")
     ours, theirs = (weights(f / "checkpoints" / f"step-{steps:08d}") for f in (run, workplace / "unharmed"))
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
