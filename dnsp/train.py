@@ -124,6 +124,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     folder = open_folder(config, identity, name, first)
     watch.folder = watch.stalls.folder = folder
     engine = Engine(model, config, grid, accumulation, found, weights)
+    del weights  # a whole model perhaps, or another run's open files
     if found:
         checkpoint.set_random_state(found.random(rank), engine.device)
         found.close()

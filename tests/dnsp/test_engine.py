@@ -80,7 +80,7 @@ def make(config: Any, sequence: int) -> Any:
 
     grid = make_grid(sequence)
     torch.manual_seed(0)
-    model = Decoder(config.model, config.engine.activation_checkpointing)
+    model = Decoder(config.model, config.engine.activation_checkpointing, hollow=config.engine.zero_stage == 3)
     return Engine(model, config, grid, ROWS // grid.data_size)
 
 

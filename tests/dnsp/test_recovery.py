@@ -21,7 +21,7 @@ import torch
 from dnsp import checkpoint
 from dnsp.errors import UsageError
 
-KILLS = int(os.environ.get("DNSP_KILLS", "6"))  # DNSP_KILLS=20 python -m pytest -s tests/dnsp/test_recovery.py -k kill_9
+KILLS = int(os.environ.get("DNSP_KILLS", "6"))  # DNSP_KILLS=20 python -m pytest -s tests/dnsp/test_recovery.py -k kill
 VERDICT = 30.0  # seconds from a kill to the end of every rank
 NEXT, LATER = 1e-5, 1e-4  # relative differences of the first loss after a move, and of the 20 after it
 # in shards also what DeepSpeed would leave whole: parameters below 100,000 elements
@@ -114,8 +114,8 @@ def test_kill_9_of_a_random_rank_at_random_moments(
     ran(dnsp, workplace, 2, "run.dir=killed", "resume=auto", f"train.steps={steps}", *place)
     ran(dnsp, workplace, 2, "run.dir=unharmed", f"train.steps={steps}", *place)
     assert losses(run) == losses(workplace / "unharmed")
-    print(f"{KILLS} kills, {writing} of them in the writing of a checkpoint: {steps} losses are the unharmed run's", end="")
-    print(f", to the last bit; a run ended at most {slowest:.1f} s after the kill")
+    print(f"{KILLS} kills, {writing} in the writing of a checkpoint; {steps} losses are the unharmed run's")
+    print(f"to the last bit; the run had ended {slowest:.1f} s after a kill, at most")
     ours, theirs = (weights(f / "checkpoints" / f"step-{steps:08d}") for f in (run, workplace / "unharmed"))
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
