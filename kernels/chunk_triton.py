@@ -1,6 +1,6 @@
 """The chunked delta rule in Triton kernels: the four functions of :mod:`.chunk_torch`, for any number of segments.
 
-    prepare   the tiles A and P of every chunk, and the scales of their rows          (triton_prepare)
+    prepare   the tiles A and P of every chunk, and the scales of their rows          (triton_prepare, gluon_prepare)
     forward   the state through a segment: its summary, its outputs, or what the backward pass needs (triton_states)
     reverse   the state's gradient through a segment, right to left                   (triton_reverse)
     gradients of a chunk's inputs, from its states                                    (triton_gradients)
@@ -16,11 +16,15 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from . import proof
-from .gluon_backward import WIDTH, backward_kernel, tiles_of, tokens_of
+from .gluon_backward import backward_kernel
+from .gluon_chunk import WIDTH, scales_of, tiles_of, tokens_of
+from .gluon_prepare import prepare_pairs_kernel
+from .gluon_states import whole_states_kernel
 from .segments import CHUNK, Gradients, Inputs
 from .triton_gradients import PARTS, gates_kernel, group_kernel, keys_kernel, pairs_kernel, queries_kernel
 from .triton_prepare import ROWS, invert_kernel, prepare_kernel
@@ -50,8 +54,10 @@ class Launch:
 
 # For K = V = 128 in bf16 on an H200 with Triton 3.6.
 LAUNCHES = {
+    "prepare_pairs": Launch(64, 4, 1, 168),  # its warps are part of how it is written; 0 stands for the next two
     "prepare": Launch(64, 4, 1),
     "invert": Launch(64, 1, 1),
+    "whole_states": Launch(128, 8, 1),  # the same
     "summarise": Launch(64, 4, 3),
     "apply": Launch(64, 4, 2),
     "keep": Launch(64, 4, 2),
@@ -60,7 +66,7 @@ LAUNCHES = {
     "pairs": Launch(64, 8, 3, 128),
     "queries": Launch(64, 4, 3),
     "keys": Launch(64, 8, 3),
-    "backward": Launch(128, 8, 1),  # its warps are part of how it is written; 0 stands for passes 3 and 4 apart
+    "backward": Launch(128, 8, 1),  # the same; 0 stands for passes 3 and 4 apart
     "group": Launch(128, 8, 1),
 }
 
@@ -188,6 +194,19 @@ def refuse(k: Tensor, v: Tensor) -> None:
         )
 
 
+@lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _in_gluon(x: Inputs, launches: Launches, use: str) -> bool:
+    """Whether a pass has its kernel for Hopper here."""
+    widths = x.k.shape[3] == x.v.shape[3] == WIDTH.value
+    rule = x.rule.erase and x.rule.error_decay != "previous"
+    wanted = launches[use].warps == LAUNCHES[use].warps
+    return wanted and widths and rule and x.v.dtype != torch.float32 and _is_hopper(x.v.device)
+
+
 def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
     """Pass 1 over all chunks, or its tensors from an earlier call; what the other functions start from."""
     x = replace(x, q=_aligned(x.q), k=_aligned(x.k), v=_aligned(x.v))
@@ -198,16 +217,27 @@ def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
         return Prepared(x, A, P, rows, through, bound, NC, launches)
     tiles = (B * HV, NC, CHUNK, CHUNK)
     A, P = (torch.empty(tiles, dtype=x.v.dtype, device=device) for _ in range(2))
-    N = torch.empty(tiles if x.rule.erase else 0, dtype=torch.float32, device=device)
     rows = torch.empty(B * HV, NC, len(ROWS), CHUNK, dtype=torch.float32, device=device)
     through, bound = (torch.empty(B * HV, NC, dtype=torch.float32, device=device) for _ in range(2))
     g = x.beta if x.g is None else x.g
     doc = _documents(x)
     starts = _on_device(x.segments.starts, torch.int64, device)
+    sizes = T, NC, x.segments.tokens // CHUNK, x.scale
+    if _in_gluon(x, launches, "prepare_pairs"):
+        flags = _flags(x)
+        proof.launch(
+            prepare_pairs_kernel, (B * x.k.shape[2], NC),
+            tokens_of(x.q), tokens_of(x.k), tiles_of(P), tiles_of(A), g, x.beta, doc, starts, rows, through, bound,
+            *sizes, *_strides(g), *_strides(x.beta),
+            H=x.k.shape[2], G=HV // x.k.shape[2], HEADS=triton.next_power_of_2(HV // x.k.shape[2]),
+            **{name: flags[name] for name in ("HAS_G", "HAS_DOC", "NORM")},
+            num_warps=launches["prepare_pairs"].warps, maxnreg=launches["prepare_pairs"].registers,
+        )  # fmt: skip
+        return Prepared(x, A, P, rows, through, bound, NC, launches)
+    N = torch.empty(tiles if x.rule.erase else 0, dtype=torch.float32, device=device)
     proof.launch(
         prepare_kernel, (B * HV, NC),
-        x.q, x.k, g, x.beta, doc, starts, N, P, rows, through, bound,
-        T, NC, x.segments.tokens // CHUNK, x.scale,
+        x.q, x.k, g, x.beta, doc, starts, N, P, rows, through, bound, *sizes,
         *_strides(x.q), *_strides(x.k), *_strides(g), *_strides(x.beta),
         **_shape(x), **_flags(x), DOT=_dot(x), **_launch(launches, "prepare", x).options,
     )  # fmt: skip
@@ -225,10 +255,23 @@ def _forward(
     """Pass 2 over some value heads of all rows (all unless told), for one of its uses."""
     x, launch = p.x, _launch(p.launches, use, p.x)
     K, V = x.k.shape[3], x.v.shape[3]
-    BV = min(V, K, launch.columns) if use == "summarise" else min(V, launch.columns)
-    blocks = V // BV + (K // BV if use == "summarise" else 0)
     heads = slice(0, p.value_heads) if heads is None else heads
     unused = x.v
+    if _in_gluon(x, p.launches, "whole_states"):
+        v = tokens_of(x.v)
+        proof.launch(
+            whole_states_kernel, (len(x.segments), heads.stop - heads.start, 2 if use == "summarise" else 1),
+            tokens_of(x.q), tokens_of(x.k), v, tiles_of(p.A), tiles_of(p.P), scales_of(p.rows, 256),
+            v if o is None else tokens_of(o), *(v if y is None else tiles_of(y) for y in (states, errors)),
+            p.through, p.bound,
+            *(unused if y is None else y for y in (need, incoming, M, U)), *p.sizes, heads.start,
+            H=x.k.shape[2], G=x.v.shape[2] // x.k.shape[2], HAS_DOC=x.doc_start is not None,
+            SUMMARY=use == "summarise", OUTPUT=use == "apply", KEEP=use == "keep",
+            num_warps=p.launches["whole_states"].warps,
+        )  # fmt: skip
+        return
+    BV = min(V, K, launch.columns) if use == "summarise" else min(V, launch.columns)
+    blocks = V // BV + (K // BV if use == "summarise" else 0)
     proof.launch(
         states_kernel, (blocks, len(x.segments), heads.stop - heads.start),
         x.q, x.k, x.v, p.A, p.P, p.rows, p.through, p.bound,
@@ -322,20 +365,6 @@ def _reverse_and_gradients(
     )  # fmt: skip
 
 
-@lru_cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
-def _has_backward(p: Prepared) -> bool:
-    """Whether passes 3 and 4 have one kernel here."""
-    x = p.x
-    widths = x.k.shape[3] == x.v.shape[3] == WIDTH.value
-    rule = x.rule.erase and x.rule.error_decay != "previous"
-    wanted = p.launches["backward"].warps == LAUNCHES["backward"].warps
-    return wanted and widths and rule and x.v.dtype != torch.float32 and _is_hopper(x.v.device)
-
-
 def _backward(
     p: Prepared, do: Tensor, outgoing: Tensor, heads: slice, states: Tensor, errors: Tensor,
     between: tuple[Tensor, Tensor], parts: Tensor, grads: tuple[Tensor, Tensor, Tensor],
@@ -349,7 +378,7 @@ def _backward(
     proof.launch(
         backward_kernel, (N, heads.stop - heads.start),
         tokens_of(x.q), tokens_of(x.k), tokens_of(do), tiles_of(states), tiles_of(errors), tiles_of(p.A), tiles_of(p.P),
-        tokens_of(dv), tiles_of(dq_parts), tiles_of(dk_parts), p.rows, p.through, _documents(x), outgoing, parts,
+        tokens_of(dv), tiles_of(dq_parts), tiles_of(dk_parts), scales_of(p.rows, 512), p.rows, p.through, _documents(x), outgoing, parts,
         T, NC, segment_chunks, B, heads.start, x.scale,
         H=H, G=G, HAS_G=flags["HAS_G"], HAS_DOC=flags["HAS_DOC"], num_warps=p.launches["backward"].warps,
     )  # fmt: skip
@@ -379,7 +408,7 @@ def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoin
     chunks = together * G, p.chunks
     states, errors = torch.empty(*chunks, V, K, **like), torch.empty(*chunks, CHUNK, V, **like)
     parts = torch.empty(*chunks, len(PARTS), CHUNK, dtype=torch.float32, device=x.v.device)
-    if _has_backward(p):
+    if _in_gluon(x, p.launches, "backward"):
         gradients, shapes = _backward, ((CHUNK, K), (CHUNK, K))
     else:
         gradients, shapes = _reverse_and_gradients, ((V, K), (2 * CHUNK, CHUNK))
