@@ -85,12 +85,15 @@ def make(config: Any, sequence: int) -> Any:
 
 
 def take_step(engine: Any, lr: float = LR) -> dict[str, Any]:
-    """One step on the same rows whatever the grid: loss, gradients after the reduction, norm before the clipping."""
-    from dnsp.parallel.layout import Layout
+    """One step on the same rows whatever the grid: loss, gradients after the reduction, norm before the clipping.
+
+    ZeRO 1 and 3 have them zigzag, 0 and 2 contiguous.
+    """
+    from dnsp.parallel.layout import KINDS, Layout
     from dnsp.parallel.plan import make_plan
 
     grid = engine.grid
-    layout = Layout("zigzag", grid.sequence_size, TOKENS)
+    layout = Layout(KINDS[engine.stage % 2], grid.sequence_size, TOKENS)
     draw = torch.Generator().manual_seed(1)
     tokens_BT = torch.randint(0, VOCABULARY, (ROWS, TOKENS), generator=draw)
     targets_BT = torch.randint(0, VOCABULARY, (ROWS, TOKENS), generator=draw)
