@@ -2,8 +2,8 @@
 
     python -m pytest -m gpu tests/dnsp/test_one_gpu.py -s [-k "ZeRO-1"]
 
-prints the figures in its last lines. It is meant for a GPU of 80 GB or more, and needs 45 GiB of disk where pytest has its
-folders (``--basetemp``) and nothing from outside: the text is Python's own library, as bytes.
+prints the figures in its last lines. It is meant for a GPU of 80 GB or more, and needs 45 GiB of disk where pytest has
+its folders (``--basetemp``) and nothing from outside: the text is Python's own library, as bytes.
 """
 
 from __future__ import annotations
