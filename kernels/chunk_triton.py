@@ -24,6 +24,7 @@ from . import proof
 from .gluon_backward import backward_kernel
 from .gluon_chunk import WIDTH, scales_of, tiles_of, tokens_of
 from .gluon_prepare import prepare_pairs_kernel
+from .gluon_reverse import whole_reverse_kernel
 from .gluon_states import whole_states_kernel
 from .segments import CHUNK, Gradients, Inputs
 from .triton_gradients import PARTS, gates_kernel, group_kernel, keys_kernel, pairs_kernel, queries_kernel
@@ -61,6 +62,7 @@ LAUNCHES = {
     "summarise": Launch(64, 4, 3),
     "apply": Launch(64, 4, 2),
     "keep": Launch(64, 4, 2),
+    "whole_reverse": Launch(128, 8, 1),  # the same
     "reverse_summary": Launch(64, 4, 2),
     "reverse": Launch(64, 4, 2),
     "pairs": Launch(64, 8, 3, 128),
@@ -327,9 +329,20 @@ def summarise_backward(p: Prepared, do_BTHV: Tensor, need_D: tuple[bool, ...]) -
     """``D [N, B, HV, K, V]``: the gradient of the state that enters each segment, were that of the state which
     leaves it zero."""
     D = torch.empty(p.state_shape, dtype=torch.float32, device=p.rows.device)
-    if any(need_D):
-        need = _on_device(need_D, torch.int32, p.rows.device)
-        _reverse(p, _gradient(do_BTHV), "reverse_summary", need=need, D=D)
+    if not any(need_D):
+        return D
+    x, do = p.x, _gradient(do_BTHV)
+    need = _on_device(need_D, torch.int32, p.rows.device)
+    if not _in_gluon(x, p.launches, "whole_reverse"):
+        _reverse(p, do, "reverse_summary", need=need, D=D)
+        return D
+    H = x.k.shape[2]
+    proof.launch(
+        whole_reverse_kernel, (len(x.segments), p.value_heads),
+        tokens_of(x.q), tokens_of(x.k), tokens_of(do), tiles_of(p.A), tiles_of(p.P), scales_of(p.rows, 256),
+        p.rows, p.through, p.bound, need, D, *p.sizes, 0,
+        H=H, G=x.v.shape[2] // H, HAS_DOC=x.doc_start is not None, num_warps=p.launches["whole_reverse"].warps,
+    )  # fmt: skip
     return D
 
 
@@ -378,7 +391,8 @@ def _backward(
     proof.launch(
         backward_kernel, (N, heads.stop - heads.start),
         tokens_of(x.q), tokens_of(x.k), tokens_of(do), tiles_of(states), tiles_of(errors), tiles_of(p.A), tiles_of(p.P),
-        tokens_of(dv), tiles_of(dq_parts), tiles_of(dk_parts), scales_of(p.rows, 512), p.rows, p.through, _documents(x), outgoing, parts,
+        tokens_of(dv), tiles_of(dq_parts), tiles_of(dk_parts), scales_of(p.rows, 512), p.rows, p.through, _documents(x),
+        outgoing, parts,
         T, NC, segment_chunks, B, heads.start, x.scale,
         H=H, G=G, HAS_G=flags["HAS_G"], HAS_DOC=flags["HAS_DOC"], num_warps=p.launches["backward"].warps,
     )  # fmt: skip
