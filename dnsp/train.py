@@ -97,20 +97,23 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             config.engine.activation_checkpointing,
             activation_offloading=config.engine.activation_offloading,
             mlp_tile=config.engine.mlp_tile or None,
+            hollow=config.engine.zero_stage == 3,  # no rank ever holds the whole model: the engine fills it
         )
         begin = starting_point(config, identity) if first else None
     begin = watchdog.from_first(begin)  # rank 0 has read every byte of it against the checksums
     with watchdog.agreed():
         found = checkpoint.open_checked(begin) if begin else None
-        if found:
-            checkpoint.load_weights(model, found.weights(), str(found.path))
-            if found.step > stages[-1].stop:
-                raise UsageError(
-                    f"{found.path} is past train.steps={stages[-1].stop}; raise it to go on, or see dnsp eval"
-                )
-        else:
-            initial_weights(model, config, stages[0].rope_theta, first)
-    if torch.cuda.is_available():
+        if found and found.step > stages[-1].stop:
+            raise UsageError(f"{found.path} is past train.steps={stages[-1].stop}; raise it to go on, or see dnsp eval")
+        # of a hollow model rank 0 hands every part to the others
+        reads = first or not model.hollow
+        weights = found.weights() if found else initial_weights(config, stages[0].rope_theta, first) if reads else None
+        if weights is not None:
+            where = str(found.path) if found else str(config.init_from)
+            checkpoint.check_weights(model, checkpoint.shapes_of(weights), where)
+            if not model.hollow:
+                checkpoint.load_weights(model, weights, where)
+    if torch.cuda.is_available() and not model.hollow:
         model.cuda()
     why_not_peer = watchdog.peer_refusal(grid)
     with watchdog.agreed():
@@ -121,7 +124,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     shared = reserve(choices, config, grid, max(stage.sequence_length for stage in stages))
     folder = open_folder(config, identity, name, first)
     watch.folder = watch.stalls.folder = folder
-    engine = Engine(model, config, grid, accumulation, found)
+    engine = Engine(model, config, grid, accumulation, found, weights)
+    del weights  # a whole model perhaps, or another run's open files
     if found:
         checkpoint.set_random_state(found.random(rank), engine.device)
         found.close()
@@ -157,7 +161,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         telemetry.say(f"norms, SwiGLU, rotary positions, cross entropy: {liger.described()}")
 
     if config.engine.probe:
-        telemetry.say(f"gradients are the ranks' sum after the reduction, within {proven.error:.0e}")
+        exact = f"within {proven.error:.0e} (asked in {proven.seconds:.1f} s)"
+        telemetry.say(f"gradients are the ranks' sum after the reduction, {exact}")
 
     for path in aside:
         telemetry.say(f"this run goes on from step {start}: a later checkpoint of the folder is now {path.name}")
