@@ -26,6 +26,7 @@ Tensors inside are ``[n, B, HV, C, .]``: chunk first, so that the loop over chun
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -282,14 +283,16 @@ def summarise_backward(x: Inputs, do_BTHV: Tensor, need_D: tuple[bool, ...]) -> 
     return D
 
 
-def apply_backward(x: Inputs, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoing_grad_NBHKV: Tensor) -> Gradients:
+def apply_backward(x: Inputs, incoming_NBHKV: Tensor, do_BTHV: Tensor, coming: Callable[[], Tensor]) -> Gradients:
     """Gradients of the inputs.
 
     Args:
         incoming_NBHKV: the state that enters each segment.
         do_BTHV: gradient of the outputs.
-        outgoing_grad_NBHKV: gradient of the state that leaves each segment, from everything to its right.
+        coming: awaits the gradient of the state that leaves each segment, ``[N, B, HV, K, V]``, from everything
+            to its right; called once, behind what can be done without it.
     """
+    outgoing_grad_NBHKV = coming()
     grads = [
         _segment_backward(part, incoming_NBHKV[n], do_BTHV[:, tokens], outgoing_grad_NBHKV[n])
         for n, tokens, part in x.by_segment()

@@ -11,11 +11,13 @@ Nothing here waits for the device, and no launch depends on how many segments ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -23,6 +25,7 @@ from . import proof
 from .gluon_backward import backward_kernel
 from .gluon_chunk import WIDTH, scales_of, tiles_of, tokens_of
 from .gluon_prepare import prepare_pairs_kernel
+from .gluon_reverse import whole_reverse_kernel
 from .gluon_states import whole_states_kernel
 from .segments import CHUNK, Gradients, Inputs
 from .signatures import strides as signature_strides
@@ -60,6 +63,7 @@ LAUNCHES = {
     "summarise": Launch(64, 4, 3),
     "apply": Launch(64, 4, 2),
     "keep": Launch(64, 4, 2),
+    "whole_reverse": Launch(128, 8, 1),  # the same
     "reverse_summary": Launch(64, 4, 2),
     "reverse": Launch(64, 4, 2),
     "pairs": Launch(64, 8, 3, 128),
@@ -228,7 +232,8 @@ def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
             prepare_pairs_kernel, (B * x.k.shape[2], NC),
             tokens_of(x.q), tokens_of(x.k), tiles_of(P), tiles_of(A), g, x.beta, doc, starts, rows, through, bound,
             *sizes, *_strides(g), *_strides(x.beta),
-            H=x.k.shape[2], G=HV // x.k.shape[2], **{name: flags[name] for name in ("HAS_G", "HAS_DOC", "NORM")},
+            H=x.k.shape[2], G=HV // x.k.shape[2], HEADS=triton.next_power_of_2(HV // x.k.shape[2]),
+            **{name: flags[name] for name in ("HAS_G", "HAS_DOC", "NORM")},
             num_warps=launches["prepare_pairs"].warps, maxnreg=launches["prepare_pairs"].registers,
         )  # fmt: skip
         return Prepared(x, A, P, rows, through, bound, NC, launches)
@@ -325,9 +330,20 @@ def summarise_backward(p: Prepared, do_BTHV: Tensor, need_D: tuple[bool, ...]) -
     """``D [N, B, HV, K, V]``: the gradient of the state that enters each segment, were that of the state which
     leaves it zero."""
     D = torch.empty(p.state_shape, dtype=torch.float32, device=p.rows.device)
-    if any(need_D):
-        need = _on_device(need_D, torch.int32, p.rows.device)
-        _reverse(p, _gradient(do_BTHV), "reverse_summary", need=need, D=D)
+    if not any(need_D):
+        return D
+    x, do = p.x, _gradient(do_BTHV)
+    need = _on_device(need_D, torch.int32, p.rows.device)
+    if not _in_gluon(x, p.launches, "whole_reverse"):
+        _reverse(p, do, "reverse_summary", need=need, D=D)
+        return D
+    H = x.k.shape[2]
+    proof.launch(
+        whole_reverse_kernel, (len(x.segments), p.value_heads),
+        tokens_of(x.q), tokens_of(x.k), tokens_of(do), tiles_of(p.A), tiles_of(p.P), scales_of(p.rows, 256),
+        p.rows, p.through, p.bound, need, D, *p.sizes, 0,
+        H=H, G=x.v.shape[2] // H, HAS_DOC=x.doc_start is not None, num_warps=p.launches["whole_reverse"].warps,
+    )  # fmt: skip
     return D
 
 
@@ -376,7 +392,8 @@ def _backward(
     proof.launch(
         backward_kernel, (N, heads.stop - heads.start),
         tokens_of(x.q), tokens_of(x.k), tokens_of(do), tiles_of(states), tiles_of(errors), tiles_of(p.A), tiles_of(p.P),
-        tokens_of(dv), tiles_of(dq_parts), tiles_of(dk_parts), scales_of(p.rows, 512), p.rows, p.through, _documents(x), outgoing, parts,
+        tokens_of(dv), tiles_of(dq_parts), tiles_of(dk_parts), scales_of(p.rows, 512), p.rows, p.through, _documents(x),
+        outgoing, parts,
         T, NC, segment_chunks, B, heads.start, x.scale,
         H=H, G=G, HAS_G=flags["HAS_G"], HAS_DOC=flags["HAS_DOC"], num_warps=p.launches["backward"].warps,
     )  # fmt: skip
@@ -387,10 +404,10 @@ def _backward(
     )  # fmt: skip
 
 
-def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoing_grad_NBHKV: Tensor) -> Gradients:
+def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, coming: Callable[[], Tensor]) -> Gradients:
     """Gradients of the inputs; arguments as of :func:`.chunk_torch.apply_backward`."""
     x, do = p.x, _gradient(do_BTHV)
-    incoming, outgoing = incoming_NBHKV.contiguous(), outgoing_grad_NBHKV.contiguous()
+    incoming, outgoing = incoming_NBHKV.contiguous(), None
     B, T, H, K = x.k.shape
     HV, V = x.v.shape[2:]
     G, flags = HV // H, _flags(x)
@@ -415,6 +432,7 @@ def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoin
         last = min(first + together, B * H)
         heads = slice(first * G, last * G)
         _forward(p, "keep", heads, incoming=incoming, states=states, errors=errors)
+        outgoing = coming().contiguous() if outgoing is None else outgoing  # behind what does not need it
         gradients(p, do, outgoing, heads, states, errors, between, parts, (dq, dk, dv))
         proof.launch(
             gates_kernel, (-(-p.chunks // GATES), heads.stop - heads.start),

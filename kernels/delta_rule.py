@@ -1,32 +1,28 @@
-"""The gated delta rule: the public ops, and the one autograd function that serves one device and many.
+"""The gated delta rule: the public ops.
 
     S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = scale * S_t^T q_t
 
 A sequence is cut into segments on a global grid. Each is *summarised* (what it does to any state), the *scan* finds
-the state that enters each, and *apply* computes outputs from it; the backward pass is the same, right to left. The
-scan is handed in: :class:`~dnsp.kernels.scan.LocalScan` here, one over many ranks in the parallel room.
+the state that enters each, and *apply* computes outputs from it; the backward pass is the same, right to left (see
+passes.py). The scan is handed in: :class:`~dnsp.kernels.scan.LocalScan` here, one over many ranks in the parallel room.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import chunk_torch, kept
 from .checks import check_cu_seqlens, check_floating, check_shapes, check_values
+from .passes import Backend, Call, UnderWay, at_once, begin
 from .reference import Rule, recurrence
 from .scan import LocalScan, Scan
-from .segments import CHUNK, Inputs, Segments, check_segment_tokens, kernels_for_program
+from .segments import CHUNK, Segments, check_segment_tokens, kernels_for_program
 
 __all__ = [
     "Rule",
     "Segments",
+    "begin_delta_rule",
     "chunk_gated_delta_rule",
     "delta_rule",
     "document_starts",
@@ -34,104 +30,7 @@ __all__ = [
 ]
 
 
-Backend = Literal["torch", "triton"]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What the autograd function needs beside tensors."""
-
-    segments: Segments
-    scan: Scan
-    scale: float
-    rule: Rule
-    normalise_qk: bool
-    has_initial: bool
-    want_final: bool
-    backend: Backend
-
-    def passes(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor | None,
-        beta: Tensor,
-        doc_start: Tensor | None,
-        *prepared: Tensor,
-    ) -> tuple[ModuleType, Any, tuple[Tensor, ...]]:
-        """The module that holds the four passes, what they start from, and the tensors of that which the backward
-        pass keeps (``prepared``, there)."""
-        x = Inputs(q, k, v, g, beta, doc_start, self.segments, self.scale, self.rule, self.normalise_qk)
-        if self.backend == "torch":
-            return chunk_torch, x, ()
-        from . import chunk_triton
-
-        p = chunk_triton.prepare(x, prepared or None)
-        return chunk_triton, p, p.tensors
-
-
-class _DeltaRule(torch.autograd.Function):
-    """summarise, scan, apply; and back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor | None,
-        beta: Tensor,
-        initial: Tensor | None,
-        doc_start: Tensor | None,
-        call: _Call,
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.set_materialize_grads(False)
-        # Autocast's matrix products would be bf16; Triton launches on the current device.
-        with torch.autocast(v.device.type, enabled=False), torch.cuda.device_of(v):
-            chunks, x, prepared = call.passes(q, k, v, g, beta, doc_start)
-            segments = call.segments
-
-            def summarise_and_scan() -> tuple[Tensor, Tensor, Tensor | None]:
-                each = range(len(segments))
-                need_M = tuple(segments.needs_M(n, call.has_initial, call.want_final) for n in each)
-                need_U = tuple(segments.goes_on(n, call.want_final) for n in each)
-                M, U = chunks.summarise(x, need_M, need_U)
-                start = None if initial is None else initial.to(_state_dtype(v))
-                return M, *call.scan.forward(M, U, segments.continues_NB, start, call.want_final)
-
-            M, incoming, final = kept.once(summarise_and_scan)
-            ctx.save_for_backward(q, k, v, g, beta, doc_start, *prepared, M, incoming)
-            ctx.call = call
-            ctx.initial_dtype = None if initial is None else initial.dtype
-            return chunks.apply(x, incoming), final
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
-        *tensors, M, incoming = ctx.saved_tensors
-        with torch.autocast(M.device.type, enabled=False), torch.cuda.device_of(M):
-            call: _Call = ctx.call
-            segments = call.segments
-            chunks, x, _ = call.passes(*tensors)
-            do = torch.zeros_like(tensors[2]) if do is None else do
-            need_D = tuple(segments.comes_in(n, call.has_initial) for n in range(len(segments)))
-            D = chunks.summarise_backward(x, do, need_D)
-            outgoing, dinitial = call.scan.reverse(
-                M,
-                D,
-                segments.continues_NB,
-                None if dfinal is None else dfinal.to(M.dtype),
-                call.has_initial,
-                call.want_final,
-            )
-            grads = chunks.apply_backward(x, incoming, do, outgoing)
-            if dinitial is not None and ctx.initial_dtype is not None:
-                dinitial = dinitial.to(ctx.initial_dtype)
-            return grads.q, grads.k, grads.v, grads.g, grads.beta, dinitial, None, None
-
-
-def delta_rule(
+def begin_delta_rule(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
     v_BTHV: Tensor,
@@ -147,8 +46,11 @@ def delta_rule(
     rule: Rule = Rule(),  # noqa: B008 (frozen)
     normalise_qk: bool = False,
     backend: Backend | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The delta rule over the local segments of a sequence, with the scan that joins them to the rest.
+) -> UnderWay:
+    """Starts the delta rule over the local segments of a sequence, with the scan that joins them to the rest.
+
+    What is computed before ``finish()`` of the result is computed while states travel, and its gradients while those of
+    the states do; it must not talk to other ranks of the group.
 
     Args:
         q_BTHK, k_BTHK: ``[B, T, H, K]``, T the tokens of the local segments, one after another.
@@ -169,7 +71,8 @@ def delta_rule(
             environment's DNSP_DELTA_RULE says, or Triton on a GPU and torch elsewhere.
 
     Returns:
-        outputs ``[B, T, HV, V]`` in v's dtype, and the final state ``[B, HV, K, V]`` in fp32 (fp64 for fp64 values).
+        the call under way; its ``finish()`` gives outputs ``[B, T, HV, V]`` in v's dtype, and the final state
+        ``[B, HV, K, V]`` in fp32 (fp64 for fp64 values).
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, naming the value and the rule.
@@ -189,11 +92,11 @@ def delta_rule(
             if initial_state_BHKV is not None:
                 initial_state_BHKV = F.pad(initial_state_BHKV, (0, chunk_triton.WIDTHS[0] - 1))
         chunk_triton.refuse(k_BTHK, v_BTHV)
-    call = _Call(segments, scan, scale, rule, normalise_qk, has_initial, output_final_state, backend)
-    o, final = _DeltaRule.apply(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT, call)
-    if width != v_BTHV.shape[3]:
-        o, final = o[..., :width], None if final is None else final[..., :width]
-    return o, final
+    call = Call(segments, scan, scale, rule, normalise_qk, has_initial, output_final_state, backend)
+    return begin(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT, call, width)
+
+
+delta_rule = at_once(begin_delta_rule)  # outputs and final state
 
 
 def _backend(asked: str | None, v: Tensor) -> Backend:

@@ -223,9 +223,9 @@ def _folded(
         states, last = triton_scan.fold(M, U, start, passes, N, reverse)
         mailed = _by_mail(M, U, start, passes, reverse)
     elif reverse:
-        states, last = LocalScan().reverse(M, U, passes, start, True, True)
+        states, last = LocalScan().reverse(M, U, passes, start, True, True)()
     else:
-        states, last = LocalScan().forward(M, U, passes, start, True)
+        states, last = LocalScan().forward(M, U, passes, start, True)()
     assert last is not None
     # The state before the first segment is a copy: rows of zeros would have no relative error.
     inner = states[:-1] if reverse else states[1:]
@@ -339,7 +339,7 @@ def _compile(device: torch.device, signature: AnySignature) -> None:
         _, U = chunk_triton.summarise(p, yes, yes)
         chunk_triton.apply(p, U)
         D = chunk_triton.summarise_backward(p, do, yes)
-        chunk_triton.apply_backward(p, U, do, D)
+        chunk_triton.apply_backward(p, U, do, D.clone)
         signature = Fold(signature.K, signature.V)
     for _ in _results(device, signature):
         pass

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .chunk_triton import Launch
 
 Launches = Mapping[str, "Launch"]
+IN_GLUON = ("prepare_pairs", "whole_states", "whole_reverse", "backward")  # of LAUNCHES: the passes' kernels for Hopper
 
 FORMAT = 3  # of the files; another number where a proof asks for more than it did
 _log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def candidates() -> dict[str, Launches]:
         name: {use: _at_most(how, **change) for use, how in LAUNCHES.items()} for name, change in changes.items()
     }
     for name in list(tables)[1:]:  # see LAUNCHES
-        tables[name] |= {use: replace(LAUNCHES[use], warps=0) for use in ("prepare_pairs", "whole_states", "backward")}
+        tables[name] |= {use: replace(LAUNCHES[use], warps=0) for use in IN_GLUON}
     return dict(tables)
 
 

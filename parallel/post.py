@@ -20,6 +20,7 @@ from dnsp.kernels.triton_scan import make_clock
 
 from .symmetric import STATUS, Region
 from .transport import Message, Transport
+from .waits import WAITS
 
 SLOTS = 4  # of a rank: messages on their way, to whomever; at most RING
 GRAIN = 64  # words
@@ -130,7 +131,8 @@ class Post(Region):
     def follow(self, event: object) -> None:
         """The compute stream waits for what was done aside."""
         if isinstance(event, torch.cuda.Event):
-            torch.cuda.current_stream(self.device).wait_event(event)
+            with WAITS.counted():
+                torch.cuda.current_stream(self.device).wait_event(event)
 
 
 class _Aside:
