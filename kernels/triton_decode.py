@@ -21,16 +21,15 @@ from .signatures import ConvStep, DeltaStep, aligned
 WIDEST = 256  # K and V
 TAPS = 8  # of a convolution
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-COLUMNS = 16  # of the state, a program: rows of 64 bytes; at K = 128, B = 1 and 32 heads two programs a multiprocessor
-NUMBERS = 2048  # of the state, a warp: 64 a thread, half of its registers, and no reduction leaves the warp
+COLUMNS = 32  # of the state, a program: rows of 128 bytes, a cache line; at K = 128, B = 1 and 32 heads 128 programs
+NUMBERS = 2048  # of the state, a warp: 64 a thread, half of its registers
 CHANNELS = 256  # of the convolution, a program
-READ, WRITE = "", ""  # eviction policy of the state's loads, cache modifier of its stores
 
 
 @triton.jit(do_not_specialize=["sxb"], do_not_specialize_on_alignment=["slots"])
 def conv_step_kernel(
     x, tail, weight, bias, slots, y, sxb: tl.int64,
-    D: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr,
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
@@ -42,15 +41,18 @@ def conv_step_kernel(
         if slot < 0:
             tl.store(y + b * D + d, tl.zeros((BD,), y.dtype.element_ty), mask=inside)
             return
-    tap = tl.arange(0, BW)[:, None]
-    at = tail + (slot * (W - 1) + tap) * D + d[None, :]
+    at = tail + slot * (W - 1) * D + d
     new = tl.load(x + b * sxb + d, mask=inside, other=0.0)
-    before = tl.load(at, mask=(tap < W - 1) & inside[None, :], other=0.0)
-    window = tl.where(tap == W - 1, new[None, :], before.to(new.dtype))
-    tl.debug_barrier()  # rows move up by one: all are read before any thread overwrites one
-    tl.store(at - D, window.to(before.dtype), mask=(tap > 0) & (tap < W) & inside[None, :])
-    taps = tl.load(weight + d[None, :] * W + tap, mask=(tap < W) & inside[None, :], other=0.0)
-    z = tl.sum(window.to(tl.float32) * taps.to(tl.float32), 0)
+    weight += d * W
+    z = new.to(tl.float32) * tl.load(weight + W - 1, mask=inside, other=0.0).to(tl.float32)
+    # Rows move up by one. A thread has a channel whole, so that it has read a row before it overwrites it.
+    for tap in tl.static_range(W - 1):
+        before = tl.load(at + tap * D, mask=inside, other=0.0)
+        z += before.to(new.dtype).to(tl.float32) * tl.load(weight + tap, mask=inside, other=0.0).to(tl.float32)
+        if tap > 0:
+            tl.store(at + (tap - 1) * D, before, mask=inside)
+    if W > 1:
+        tl.store(at + (W - 2) * D, new.to(tail.dtype.element_ty), mask=inside)
     if HAS_BIAS:
         z += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
     if SILU:
@@ -67,7 +69,7 @@ def delta_step_kernel(
     sqb: tl.int64, skb: tl.int64, svb: tl.int64, sgb: tl.int64, sbb: tl.int64,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ERASE: tl.constexpr, HAS_G: tl.constexpr, PREVIOUS: tl.constexpr, NORM: tl.constexpr, GATES: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
 ):  # fmt: skip
     HV: tl.constexpr = H * G
     blocks: tl.constexpr = (V + BV - 1) // BV
@@ -88,7 +90,7 @@ def delta_step_kernel(
     qt = tl.load(q + b * sqb + (hv // G) * K + ck, mask=k_inside, other=0.0)
     kt = tl.load(k + b * skb + (hv // G) * K + ck, mask=k_inside, other=0.0)
     if whole:
-        S = tl.load(at, eviction_policy=READ)
+        S = tl.load(at)
     else:
         S = tl.load(at, mask=k_inside[:, None] & v_inside[None, :], other=0.0)
     error = tl.load(v + b * svb + hv * V + cv, mask=v_inside, other=0.0).to(tl.float32)
@@ -116,7 +118,7 @@ def delta_step_kernel(
         S *= alpha
     S += kt[:, None] * (strength * error)[None, :]
     if whole:
-        tl.store(at, S, cache_modifier=WRITE)
+        tl.store(at, S)
     else:
         tl.store(at, S, mask=k_inside[:, None] & v_inside[None, :])
     ot = tl.sum(qt[:, None] * S, 0)
@@ -151,7 +153,7 @@ def conv_step(
                 conv_step_kernel, (triton.cdiv(D, CHANNELS), B),
                 x_BD, tail_BWD, aligned(weight_DW), y if bias_D is None else aligned(bias_D),
                 y if slots_B is None else slots_B.contiguous(), y, x_BD.stride(0),
-                D=D, W=W, BW=triton.next_power_of_2(W), BD=CHANNELS,
+                D=D, W=W, BD=CHANNELS,
                 SILU=silu, HAS_BIAS=bias_D is not None, HAS_SLOTS=slots_B is not None, num_warps=1,
             )  # fmt: skip
     return y
@@ -195,7 +197,7 @@ def delta_step(
                 q.stride(0), k.stride(0), v.stride(0), g.stride(0), beta.stride(0),
                 H=H, G=HV // H, K=K, V=V, BK=BK, BV=BV, ERASE=rule.erase, HAS_G=g_BH is not None,
                 PREVIOUS=rule.error_decay == "previous", NORM=l2norm, GATES=gates is not None,
-                HAS_SLOTS=slots_B is not None, READ=READ, WRITE=WRITE, num_warps=warps(BK, BV),
+                HAS_SLOTS=slots_B is not None, num_warps=warps(BK, BV),
             )  # fmt: skip
     return o
 

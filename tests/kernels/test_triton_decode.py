@@ -235,9 +235,9 @@ def test_compiles_without_spills(use, capability):
     kernel = triton_decode.conv_step_kernel if use == "conv" else triton_decode.delta_step_kernel
     columns = triton_decode.COLUMNS
     constants = {
-        **{"D": 8192, "W": 4, "BW": 4, "BD": triton_decode.CHANNELS, "SILU": True, "HAS_BIAS": False},
+        **{"D": 8192, "W": 4, "BD": triton_decode.CHANNELS, "SILU": True, "HAS_BIAS": False},
         **{"H": 16, "G": 2, "K": K, "V": K, "BK": K, "BV": columns, "ERASE": True, "HAS_G": True, "PREVIOUS": False},
-        **{"NORM": True, "GATES": gated, "HAS_SLOTS": gated, "READ": "", "WRITE": ""},
+        **{"NORM": True, "GATES": gated, "HAS_SLOTS": gated},
     }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     fp32 = ("state", "A_log", "dt_bias", *(() if gated else ("g", "beta")))
