@@ -94,9 +94,7 @@ def killed_and_resumed(
     speed = statistics.median(record["tokens_per_s"] for record in steady)
     mfus = [record["mfu"] for record in steady if "mfu" in record]
     peak = max((record.get("peak_gib", 0.0) for record in after.values()), default=0.0)
-    assert errors and max(errors) <= SAME, errors
-    assert all(float(error) <= PROBE for error, _ in probes)
-    return [
+    figures = [
         parameters.partition(";")[0],
         *(f"probe: within {error} in {seconds} s" for error, seconds in probes),
         *saves,
@@ -106,6 +104,9 @@ def killed_and_resumed(
         f"{speed:,.0f} tokens/s" + (f", MFU {statistics.median(mfus):.3f} (best step {max(mfus):.3f})" if mfus else ""),
         f"peak memory {peak:.1f} GiB",
     ]
+    assert errors and max(errors) <= SAME, "\n".join([str(errors), *figures])
+    assert all(float(error) <= PROBE for error, _ in probes), "\n".join(figures)
+    return figures
 
 
 def gpu() -> str:
