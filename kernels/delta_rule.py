@@ -9,7 +9,10 @@ scan is handed in: :class:`~dnsp.kernels.scan.LocalScan` here, one over many ran
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, Literal
 
@@ -87,16 +90,13 @@ class _DeltaRule(torch.autograd.Function):
         call: _Call,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        # Autocast's matrix products would be bf16; Triton launches on the current device.
-        with torch.autocast(v.device.type, enabled=False), torch.cuda.device_of(v):
+        with _apart_on(v):
             chunks, x, prepared = call.passes(q, k, v, g, beta, doc_start)
             segments = call.segments
 
             def summarise_and_scan() -> tuple[Tensor, Tensor, Tensor | None]:
-                each = range(len(segments))
-                need_M = tuple(segments.needs_M(n, call.has_initial, call.want_final) for n in each)
-                need_U = tuple(segments.goes_on(n, call.want_final) for n in each)
-                M, U = chunks.summarise(x, need_M, need_U)
+                needs = segments.needs(call.has_initial, call.want_final)
+                M, U = chunks.summarise(x, needs.M, needs.U)
                 start = None if initial is None else initial.to(_state_dtype(v))
                 return M, *call.scan.forward(M, U, segments.continues_NB, start, call.want_final)
 
@@ -110,13 +110,12 @@ class _DeltaRule(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
         *tensors, M, incoming = ctx.saved_tensors
-        with torch.autocast(M.device.type, enabled=False), torch.cuda.device_of(M):
+        with _apart_on(M):
             call: _Call = ctx.call
             segments = call.segments
             chunks, x, _ = call.passes(*tensors)
             do = torch.zeros_like(tensors[2]) if do is None else do
-            need_D = tuple(segments.comes_in(n, call.has_initial) for n in range(len(segments)))
-            D = chunks.summarise_backward(x, do, need_D)
+            D = chunks.summarise_backward(x, do, segments.needs(call.has_initial, call.want_final).D)
             outgoing, dinitial = call.scan.reverse(
                 M,
                 D,
@@ -129,6 +128,24 @@ class _DeltaRule(torch.autograd.Function):
             if dinitial is not None and ctx.initial_dtype is not None:
                 dinitial = dinitial.to(ctx.initial_dtype)
             return grads.q, grads.k, grads.v, grads.g, grads.beta, dinitial, None, None
+
+
+_NOTHING = nullcontext()
+
+
+def _apart_on(x: Tensor) -> AbstractContextManager[None]:
+    """Out of autocast, whose matrix products would be bf16, and on x's device, since Triton launches on the current
+    one; nothing is entered, and no time spent, where nothing is to change."""
+    device = x.device
+    if torch.is_autocast_enabled(device.type):
+        return _entered(x)
+    return _entered(x) if device.type == "cuda" and device.index != torch.cuda.current_device() else _NOTHING
+
+
+@contextmanager
+def _entered(x: Tensor) -> Iterator[None]:
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        yield
 
 
 def delta_rule(
@@ -175,24 +192,42 @@ def delta_rule(
         ValueError, TypeError: shapes, dtypes or devices that do not fit, naming the value and the rule.
     """
     check_shapes(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT)
-    T, held = v_BTHV.shape[1], sum(segments.length(n) for n in range(len(segments)))
+    T, held = v_BTHV.shape[1], segments.held
     if held != T:
         raise ValueError(f"T={T}, but the local segments hold {held} tokens; pass the tokens of whole segments")
-    has_initial = initial_state_BHKV is not None
-    backend = _backend(backend, v_BTHV)
-    width = v_BTHV.shape[3]
-    if backend == "triton":
-        from . import chunk_triton
+    continues = segments.continues_NB
+    if continues is not None and continues.device != v_BTHV.device:
+        raise ValueError(f"continues_NB is on {continues.device}, v on {v_BTHV.device}: move all to one device")
+    tensors = q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT
+    has_initial, backend = initial_state_BHKV is not None, _backend(backend, v_BTHV)
+    return _checked(
+        *tensors, _Call(segments, scan, scale, rule, normalise_qk, has_initial, output_final_state, backend)
+    )
 
-        if width == 1:  # the normaliser's sum of keys: the narrowest kernel, its other columns zero
-            v_BTHV = F.pad(v_BTHV, (0, chunk_triton.WIDTHS[0] - 1))
-            if initial_state_BHKV is not None:
-                initial_state_BHKV = F.pad(initial_state_BHKV, (0, chunk_triton.WIDTHS[0] - 1))
-        chunk_triton.refuse(k_BTHK, v_BTHV)
-    call = _Call(segments, scan, scale, rule, normalise_qk, has_initial, output_final_state, backend)
-    o, final = _DeltaRule.apply(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT, call)
-    if width != v_BTHV.shape[3]:
-        o, final = o[..., :width], None if final is None else final[..., :width]
+
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    initial: Tensor | None,
+    doc_start: Tensor | None,
+    call: _Call,
+) -> tuple[Tensor, Tensor | None]:
+    """The rule on tensors that fit each other."""
+    if call.backend == "torch":
+        return _DeltaRule.apply(q, k, v, g, beta, initial, doc_start, call)
+    from . import chunk_triton
+
+    width = v.shape[3]
+    if width == 1:  # the normaliser's sum of keys: the narrowest kernel, its other columns zero
+        v = F.pad(v, (0, chunk_triton.WIDTHS[0] - 1))
+        initial = None if initial is None else F.pad(initial, (0, chunk_triton.WIDTHS[0] - 1))
+    chunk_triton.refuse(k, v)
+    o, final = _DeltaRule.apply(q, k, v, g, beta, initial, doc_start, call)
+    if width == 1:
+        o, final = o[..., :1], None if final is None else final[..., :1]
     return o, final
 
 
@@ -248,7 +283,7 @@ def chunk_gated_delta_rule(
         ValueError, TypeError: naming the argument, its value, the rule and the way out.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    check_shapes(q, k, v, g, beta, None, doc_start)
+    check_shapes(q, k, v, g, beta, None if cu_seqlens is not None else initial_state, doc_start)
     if cu_seqlens is not None:
         if doc_start is not None:
             raise ValueError("cu_seqlens and doc_start both describe documents; give one of them")
@@ -268,32 +303,33 @@ def chunk_gated_delta_rule(
         return torch.zeros_like(v), state.to(_state_dtype(v)) if output_final_state else None
     if cu_seqlens is not None:
         doc_start = document_starts(cu_seqlens, T)
-    tokens = _segment_tokens(v, _backend(backend, v)) if segment_tokens is None else segment_tokens
+    backend = _backend(backend, v)
+    tokens = _segment_tokens(v, backend) if segment_tokens is None else segment_tokens
     check_segment_tokens(tokens)
-    starts = tuple(range(0, T, tokens))
     if doc_start is not None and initial_state is not None:  # the first document goes on from the initial state
         doc_start = torch.where(doc_start == 0, -1, doc_start)
     continues = None
-    if doc_start is not None and len(starts) > 1:
+    if doc_start is not None and tokens < T:
         first = torch.arange(0, T, tokens, device=doc_start.device)  # made there: a copy would wait for the device
-        continues = (doc_start[:, (first + tokens).clamp(max=T) - 1] < first).T
+        last = doc_start[:, tokens - 1 :: tokens]
+        last = last if T % tokens == 0 else torch.cat([last, doc_start[:, -1:]], 1)
+        continues = (last < first).T
     elif doc_start is not None and (initial_state is not None or output_final_state):
         continues = (doc_start[:, -1:] < 0).T
-    return delta_rule(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        scale=scale,
-        segments=Segments(tokens, starts, T, continues),
-        scan=LocalScan(),
-        doc_start_BT=doc_start,
-        initial_state_BHKV=initial_state,
-        output_final_state=output_final_state,
-        normalise_qk=use_qk_l2norm_in_kernel,
-        backend=backend,
-    )
+    segments, has_initial = _whole(tokens, T), initial_state is not None
+    if continues is not None:
+        segments = replace(segments, continues_NB=continues)
+    call = _Call(segments, _LOCAL, scale, _RULE, use_qk_l2norm_in_kernel, has_initial, output_final_state, backend)
+    return _checked(q, k, v, g, beta, initial_state, doc_start, call)
+
+
+_LOCAL, _RULE = LocalScan(), Rule()
+
+
+@lru_cache(maxsize=256)
+def _whole(tokens: int, T: int) -> Segments:
+    """All segments of a sequence."""
+    return Segments(tokens, tuple(range(0, T, tokens)), T)
 
 
 def _segment_tokens(v: Tensor, backend: Backend) -> int:
@@ -303,9 +339,14 @@ def _segment_tokens(v: Tensor, backend: Backend) -> int:
     segments = 1
     if backend == "triton" and v.is_cuda:
         programs = B * HV * max(1, V // 64)
-        segments = 4 * torch.cuda.get_device_properties(v.device).multi_processor_count // programs
+        segments = 4 * _multiprocessors(v.device) // programs
         segments = max(1, min(segments, chunks // 16))  # a segment costs a state's worth of work: 16 chunks pay for it
     return -(-chunks // segments) * CHUNK
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def fused_recurrent_gated_delta_rule(
@@ -358,7 +399,7 @@ def _state_dtype(v: Tensor) -> torch.dtype:
 def document_starts(cu_seqlens: Tensor, T: int) -> Tensor:
     """``[1, T]``: the first token of each token's document, from its ``[N + 1]`` bounds; no synchronisation."""
     t = torch.arange(T, device=cu_seqlens.device)
-    return cu_seqlens[torch.searchsorted(cu_seqlens, t, right=True) - 1][None].to(torch.int32)
+    return cu_seqlens[torch.searchsorted(cu_seqlens[1:], t, right=True)][None].to(torch.int32)
 
 
 def _by_document(

@@ -32,11 +32,12 @@ TOKENS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 4))  # the same, of a chunk 
 
 def tokens_of(x_BTHK: Tensor) -> TensorDescriptor:
     """By which a chunk of a head is fetched, with zeros behind the last token."""
-    if any(stride == 0 < size - 1 for stride, size in zip(x_BTHK.stride(), x_BTHK.shape, strict=True)):
+    strides, (B, T, H, width) = x_BTHK.stride(), x_BTHK.shape
+    if 0 in strides and any(stride == 0 < size - 1 for stride, size in zip(strides, x_BTHK.shape, strict=True)):
         x_BTHK = x_BTHK.contiguous()
-    width = x_BTHK.shape[3]
-    strides = [stride if size > 1 else width for stride, size in zip(x_BTHK.stride()[:3], x_BTHK.shape, strict=False)]
-    return TensorDescriptor(x_BTHK, list(x_BTHK.shape), [*strides, 1], [1, 64, 1, width], TOKENS.value)
+        strides = x_BTHK.stride()
+    batch, tokens, heads = (along if size > 1 else width for along, size in zip(strides, (B, T, H), strict=False))
+    return TensorDescriptor(x_BTHK, [B, T, H, width], [batch, tokens, heads, 1], [1, 64, 1, width], TOKENS.value)
 
 
 def tiles_of(x: Tensor) -> TensorDescriptor:

@@ -3,10 +3,10 @@
 Triton compiles some launch configurations to wrong code, without a word. So the passes ask before they launch, and
 every launch is looked at after:
 
-    launches = proof.require(x)                     once a call, before its first launch: the table of launches that is
+    launches = proof.require(x, signature)          once a call, before its first launch: the table of launches that is
                                                     proven for these inputs (in chunk_triton: prepare, kept in Prepared)
     proof.launch(kernel, grid, *args, **constants)  in place of kernel[grid](*args, **constants): raises where the
-                                                    binary it ran is not among the proven ones
+                                                    binary it ran is not among the proven ones (by :mod:`.launcher`)
 
 What decides the binaries of a call is its :class:`Signature`. A signature that this process has not met is looked up in
 a folder of verdicts, one file for each signature, toolchain (GPU, Triton, ptxas, settings of the compiler) and text of
@@ -35,7 +35,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import verdicts
+from . import launcher, verdicts
 from .segments import Inputs
 from .verdicts import Fold, Launches, Signature, Toolchain, Verdict, candidates, to_json, to_try, toolchain
 
@@ -88,7 +88,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if _mode is not None:
         _mode.launch(kernel, grid, args, constants)
         return
-    binary = kernel[grid](*args, **constants)
+    launcher.launch(kernel, grid, args, constants, _check)
+
+
+def _check(kernel: Any, binary: Any, constants: dict[str, Any]) -> None:
     if binary is not None and binary.hash not in _proven:  # None: interpreted
         raise UnprovenError(
             f"{kernel.__name__} was launched as a binary that is not proven ({binary.hash[:16]}, {constants}). Inputs "
@@ -97,8 +100,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         )
 
 
-def require(x: Inputs) -> Launches:
-    """The launches that are proven for these inputs, which are as the kernels get them; proves them where need be.
+def require(x: Inputs, signature: Signature) -> Launches:
+    """The launches that are proven for these inputs, which are as the kernels get them and have this signature; proves
+    them where need be.
 
     Raises: UnprovenError, where no table is right on this device, or a first call comes while a graph is captured.
     """
@@ -107,7 +111,7 @@ def require(x: Inputs) -> Launches:
         return _mode.table
     if not x.v.is_cuda:  # interpreted
         return candidates()["as tuned"]
-    what = x.v.device, Signature.of(x)
+    what = x.v.device, signature
     return _tables.get(what) or _first_time(*what)
 
 
