@@ -65,7 +65,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, initial_state: Tensor | None
             f"initial_state{list(initial_state.shape)}: with cu_seqlens of {documents} documents expected {shape}, "
             f"one state a document"
         )
-    if cu_seqlens.device.type == "cpu":  # values cost nothing to look at here
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # values cost nothing to look at here
         check_bounds(cu_seqlens, q.shape[1])
 
 

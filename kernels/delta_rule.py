@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from types import ModuleType
 from typing import Any, Literal
 
@@ -21,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import chunk_torch, kept
+from . import chunk_torch, kept, operators
 from .checks import check_cu_seqlens, check_shapes, check_values
 from .reference import Rule, recurrence
 from .scan import LocalScan, Scan
-from .segments import CHUNK, Inputs, Segments, check_segment_tokens, kernels_for_program
+from .segments import CHUNK, Inputs, Segments, cached, check_segment_tokens, kernels_for_program
 
 __all__ = [
     "Rule",
@@ -68,6 +67,9 @@ class _Call:
         x = Inputs(q, k, v, g, beta, doc_start, self.segments, self.scale, self.rule, self.normalise_qk)
         if self.backend == "torch":
             return chunk_torch, x, ()
+        if operators.followed(v):
+            followed = operators.prepare(x, prepared or None)
+            return operators, followed, followed.tensors
         from . import chunk_triton
 
         p = chunk_triton.prepare(x, prepared or None)
@@ -216,6 +218,21 @@ def _checked(
     call: _Call,
 ) -> tuple[Tensor, Tensor | None]:
     """The rule on tensors that fit each other."""
+    if torch.compiler.is_compiling() and not isinstance(call.scan, LocalScan):
+        return torch.compiler.disable(_run)(q, k, v, g, beta, initial, doc_start, call)
+    return _run(q, k, v, g, beta, initial, doc_start, call)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    initial: Tensor | None,
+    doc_start: Tensor | None,
+    call: _Call,
+) -> tuple[Tensor, Tensor | None]:
     if call.backend == "torch":
         return _DeltaRule.apply(q, k, v, g, beta, initial, doc_start, call)
     from . import chunk_triton
@@ -326,7 +343,7 @@ def chunk_gated_delta_rule(
 _LOCAL, _RULE = LocalScan(), Rule()
 
 
-@lru_cache(maxsize=256)
+@cached
 def _whole(tokens: int, T: int) -> Segments:
     """All segments of a sequence."""
     return Segments(tokens, tuple(range(0, T, tokens)), T)
@@ -344,7 +361,7 @@ def _segment_tokens(v: Tensor, backend: Backend) -> int:
     return -(-chunks // segments) * CHUNK
 
 
-@lru_cache
+@cached
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 

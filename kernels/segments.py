@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,18 @@ from torch import Tensor
 from .reference import Rule
 
 CHUNK = 64
+T = TypeVar("T")
+
+
+def cached(fn: Callable[..., T]) -> Callable[..., T]:
+    """An lru_cache of 256 results; torch.compile, which traces the function itself, need not warn of that."""
+    quick = lru_cache(maxsize=256)(fn)
+
+    @wraps(fn)
+    def call(*args: Any) -> T:
+        return fn(*args) if torch.compiler.is_compiling() else quick(*args)
+
+    return call
 
 
 def kernels_for_program() -> str | None:
@@ -69,7 +81,7 @@ class Needs(NamedTuple):
     D: tuple[bool, ...]
 
 
-@lru_cache(maxsize=256)
+@cached
 def _needs(
     tokens: int, starts: tuple[int, ...], total: int, open: tuple[bool, ...] | None, has_initial: bool, want_final: bool
 ) -> Needs:
@@ -79,7 +91,7 @@ def _needs(
     return Needs(tuple(map(all, zip(comes_in, goes_on, passes, strict=True))), goes_on, comes_in)
 
 
-@lru_cache(maxsize=256)
+@cached
 def _held(tokens: int, starts: tuple[int, ...], total: int) -> int:
     return sum(min(tokens, total - start) for start in starts)
 
