@@ -396,6 +396,7 @@ def bench_train(
     overrides: Overrides = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a row: data.sequence_length.")] = None,
     steps: Annotated[int, typer.Option(help="Of each, by turns; the median is reported.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Steps of each before those.")] = 2,
     only_ours: Annotated[bool, typer.Option("--only-ours", help="Leave transformers out.")] = False,
     profile: ProfileFile = None,
     json_file: JsonFile = None,
@@ -403,7 +404,10 @@ def bench_train(
     """A training step, ours and that of transformers on fla, of one shape."""
     from dnsp.bench.train import run
 
-    status = run(overrides or [], tokens=tokens, steps=steps, only_ours=only_ours, profile=profile, json_path=json_file)
+    status = run(
+        overrides or [], tokens=tokens, steps=steps, warmup=warmup, only_ours=only_ours, profile=profile,
+        json_path=json_file,
+    )  # fmt: skip
     raise typer.Exit(status)
 
 

@@ -1,26 +1,32 @@
 """The chunked delta rule in Triton kernels: the four functions of :mod:`.chunk_torch`, for any number of segments.
 
-    prepare   the tiles A and P of every chunk, and the scales of their rows          (triton_prepare)
+    prepare   the tiles A and P of every chunk, and the scales of their rows          (triton_prepare, gluon_prepare)
     forward   the state through a segment: its summary, its outputs, or what the backward pass needs (triton_states)
     reverse   the state's gradient through a segment, right to left                   (triton_reverse)
     gradients of a chunk's inputs, from its states                                    (triton_gradients)
     backward  reverse and gradients in one, where the GPU is a Hopper                 (gluon_backward)
 
 Nothing here waits for the device, and no launch depends on how many segments are here: not on T, not on N.
+
+Long because a pass' launch, the constants it is given and the table that they come from are read together.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from . import proof
-from .gluon_backward import WIDTH, backward_kernel, tiles_of, tokens_of
+from .gluon_backward import backward_kernel
+from .gluon_chunk import WIDTH, scales_of, tiles_of, tokens_of
+from .gluon_prepare import prepare_pairs_kernel
+from .gluon_states import whole_states_kernel
 from .segments import CHUNK, Gradients, Inputs
 from .triton_gradients import PARTS, gates_kernel, group_kernel, keys_kernel, pairs_kernel, queries_kernel
 from .triton_prepare import ROWS, invert_kernel, prepare_kernel
@@ -49,8 +55,10 @@ class Launch:
 
 # For K = V = 128 in bf16 on an H200 with Triton 3.6.
 LAUNCHES = {
+    "prepare_pairs": Launch(64, 4, 1, 168),  # its warps are part of how it is written; 0 stands for the next two
     "prepare": Launch(64, 4, 1),
     "invert": Launch(64, 1, 1),
+    "whole_states": Launch(128, 8, 1),  # the same
     "summarise": Launch(64, 4, 3),
     "apply": Launch(64, 4, 2),
     "keep": Launch(64, 4, 2),
@@ -59,14 +67,16 @@ LAUNCHES = {
     "pairs": Launch(64, 8, 3, 128),
     "queries": Launch(64, 4, 3),
     "keys": Launch(64, 8, 3),
-    "backward": Launch(128, 8, 1),  # its warps are part of how it is written; 0 stands for passes 3 and 4 apart
+    "backward": Launch(128, 8, 1),  # the same; 0 stands for passes 3 and 4 apart
     "group": Launch(128, 8, 1),
 }
 
 
+STATES = "summarise", "apply", "keep"
 KERNELS = {
-    **{"prepare": prepare_kernel, "invert": invert_kernel},
-    **dict.fromkeys(("summarise", "apply", "keep"), states_kernel),
+    **{"prepare_pairs": prepare_pairs_kernel, "prepare": prepare_kernel, "invert": invert_kernel},
+    **{f"whole {use}": whole_states_kernel for use in STATES},
+    **dict.fromkeys(STATES, states_kernel),
     **dict.fromkeys(("reverse_summary", "reverse"), reverse_kernel),
     **{"pairs": pairs_kernel, "queries": queries_kernel, "keys": keys_kernel},
     **{"backward": backward_kernel, "group": group_kernel, "gates": gates_kernel},
@@ -80,28 +90,38 @@ class Kernels:
         self.launches = launches
         self.signature = s
         self.constants = {use: _constants(use, s, launches) for use in KERNELS}
-        widths = s.K == s.V == WIDTH.value
         rule = s.rule.erase and s.rule.error_decay != "previous"
-        wanted = launches["backward"].warps == LAUNCHES["backward"].warps
-        # Whether passes 3 and 4 have one kernel here.
-        self.one_backward = wanted and widths and rule and s.dtype != torch.float32 and _is_hopper(device)
+        fits = s.K == s.V == WIDTH.value and rule and s.dtype != torch.float32 and _is_hopper(device)
+        # Whether a pass has its kernel for Hopper here.
+        self.in_gluon = {
+            use: fits and launches[use].warps == LAUNCHES[use].warps
+            for use in ("prepare_pairs", "whole_states", "backward")
+        }
 
 
 def _constants(use: str, s: Signature, launches: Launches) -> dict[str, Any]:
     """Constants and options of a kernel's launch."""
+    G = s.HV // s.H
     values: dict[str, Any] = {
-        **{"H": s.H, "HV": s.HV, "G": s.HV // s.H, "K": s.K, "V": s.V, "BK": min(s.K, 64), "CHUNKS": GATES},
+        **{"H": s.H, "HV": s.HV, "G": G, "HEADS": triton.next_power_of_2(G), "K": s.K, "V": s.V},
         **{"HAS_G": s.g is not None, "HAS_DOC": s.documents is not None, "NORM": s.normalise},
         **{"ERASE": s.rule.erase, "PREVIOUS": s.rule.error_decay == "previous"},
-        **{"SUMMARY": use in ("summarise", "reverse_summary"), "OUTPUT": use == "apply", "KEEP": use == "keep"},
+        **{"SUMMARY": "summar" in use, "OUTPUT": use.endswith("apply"), "KEEP": use.endswith("keep")},
+        **{"BK": min(s.K, 64), "CHUNKS": GATES},
         # How products of fp32 operands are formed; those of bf16 and fp16 have one way.
         "DOT": "tf32x3" if s.dtype == torch.float32 else "tf32",
     }
+    named = "whole_states" if use.startswith("whole") else use
     options: dict[str, int | None] = {}
-    if use in launches:
-        how = _launch(launches[use], s)
+    if named in launches:
+        how = _launch(launches[named], s)
         values |= {"BV": min(s.V, how.columns, s.K if use == "summarise" else s.V), "STAGES": how.stages}
-        options = {"num_warps": how.warps} if use in ("backward", "group") else how.options
+        options = how.options
+    if named in ("prepare_pairs", "whole_states", "backward", "group"):
+        how = launches[named]
+        options = {"num_warps": how.warps}
+        if how.registers is not None:
+            options["maxnreg"] = how.registers
     return {name: values[name] for name in KERNELS[use].arg_names if name in values} | options
 
 
@@ -113,6 +133,11 @@ def _launch(how: Launch, s: Signature) -> Launch:
         how = replace(how, warps=min(how.warps, 4), registers=None)
     # Loads are fetched ahead where a multiprocessor's shared memory holds them.
     return how if max(s.K, s.V) * s.dtype.itemsize <= 256 else replace(how, stages=1, registers=None)
+
+
+@lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 _kernels: dict[tuple[torch.device, Signature], Kernels] = {}
@@ -142,6 +167,16 @@ class Prepared:
     strides_qk: tuple[int, ...]
     strides_v: tuple[int, ...]
     strides_o: tuple[int, ...]  # of outputs and their gradients, which lie without gaps
+
+    @cached_property
+    def fetched(self) -> tuple[Any, ...]:
+        """Chunks of q and k and the tiles A and P, as the kernels for Hopper fetch them."""
+        return tokens_of(self.x.q), tokens_of(self.x.k), tiles_of(self.A), tiles_of(self.P)
+
+    @cached_property
+    def fetched_v(self) -> Any:
+        """Chunks of v, which pass 1 does not need."""
+        return tokens_of(self.x.v)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -220,19 +255,26 @@ def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
         return Prepared(x, kernels, A, P, rows, through, bound, *shared)
     A = torch.empty((B * HV, NC, CHUNK, CHUNK), dtype=s.dtype, device=device)
     P = torch.empty((B * HV, NC, CHUNK, CHUNK), dtype=s.dtype, device=device)
-    N = torch.empty((B * HV, NC, CHUNK, CHUNK) if s.rule.erase else 0, dtype=torch.float32, device=device)
     rows = torch.empty((B * HV, NC, len(ROWS), CHUNK), dtype=torch.float32, device=device)
     through = torch.empty((B * HV, NC), dtype=torch.float32, device=device)
     bound = torch.empty((B * HV, NC), dtype=torch.float32, device=device)
     p = Prepared(x, kernels, A, P, rows, through, bound, *shared)
     g, strides_g = (x.beta, s.beta) if x.g is None or s.g is None else (x.g, s.g)
-    starts = _on_device(segments.starts, torch.int64, device)
+    gates = g, x.beta, _documents(x), _on_device(segments.starts, torch.int64, device)
+    sizes = T, NC, segments.tokens // CHUNK, x.scale
+    strides = g.stride(0), *strides_g, x.beta.stride(0), *s.beta
+    if kernels.in_gluon["prepare_pairs"]:
+        q_chunks, k_chunks, A_tiles, P_tiles = p.fetched
+        proof.launch(
+            prepare_pairs_kernel, (B * s.H, NC),
+            q_chunks, k_chunks, P_tiles, A_tiles, *gates, rows, through, bound, *sizes, *strides,
+            **kernels.constants["prepare_pairs"],
+        )  # fmt: skip
+        return p
+    N = torch.empty((B * HV, NC, CHUNK, CHUNK) if s.rule.erase else 0, dtype=torch.float32, device=device)
     proof.launch(
         prepare_kernel, (B * HV, NC),
-        q, k, g, x.beta, _documents(x), starts, N, P, rows, through, bound,
-        T, NC, segments.tokens // CHUNK, x.scale,
-        *p.strides_qk, g.stride(0), *strides_g, x.beta.stride(0), *s.beta,
-        **kernels.constants["prepare"],
+        q, k, *gates, N, P, rows, through, bound, *sizes, *p.strides_qk, *strides, **kernels.constants["prepare"],
     )  # fmt: skip
     if s.rule.erase:
         proof.launch(invert_kernel, (B * HV * NC,), N, A, 16, **kernels.constants["invert"])
@@ -245,11 +287,22 @@ def _forward(
     M: Tensor | None = None, U: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Pass 2 over some value heads of all rows (all unless told), for one of its uses."""
-    x, constants, v = p.x, p.kernels.constants[use], p.x.v
+    x, v = p.x, p.x.v
     B, _, HV, V = v.shape
-    blocks = (V + (x.k.shape[3] if use == "summarise" else 0)) // constants["BV"]
     first, last = (0, B * HV) if heads is None else (heads.start, heads.stop)
-    strides_v = p.strides_v
+    if p.kernels.in_gluon["whole_states"]:
+        v_chunks = p.fetched_v
+        proof.launch(
+            whole_states_kernel, (p.sizes[4], last - first, 2 if use == "summarise" else 1),
+            *p.fetched[:2], v_chunks, *p.fetched[2:], scales_of(p.rows, 256),
+            v_chunks if o is None else tokens_of(o),
+            *(v_chunks if y is None else tiles_of(y) for y in (states, errors)), p.through, p.bound,
+            *(v if y is None else y for y in (need, incoming, M, U)), *p.sizes, first,
+            **p.kernels.constants[f"whole {use}"],
+        )  # fmt: skip
+        return
+    constants, strides_v = p.kernels.constants[use], p.strides_v
+    blocks = (V + (x.k.shape[3] if use == "summarise" else 0)) // constants["BV"]
     proof.launch(
         states_kernel, (blocks, p.sizes[4], last - first),
         x.q, x.k, v, p.A, p.P, p.rows, p.through, p.bound,
@@ -338,19 +391,14 @@ def _reverse_and_gradients(
     )  # fmt: skip
 
 
-@lru_cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def _fetched(
     p: Prepared, do: Tensor, states: Tensor, errors: Tensor, between: tuple[Tensor, Tensor], dv: Tensor
 ) -> tuple[Any, ...]:
     """What the one kernel of passes 3 and 4 reads and writes by descriptors, the same for all heads."""
-    x, (dq_parts, dk_parts) = p.x, between
+    q_chunks, k_chunks, A_tiles, P_tiles = p.fetched
     return (
-        tokens_of(x.q), tokens_of(x.k), tokens_of(do), tiles_of(states), tiles_of(errors), tiles_of(p.A), tiles_of(p.P),
-        tokens_of(dv), tiles_of(dq_parts), tiles_of(dk_parts),
+        q_chunks, k_chunks, tokens_of(do), tiles_of(states), tiles_of(errors), A_tiles, P_tiles, tokens_of(dv),
+        *map(tiles_of, between), scales_of(p.rows, 512),
     )  # fmt: skip
 
 
@@ -391,7 +439,7 @@ def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoin
     chunks = together * G, NC
     states, errors = torch.empty((*chunks, V, K), **like), torch.empty((*chunks, CHUNK, V), **like)
     parts = torch.empty((*chunks, len(PARTS), CHUNK), dtype=torch.float32, device=device)
-    one = p.kernels.one_backward
+    one = p.kernels.in_gluon["backward"]
     shapes = ((CHUNK, K), (CHUNK, K)) if one else ((V, K), (2 * CHUNK, CHUNK))
     between = torch.empty((*chunks, *shapes[0]), **like), torch.empty((*chunks, *shapes[1]), **like)
     fetched: tuple[Any, ...] = ()

@@ -12,7 +12,6 @@ A value head leaves its part of dq and dk, which *group* of :mod:`.triton_gradie
 
 from __future__ import annotations
 
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -22,28 +21,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.7 and 3.6 call it
-WIDTH = gl.constexpr(128)  # of K and V
-TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # in shared memory
-TOKENS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 4))  # the same, of a chunk [1, 64, 1, K]
-
-
-def tokens_of(x_BTHK: Tensor) -> TensorDescriptor:
-    """By which a chunk of a head is fetched, with zeros behind the last token."""
-    strides, (B, T, H, width) = x_BTHK.stride(), x_BTHK.shape
-    if 0 in strides and any(stride == 0 < size - 1 for stride, size in zip(strides, x_BTHK.shape, strict=True)):
-        x_BTHK = x_BTHK.contiguous()
-        strides = x_BTHK.stride()
-    batch, tokens, heads = (along if size > 1 else width for along, size in zip(strides, (B, T, H), strict=False))
-    return TensorDescriptor(x_BTHK, [B, T, H, width], [batch, tokens, heads, 1], [1, 64, 1, width], TOKENS.value)
-
-
-def tiles_of(x: Tensor) -> TensorDescriptor:
-    """By which one of x's matrices, its last two axes, is fetched."""
-    rows, columns = x.shape[-2:]
-    return TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], [rows, columns], TILE.value)
+from .gluon_chunk import (
+    SCALES,
+    TILE,
+    TOKENS,
+    WIDTH,
+    arrived,
+    barrier,
+    board,
+    boards,
+    column_of,
+    decays_of,
+    kept_pairs,
+    row_of,
+    scaled,
+)
 
 
 @gluon.jit
@@ -54,46 +47,16 @@ def _nil(i):
 
 
 @gluon.jit
+def _chunk(x, bar, at, ib, c, head, wanted, W: gl.constexpr):
+    """A chunk of a head, on its way into shared memory."""
+    tma.async_copy_global_to_shared(
+        x, [ib, c * 64, head, 0], bar, at._reinterpret(x.dtype, [1, 64, 1, W], TOKENS), pred=wanted
+    )
+
+
+@gluon.jit
 def _add_pairs(a, b, c, d):
     return a + c, b + d
-
-
-@gluon.jit
-def _scaled(weight, part):
-    return gl.where(weight != 0.0, weight * part, 0.0)  # select: 0 * inf must not leak
-
-
-@gluon.jit
-def _keep(i, j, doc, HAS_DOC: gl.constexpr, layout: gl.constexpr):
-    """Pairs j <= i of one document."""
-    keep = i >= j
-    if HAS_DOC:
-        d_i = gl.expand_dims(doc.load(gl.SliceLayout(1, layout)), 1)
-        keep = keep & (d_i == gl.expand_dims(doc.load(gl.SliceLayout(0, layout)), 0))
-    return keep
-
-
-@gluon.jit
-def _decays(rows, keep, layout: gl.constexpr):
-    """exp(b_i - b_j) where kept, else 0."""
-    hi_i = gl.expand_dims(rows.slice(256, 64).load(gl.SliceLayout(1, layout)), 1)
-    hi_j = gl.expand_dims(rows.slice(256, 64).load(gl.SliceLayout(0, layout)), 0)
-    lo_i = gl.expand_dims(rows.slice(320, 64).load(gl.SliceLayout(1, layout)), 1)
-    lo_j = gl.expand_dims(rows.slice(320, 64).load(gl.SliceLayout(0, layout)), 0)
-    difference = (hi_i - hi_j) + (lo_i - lo_j)
-    return gl.where(keep, gl.exp(gl.where(keep, difference, 0.0)), 0.0)
-
-
-@gluon.jit
-def _column(rows, start: gl.constexpr, layout: gl.constexpr):
-    """Scales of the rows of a tile."""
-    return gl.expand_dims(rows.slice(start, 64).load(gl.SliceLayout(1, layout)), 1)
-
-
-@gluon.jit
-def _row(rows, start: gl.constexpr, layout: gl.constexpr):
-    """The same, where tokens are the columns."""
-    return gl.expand_dims(rows.slice(start, 64).load(gl.SliceLayout(0, layout)), 0)
 
 
 @gluon.jit(
@@ -101,7 +64,7 @@ def _row(rows, start: gl.constexpr, layout: gl.constexpr):
     do_not_specialize_on_alignment=["doc"],
 )
 def backward_kernel(
-    q, k, do, states, errors, A, P, dv, dq, dk, rows, through, doc, outgoing, parts,
+    q, k, do, states, errors, A, P, dv, dq, dk, scales, rows, through, doc, outgoing, parts,
     T, NC, segment_chunks, B, row0, scale,
     H: gl.constexpr, G: gl.constexpr, HAS_G: gl.constexpr, HAS_DOC: gl.constexpr,
 ):  # fmt: skip
@@ -116,7 +79,6 @@ def backward_kernel(
     tile: gl.constexpr = TILE
     tokens: gl.constexpr = TOKENS
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    flat: gl.constexpr = gl.BlockedLayout([2], [32], [8], [0])
     flat64: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     loads: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
     pair_j: gl.constexpr = gl.SliceLayout(0, pair)
@@ -147,43 +109,48 @@ def backward_kernel(
     dv_mem = gl.allocate_shared_memory(dtype, [1, 64, W], tile)  # then dq on its way out
     pairs_mem = gl.allocate_shared_memory(dtype, [3, 64, 64], tile)  # dqk, dkk and logs; then dk on its way out
     ones_mem = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], tile)
-    rows_at = gl.allocate_shared_memory(gl.float32, [512], line)
+    rows_mem = gl.allocate_shared_memory(gl.float32, [2, 1, 512], SCALES)
     doc_at = gl.allocate_shared_memory(gl.int32, [64], line)
-    bars = gl.allocate_shared_memory(gl.int64, [5, 1], mbarrier.MBarrierLayout())
-    for j in gl.static_range(5):
-        mbarrier.init(bars.index(j), count=1)
+    k_bars = boards()
+    rows_bars = boards()
+    q_bar = board()
+    do_bar = board()
+    P_bar = board()
+    A_bar = board()
+    errors_bar = board()
+    S_bar = board()
     fence_async_shared()
     barrier()
-    early = bars.index(2)
-    middle = bars.index(3)
-    late = bars.index(4)
 
-    # What the first chunk needs.
+    # What the first chunk needs, and of the second one k and the scales.
     c = stop - 1
     at_kept = local * NC + c
     at_tile = row * NC + c
-    mbarrier.expect(bars.index(0), 64 * W * 2)
-    tma.async_copy_global_to_shared(
-        k, [ib, c * 64, ih, 0], bars.index(0), k_at.index(0)._reinterpret(dtype, [1, 64, 1, W], tokens)
-    )
-    mbarrier.expect(early, 64 * W * 2 + 2 * 64 * 64 * 2)
-    tma.async_copy_global_to_shared(
-        do, [ib, c * 64, hv, 0], early, do_mem.index(0)._reinterpret(dtype, [1, 64, 1, W], tokens)
-    )
-    tma.async_copy_global_to_shared(P, [at_tile * 64, 0], early, P_mem.index(0))
-    tma.async_copy_global_to_shared(A, [at_tile * 64, 0], early, A_mem.index(0))
-    mbarrier.expect(middle, 64 * W * 2 + W * W * 2)
-    tma.async_copy_global_to_shared(errors, [at_kept * 64, 0], middle, errors_mem.index(0))
-    tma.async_copy_global_to_shared(states, [at_kept * W, 0], middle, S_mem.index(0))
-    mbarrier.expect(late, 64 * W * 2)
-    tma.async_copy_global_to_shared(
-        q, [ib, c * 64, ih, 0], late, q_mem.index(0)._reinterpret(dtype, [1, 64, 1, W], tokens)
-    )
+    two = chunks > 1
+    mbarrier.expect(k_bars.index(0), 64 * W * 2)
+    mbarrier.expect(k_bars.index(1), 64 * W * 2, pred=two)
+    mbarrier.expect(rows_bars.index(0), 512 * 4)
+    mbarrier.expect(rows_bars.index(1), 512 * 4, pred=two)
+    mbarrier.expect(do_bar, 64 * W * 2)
+    mbarrier.expect(P_bar, 64 * 64 * 2)
+    mbarrier.expect(A_bar, 64 * 64 * 2)
+    mbarrier.expect(errors_bar, 64 * W * 2)
+    mbarrier.expect(S_bar, W * W * 2)
+    mbarrier.expect(q_bar, 64 * W * 2)
+    barrier()
+    _chunk(k, k_bars.index(0), k_at.index(0), ib, c, ih, True, W)
+    tma.async_copy_global_to_shared(scales, [at_tile, 0], rows_bars.index(0), rows_mem.index(0))
+    _chunk(do, do_bar, do_mem.index(0), ib, c, hv, True, W)
+    tma.async_copy_global_to_shared(P, [at_tile * 64, 0], P_bar, P_mem.index(0))
+    tma.async_copy_global_to_shared(A, [at_tile * 64, 0], A_bar, A_mem.index(0))
+    tma.async_copy_global_to_shared(errors, [at_kept * 64, 0], errors_bar, errors_mem.index(0))
+    tma.async_copy_global_to_shared(states, [at_kept * W, 0], S_bar, S_mem.index(0))
+    _chunk(q, q_bar, q_mem.index(0), ib, c, ih, True, W)
+    _chunk(k, k_bars.index(1), k_at.index(1), ib, c - 1, ih, two, W)
+    tma.async_copy_global_to_shared(scales, [at_tile - 1, 0], rows_bars.index(1), rows_mem.index(1), pred=two)
 
-    r512 = gl.arange(0, 512, layout=flat)
     r64 = gl.arange(0, 64, layout=flat64)
     at_tile64 = at_tile.to(gl.int64)
-    rows_at.store(gl.load(rows + at_tile64 * 512 + r512))
     if HAS_DOC:
         doc_at.store(gl.load(doc + ib.to(gl.int64) * T + gl.minimum(c * 64 + r64, T - 1)).to(gl.int32))
     passes_next = gl.load(through + at_tile64)
@@ -192,7 +159,7 @@ def backward_kernel(
     cv = gl.arange(0, W, layout=gl.SliceLayout(1, wide))
     ck = gl.arange(0, W, layout=gl.SliceLayout(0, wide))
     state_row = ((n * B + ib) * HV + hv).to(gl.int64)
-    dS = gl.load(outgoing + state_row * W * W + gl.expand_dims(ck, 0) * W + gl.expand_dims(cv, 1))
+    dS = arrived(gl.load(outgoing + state_row * W * W + gl.expand_dims(ck, 0) * W + gl.expand_dims(cv, 1)))
     ri = gl.expand_dims(gl.arange(0, 64, layout=pair_i), 1)
     rj = gl.expand_dims(gl.arange(0, 64, layout=pair_j), 0)
     ones_mem.index(0).store(gl.where(ri <= rj, 1.0, 0.0).to(gl.bfloat16))
@@ -216,16 +183,9 @@ def backward_kernel(
         at_tile = row * NC + following
         next_tile = at_tile.to(gl.int64)
         half = i & 1
-        other = 1 - half
         phase = i & 1
         k_now = k_at.index(half)
-        # Nothing reads the other k since the chunk behind this one ended.
-        mbarrier.expect(bars.index(other), 64 * W * 2, pred=more)
-        tma.async_copy_global_to_shared(
-            k, [ib, following * 64, ih, 0], bars.index(other),
-            k_at.index(other)._reinterpret(dtype, [1, 64, 1, W], tokens), pred=more,
-        )  # fmt: skip
-        rows_next = gl.load(rows + next_tile * 512 + r512)
+        rows_at = rows_mem.index(half + nil)._reinterpret(gl.float32, [512], line)
         if HAS_DOC:
             doc_next = gl.load(doc + ib.to(gl.int64) * T + gl.minimum(following * 64 + r64, T - 1)).to(gl.int32)
         passes = passes_next
@@ -237,22 +197,26 @@ def backward_kernel(
         dS_at.store(dS.to(dtype))
         fence_async_shared()
         barrier()
-        mbarrier.wait(bars.index(half), (i // 2) & 1)
+        mbarrier.wait(k_bars.index(half), (i // 2) & 1)
         dnew = warpgroup_mma(dS_at, k_now.permute((1, 0)), zero_new, use_acc=False, is_async=True)
-        mbarrier.wait(late, phase)
+        mbarrier.wait(q_bar, phase)
         products = warpgroup_mma(q_at, k_now.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
         dnew = warpgroup_mma_wait(1, deps=[dnew])
-        dnew = _scaled(_row(rows_at, 128, new), dnew)
-        mbarrier.wait(early, phase)
+        mbarrier.wait(rows_bars.index(half), (i // 2) & 1)
+        dnew = scaled(row_of(rows_at, 128, new), dnew, HAS_DOC)
+        mbarrier.wait(do_bar, phase)
+        mbarrier.wait(P_bar, phase)
         dnew = warpgroup_mma(do_at.permute((1, 0)), P_at, dnew, is_async=True)
-        mbarrier.wait(middle, phase)
+        mbarrier.wait(errors_bar, phase)
         pairs = warpgroup_mma(do_at, errors_at.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
         dnew = warpgroup_mma_wait(1, deps=[dnew])
-        dnew = dnew * _row(rows_at, 192, new)
+        dnew = dnew * row_of(rows_at, 192, new)
+        mbarrier.wait(A_bar, phase)
         d_value = warpgroup_mma(
             gl.convert_layout(dnew.to(dtype), of_new), A_at, zero_new, use_acc=False, is_async=True
         )
         at_part = parts + (local.to(gl.int64) * NC + c) * 384
+        mbarrier.wait(S_bar, phase)
         if HAS_G:
             sums = gl.zeros([32, W], gl.float32, loads)
             for j in gl.static_range(0, W, 32):
@@ -264,10 +228,11 @@ def backward_kernel(
         # From here on dO is scaled as it sees the incoming state.
         for j in gl.static_range(0, 64, 32):
             of_q = gl.expand_dims(rows_at.slice(j, 32).load(gl.SliceLayout(1, loads)), 1)
-            do_at.slice(j, 32).store(_scaled(of_q, do_at.slice(j, 32).load(loads).to(gl.float32)).to(dtype))
+            do_at.slice(j, 32).store(scaled(of_q, do_at.slice(j, 32).load(loads).to(gl.float32), HAS_DOC).to(dtype))
         dS = gl.where(passes != 0.0, dS * passes, 0.0)
 
         nil = _nil(i)
+        rows_at = rows_mem.index(half + nil)._reinterpret(gl.float32, [512], line)
         dv_at = dv_mem.index(nil)
         do_at = do_mem.index(nil)
         errors_at = errors_mem.index(nil)
@@ -280,34 +245,35 @@ def backward_kernel(
         fence_async_shared()
         barrier()
         tma.async_copy_shared_to_global(dv, [ib, c * 64, hv, 0], dv_at._reinterpret(dtype, [1, 64, 1, W], tokens))
-        erased = _scaled(_row(rows_at, 64, new), -d_value).to(dtype)
+        erased = scaled(row_of(rows_at, 64, new), -d_value, HAS_DOC).to(dtype)
         dS = warpgroup_mma(do_at.permute((1, 0)), q_at, dS, is_async=True)
         dS = warpgroup_mma(gl.convert_layout(erased, of_wide), k_now, dS, is_async=True)
         back = warpgroup_mma(dv_at, errors_at.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
 
-        keep = _keep(ri + nil, rj, doc_at, HAS_DOC, pair)
+        keep = kept_pairs(ri + nil, rj, doc_at, HAS_DOC, pair)
         if HAS_G:
-            decay = _decays(rows_at, keep, pair)
+            decay = decays_of(rows_at, keep, pair)
             pairs = pairs * decay
-        pairs = gl.where(keep, pairs * (_column(rows_at, 384, pair) * scale) * _row(rows_at, 448, pair), 0.0)
-        dqk_at.store((pairs * _row(rows_at, 192, pair)).to(dtype))
+        pairs = gl.where(keep, pairs * (column_of(rows_at, 384, pair) * scale) * row_of(rows_at, 448, pair), 0.0)
+        dqk_at.store((pairs * row_of(rows_at, 192, pair)).to(dtype))
         pairs = pairs * products
 
         dS, back = warpgroup_mma_wait(0, deps=[dS, back])
         # Where no token sees the incoming state, nothing in the chunk, not even 0 * nan, reaches its gradient.
         dS = gl.where(any_sees != 0.0, dS, 0.0)
         nil = _nil(i)
+        rows_at = rows_mem.index(half + nil)._reinterpret(gl.float32, [512], line)
         dkk_at = pairs_mem.index(1 + nil)
         logs_at = pairs_mem.index(2 + nil)._reinterpret(gl.bfloat16, [64, 64], tile)
         ones_at = ones_mem.index(nil)
         k_now = k_at.index(half + nil)
         products = warpgroup_mma(k_now, k_now.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
         part = warpgroup_mma(errors_at, dS_at, zero_long, use_acc=False, is_async=True)
-        strict = _keep(ri + nil, rj, doc_at, HAS_DOC, pair) & (ri + nil > rj)
+        strict = kept_pairs(ri + nil, rj, doc_at, HAS_DOC, pair) & (ri + nil > rj)
         if HAS_G:
             back = back * decay
-        back = gl.where(strict, -back * _column(rows_at, 448, pair) * _row(rows_at, 448, pair), 0.0)
-        bt = _row(rows_at, 192, pair)
+        back = gl.where(strict, -back * column_of(rows_at, 448, pair) * row_of(rows_at, 448, pair), 0.0)
+        bt = row_of(rows_at, 192, pair)
         dkk_at.store((back * bt).to(dtype))
         products = warpgroup_mma_wait(1, deps=[products])
         pairs += back * products
@@ -320,6 +286,7 @@ def backward_kernel(
         # What was left to the outgoing state, what errors took back of the incoming one, what queries saw of it.
         part = warpgroup_mma_wait(0, deps=[part])
         nil = _nil(i)
+        rows_at = rows_mem.index(half + nil)._reinterpret(gl.float32, [512], line)
         dv_at = dv_mem.index(nil)
         S_at = S_mem.index(nil)
         do_at = do_mem.index(nil)
@@ -331,18 +298,18 @@ def backward_kernel(
         k_now = k_at.index(half + nil)
         taken = warpgroup_mma(dv_at, S_at, zero_long, use_acc=False, is_async=True)
         key = k_now.load(long)
-        part = _scaled(_column(rows_at, 128, long), part)
+        part = scaled(column_of(rows_at, 128, long), part, HAS_DOC)
         at_long = at_part + gl.arange(0, 64, layout=long_i)
         d_query = warpgroup_mma(do_at, S_at, zero_long, use_acc=False, is_async=True)
         taken = warpgroup_mma_wait(1, deps=[taken])
-        taken = _scaled(_column(rows_at, 64, long), taken)
+        taken = scaled(column_of(rows_at, 64, long), taken, HAS_DOC)
         if HAS_G:
             sum_left, sum_taken = gl.reduce((part * key.to(gl.float32), taken * key.to(gl.float32)), 1, _add_pairs)
             gl.store(at_long + 192, sum_left)
             gl.store(at_long + 256, sum_taken)
         else:
             gl.store(at_long + 192, gl.sum(part * key.to(gl.float32), 1))
-        d_key = part * _column(rows_at, 192, long) - taken
+        d_key = part * column_of(rows_at, 192, long) - taken
         d_key = warpgroup_mma(dqk_at.permute((1, 0)), q_at, d_key, is_async=True)
         d_key = warpgroup_mma(dkk_at, k_now, d_key, is_async=True)
         d_key = warpgroup_mma(dkk_at.permute((1, 0)), k_now, d_key, is_async=True)
@@ -351,19 +318,20 @@ def backward_kernel(
             d_query = warpgroup_mma_wait(4, deps=[d_query])
         else:
             d_query = warpgroup_mma_wait(3, deps=[d_query])
+        mbarrier.expect(do_bar, 64 * W * 2, pred=more)
+        mbarrier.expect(P_bar, 64 * 64 * 2, pred=more)
+        mbarrier.expect(A_bar, 64 * 64 * 2, pred=more)
+        mbarrier.expect(errors_bar, 64 * W * 2, pred=more)
+        mbarrier.expect(S_bar, W * W * 2, pred=more)
         barrier()
         # errors, S, do, A and P are done with. (A branch: with predicates instead the compiler spilled 20 registers.)
         if more:
-            mbarrier.expect(early, 64 * W * 2 + 2 * 64 * 64 * 2)
-            tma.async_copy_global_to_shared(
-                do, [ib, following * 64, hv, 0], early, do_at._reinterpret(dtype, [1, 64, 1, W], tokens)
-            )
-            tma.async_copy_global_to_shared(P, [at_tile * 64, 0], early, P_at)
-            tma.async_copy_global_to_shared(A, [at_tile * 64, 0], early, A_at)
-            mbarrier.expect(middle, 64 * W * 2 + W * W * 2)
-            tma.async_copy_global_to_shared(errors, [at_kept * 64, 0], middle, errors_at)
-            tma.async_copy_global_to_shared(states, [at_kept * W, 0], middle, S_at)
-        d_query = gl.where(_column(rows_at, 0, long) != 0.0, d_query, 0.0)
+            _chunk(do, do_bar, do_at, ib, following, hv, True, W)
+            tma.async_copy_global_to_shared(P, [at_tile * 64, 0], P_bar, P_at)
+            tma.async_copy_global_to_shared(A, [at_tile * 64, 0], A_bar, A_at)
+            tma.async_copy_global_to_shared(errors, [at_kept * 64, 0], errors_bar, errors_at)
+            tma.async_copy_global_to_shared(states, [at_kept * W, 0], S_bar, S_at)
+        d_query = gl.where(column_of(rows_at, 0, long) != 0.0, d_query, 0.0)
         if HAS_G:
             gl.store(at_long + 128, gl.sum(d_query * q_at.load(long).to(gl.float32), 1))
         d_query = warpgroup_mma(dqk_at, k_now, d_query, is_async=True)
@@ -379,20 +347,19 @@ def backward_kernel(
         if HAS_G:
             crossing = gl.where(ri > rj, crossing, 0.0)
             gl.store(at_part + 64 + gl.arange(0, 64, layout=pair_i), gl.sum(crossing, 1))
+        mbarrier.expect(q_bar, 64 * W * 2, pred=more)
+        mbarrier.expect(k_bars.index(half), 64 * W * 2, pred=i + 2 < chunks)
+        mbarrier.expect(rows_bars.index(half), 512 * 4, pred=i + 2 < chunks)
         fence_async_shared()
         barrier()
         if more:
-            mbarrier.expect(late, 64 * W * 2)
-            tma.async_copy_global_to_shared(
-                q, [ib, following * 64, ih, 0], late, q_at._reinterpret(dtype, [1, 64, 1, W], tokens)
-            )
+            _chunk(q, q_bar, q_at, ib, following, ih, True, W)
+        if i + 2 < chunks:
+            _chunk(k, k_bars.index(half), k_at.index(half), ib, c - 2, ih, True, W)
+            tma.async_copy_global_to_shared(scales, [at_tile - 1, 0], rows_bars.index(half), rows_mem.index(half))
         at_out = (local * NC + c) * 64
         tma.async_copy_shared_to_global(dk, [at_out, 0], dk_at)
         tma.async_copy_shared_to_global(dq, [at_out, 0], dv_at)
-        rows_at.store(rows_next)
         if HAS_DOC:
             doc_at.store(doc_next)
     tma.store_wait(0)
-    barrier()
-    for j in gl.static_range(5):
-        mbarrier.invalidate(bars.index(j))

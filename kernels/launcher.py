@@ -3,8 +3,8 @@
 At every launch Triton works out which of its binaries the arguments call for. With forty arguments that takes 40 us of
 the host, as long as some kernels run. What decides a binary is little, and is looked up here: the device, the values of
 constants, the dtypes of tensors, the sizes of integers and, where the kernel asks for it, what these are multiples of.
-A launch that was met is made with its binary and bare addresses; one that was not, or that is out of the ordinary (an
-address that is no multiple of 16, hooks of a profiler), is Triton's.
+A launch that was met is made with its binary and bare addresses, by the C function behind Triton's launcher; one that
+was not, or that is out of the ordinary (an address that is no multiple of 16, hooks of a profiler), is Triton's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.backends.nvidia import driver as nvidia
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -27,7 +28,7 @@ class _Form:
 
     def __init__(self, kernel: Any, args: tuple[Any, ...]) -> None:
         self.types = tuple(map(type, args))
-        self.ready: dict[tuple[Any, ...], Any] = {}  # binaries, by what decided them
+        self.ready: dict[tuple[Any, ...], _Ready] = {}  # binaries, by what decided them
         self.tensors: list[int] = []
         self.aligned: list[int] = []  # of the tensors
         self.values: list[int] = []  # constants
@@ -53,10 +54,64 @@ class _Form:
                     self.specialised.append(i)
                 elif not param.annotation_type:
                     self.sized.append(i)
-            elif type(value) is TensorDescriptor:
+            elif isinstance(value, TensorDescriptor):
                 self.descriptors.append(i)
             elif type(value) is not float:
                 self.known = False
+
+
+class _Ready:
+    """A binary, and the way to launch it."""
+
+    def __init__(self, binary: Any, descriptors: list[int]) -> None:
+        self.binary = binary
+        self.encoded: dict[tuple[int, ...], list[Any]] = {}  # descriptors, by place and by what they describe
+        run, kinds = binary.run, getattr(binary.metadata, "tensordesc_meta", None)
+        self.kinds = dict(zip(descriptors, kinds or (), strict=False))
+        self.function = _behind(run, bool(descriptors)) if len(self.kinds) == len(descriptors) else None
+
+    def launch(self, grid: tuple[int, int, int], stream: int, values: list[Any], rest: tuple[None, ...]) -> None:
+        binary, run = self.binary, self.binary.run
+        if self.function is None:  # as JITFunction.run does, with no metadata for hooks that are not there
+            run(*grid, stream, binary.function, binary.packed_metadata, None, None, None, *values, *rest)
+            return
+        if self.kinds:
+            values = self._encoded(values)
+        values += rest
+        how = run.launch_cooperative_grid, run.launch_pdl
+        packed, none = binary.packed_metadata, None
+        if hasattr(run, "kernel_signature"):  # Triton 3.7
+            more = packed, none, none, none, none, none, run.arg_annotations, run.kernel_signature, values
+            self.function(*grid, stream, binary.function, *how, *more)
+        else:
+            self.function(*grid, stream, binary.function, *how, none, none, packed, none, none, none, *values)
+
+    def _encoded(self, values: list[Any]) -> list[Any]:
+        """Each descriptor as what the kernel is given for it, which follows from address, shape and strides alone."""
+        if len(self.encoded) > 4096:
+            self.encoded.clear()
+        whole: list[Any] = []
+        done = 0
+        for i, kind in self.kinds.items():
+            x = values[i]
+            key = i, x.base.data_ptr(), *x.shape, *x.strides
+            found = self.encoded.get(key)
+            if found is None:
+                found = self.encoded[key] = nvidia.make_tensordesc_arg(x, kind)
+            whole += values[done:i]
+            whole += found
+            done = i + 1
+        return whole + values[done:]
+
+
+def _behind(run: Any, described: bool) -> Any:
+    """The C function that a launcher calls; None where it is built in another way than here is known."""
+    if type(run) is not nvidia.CudaLauncher or run.global_scratch_size or run.profile_scratch_size:
+        return None
+    if not described:
+        return run.launch
+    names = getattr(run.launch, "__code__", None) and run.launch.__code__.co_freevars
+    return run.launch.__closure__[names.index("launcher")].cell_contents if names and "launcher" in names else None
 
 
 _forms: dict[tuple[Any, ...], _Form] = {}
@@ -107,19 +162,17 @@ def launch(
         *constants,
         *constants.values(),
     )
-    binary = form.ready.get(key)
-    if binary is None:
+    ready = form.ready.get(key)
+    if ready is None:
         binary = kernel[grid](*args, **constants)
         check(kernel, binary, constants)
-        form.ready[key] = binary
+        form.ready[key] = _Ready(binary, form.descriptors)
         return
     values = list(args)
     for i, address in zip(form.tensors, addresses, strict=True):
         values[i] = address
     x, y, z = (*grid, 1, 1)[:3]
-    stream = active.get_current_stream(device)
-    # As JITFunction.run does, with no metadata for hooks that are not there.
-    binary.run(x, y, z, stream, binary.function, binary.packed_metadata, None, None, None, *values, *form.rest)
+    ready.launch((x, y, z), active.get_current_stream(device), values, form.rest)
 
 
 def _heard(hook: Any) -> bool:
@@ -139,4 +192,5 @@ def _described(x: TensorDescriptor) -> tuple[Any, ...]:
     found = _layouts.get(id(layout))
     if found is None:
         found = _layouts[id(layout)] = layout, next((old for old, _ in _layouts.values() if old == layout), layout)
-    return x.base.dtype, x.padding, *x.block_shape, id(found[1])
+    rounded = getattr(x, "round_f32_to_tf32", False)
+    return x.base.dtype, x.padding, rounded, *x.block_shape, id(found[1])

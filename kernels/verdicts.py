@@ -127,7 +127,7 @@ def candidates() -> dict[str, Launches]:
         name: {use: _at_most(how, **change) for use, how in LAUNCHES.items()} for name, change in changes.items()
     }
     for name in list(tables)[1:]:  # see LAUNCHES
-        tables[name]["backward"] = replace(LAUNCHES["backward"], warps=0)
+        tables[name] |= {use: replace(LAUNCHES[use], warps=0) for use in ("prepare_pairs", "whole_states", "backward")}
     return dict(tables)
 
 

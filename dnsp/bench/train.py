@@ -100,6 +100,7 @@ def run(
     *,
     tokens: int | None = None,
     steps: int = 5,
+    warmup: int = 2,
     only_ours: bool = False,
     profile: Path | None = None,
     json_path: Path | None = None,
@@ -112,6 +113,8 @@ def run(
     config = parse_config(override_tree(SHAPE, [*overrides, *more]), "dnsp bench train")
     if steps < 1:
         raise UsageError(f"--steps {steps}: at least one step is measured")
+    if warmup < 0:
+        raise UsageError(f"--warmup {warmup}: give a number of steps, 0 or more")
     device, console = common.find_device(), common.make_console()
     sides = [_ours(config, device, console)]
     missing = "not asked for" if only_ours else _missing_peer(device)
@@ -120,7 +123,7 @@ def run(
     else:
         os.environ["FLA_FLASH_QLA"] = "0"  # where flash-qla is installed, fla's op would hand its calls to it
         sides.append(_peer(config, sides[0].model, device, console))
-    _measure(sides, steps, device)
+    _measure(sides, warmup, steps, device)
     if profile is not None and not sides[0].failure:
         profile.write_text(_profile(sides[0], device))
     report = _report(config, sides, missing, device)
@@ -199,9 +202,9 @@ def _dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
 
 
-def _measure(sides: list[Side], steps: int, device: torch.device) -> None:
-    """Two steps of each to warm up, then by turns."""
-    for n in range(2 + steps):
+def _measure(sides: list[Side], warmup: int, steps: int, device: torch.device) -> None:
+    """Steps of each to warm up, then the measured ones; by turns."""
+    for n in range(warmup + steps):
         for side in sides:
             if side.failure:
                 continue
@@ -214,7 +217,7 @@ def _measure(sides: list[Side], steps: int, device: torch.device) -> None:
                 continue
             if n == 0:
                 side.first_loss = loss
-            if n >= 2:
+            if n >= warmup:
                 side.seconds.append(seconds)
                 side.peaks.append(peak)
 

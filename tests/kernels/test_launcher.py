@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -208,3 +209,54 @@ def test_descriptors_decide_by_their_tiles(gpu: Driver) -> None:
             assert again == 0 or two[6][1] == out.data_ptr()
             functions.append(function(two))
     assert functions[:5] == functions[5:] and functions[0] == functions[1] and len(set(functions)) == 4
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_the_function_behind_a_launcher_is_given_what_the_launcher_gives_it(
+    gpu: Driver, monkeypatch: pytest.MonkeyPatch, described: bool
+) -> None:
+    given: list[list[Any]] = []
+
+    def function(*args: Any) -> None:
+        *before, last = args
+        given.append([*before, *last] if isinstance(last, list | tuple) else list(args))
+
+    encoded = []
+
+    def encode(*args: Any) -> tuple[Any, ...]:
+        encoded.append(args)
+        return args
+
+    gpu.fill_tma_descriptor = gpu.fill_tma_descriptor_tiled = encode  # type: ignore[attr-defined]
+    kind = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [16, 64], "fp4_padded": False}
+    kinds = [kind | {"block_size": [rows, 64]} for rows in (16, 32)] if described else []
+    tile = "tensordesc<bf16[16, 64]>" if described else "*bf16"
+    signature = dict(enumerate(["*fp32", tile, "i32", tile, "constexpr", "constexpr"]))
+    run = object.__new__(nvidia.CudaLauncher)
+    run.launch = nvidia.wrap_handle_tensordesc(function, signature, kinds)
+    run.launch_cooperative_grid, run.launch_pdl, run.num_ctas = False, True, 1
+    for name in ("global_scratch_size", "profile_scratch_size", "global_scratch_align", "profile_scratch_align"):
+        setattr(run, name, 0)
+    if hasattr(nvidia, "make_kernel_signature"):  # Triton 3.7
+        run.arg_annotations, run.kernel_signature = "annotations", "signature"
+
+    class Binary:
+        metadata = type("Metadata", (), {"tensordesc_meta": kinds})
+
+    binary: Any = Binary()
+    binary.run, binary.function, binary.packed_metadata = run, "function", (4, 1, 0)
+    layout = gl.NVMMASharedLayout(128, 16, 2)
+    memory = torch.zeros(256, 64, dtype=torch.bfloat16)
+    ready = launcher._Ready(binary, [1, 3] if described else [])
+    assert ready.function is function
+    for height in (128, 256, 128):
+        tiles: list[Any] = [memory[height - 128 :].data_ptr()] * 2
+        if described:
+            x = memory[256 - height :]
+            tiles = [TensorDescriptor(x, [height, 64], [64, 1], [rows, 64], layout) for rows in (16, 32)]
+        values = [A.data_ptr(), tiles[0], height, tiles[1]]
+        run(3, 2, 1, "stream", "function", (4, 1, 0), None, None, None, *values, None, None)
+        ready.launch((3, 2, 1), "stream", list(values), (None, None))  # type: ignore[arg-type]
+        assert given[-1] == given[-2] and "function" in given[-1]
+    if described:  # Triton's six, and of ours each address and shape once
+        assert len(encoded) == 6 + 4

@@ -14,12 +14,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from dnsp.kernels import gluon_backward, triton_gradients, triton_prepare, triton_reverse, triton_states
+from dnsp.kernels import (
+    gluon_backward,
+    gluon_chunk,
+    gluon_prepare,
+    gluon_states,
+    triton_gradients,
+    triton_prepare,
+    triton_reverse,
+    triton_states,
+)
 from dnsp.kernels.chunk_triton import LAUNCHES
 
 KERNELS = {
+    "prepare_pairs": gluon_prepare.prepare_pairs_kernel,
     "prepare": triton_prepare.prepare_kernel,
     "invert": triton_prepare.invert_kernel,
+    "whole_states": gluon_states.whole_states_kernel,
     "summarise": triton_states.states_kernel,
     "apply": triton_states.states_kernel,
     "keep": triton_states.states_kernel,
@@ -34,7 +45,7 @@ KERNELS = {
 # Blocks of those arguments that are fetched by descriptors.
 TILES = {
     **dict.fromkeys(("states",), (128, 128)), **dict.fromkeys(("errors", "dq", "dk"), (64, 128)),
-    **dict.fromkeys(("A", "P"), (64, 64)), **dict.fromkeys(("q", "k", "do", "dv"), (1, 64, 1, 128)),
+    **dict.fromkeys(("A", "P"), (64, 64)), **dict.fromkeys(("q", "k", "v", "o", "do", "dv"), (1, 64, 1, 128)),
 }  # fmt: skip
 FP32 = {"g", "beta", "N", "rows", "through", "bound", "incoming", "outgoing", "M", "U", "D", "parts", "dg", "dbeta"}
 INTEGERS = {"T", "NC", "segment_chunks", "B", "N", "row0", "group", "size"}
@@ -68,7 +79,7 @@ def compiled(use: str, capability: int, *, K: int = 128, V: int = 128, H: int = 
         **{"sqt": H * K, "sqh": K, "skt": H * K, "skh": K, "svt": H * G * V, "svh": V, "sot": H * G * V, "soh": V},
         **{"sgt": H * G, "sgh": 1, "sbt": H * G, "sbh": 1, "DOT": "tf32", "STAGES": launch.stages},
         **{"ERASE": True, "HAS_G": True, "HAS_DOC": False, "PREVIOUS": False, "NORM": True},
-        **{"SUMMARY": "summar" in use, "OUTPUT": use == "apply", "KEEP": use == "keep"},
+        **{"SUMMARY": "summar" in use, "OUTPUT": use in ("apply", "whole_states"), "KEEP": use == "keep"},
     }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types, attributes = {}, {}
@@ -80,9 +91,12 @@ def compiled(use: str, capability: int, *, K: int = 128, V: int = 128, H: int = 
             types[name] = "i64"
         elif name in INTEGERS and not (tiles and name == "N"):
             types[name] = "i32"
-        elif use == "backward" and name in TILES:
-            layout = gluon_backward.TILE if len(TILES[name]) == 2 else gluon_backward.TOKENS
+        elif kernel.is_gluon() and name in TILES:
+            layout = gluon_chunk.TILE if len(TILES[name]) == 2 else gluon_chunk.TOKENS
             types[name] = f"tensordesc<bf16{list(TILES[name])},{layout.value!r}>"
+        elif name == "scales":
+            count = 512 if use == "backward" else 256
+            types[name] = f"tensordesc<fp32[1, {count}],{gluon_chunk.SCALES.value!r}>"
         elif name == "scale":
             types[name] = "fp32"
         else:

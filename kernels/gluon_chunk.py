@@ -1,0 +1,115 @@
+"""What the Gluon kernels for Hopper share: the descriptors by which chunks, tiles and rows of scales are fetched, and a
+chunk's scales, which lie in shared memory one row after another as ``triton_prepare.ROWS`` has them.
+
+Triton puts a barrier of all warps between operations that touch the same shared memory, messages about arrivals included:
+each array has a message board of its own, and all arrivals are announced before the first is asked for.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.7 and 3.6 call it
+WIDTH = gl.constexpr(128)  # of K and V
+TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # in shared memory
+TOKENS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 4))  # the same, of a chunk [1, 64, 1, K]
+SCALES = gl.constexpr(gl.NVMMASharedLayout(0, 32, 2))  # of rows of scales, [1, 256] or [1, 512]
+
+
+class Described(TensorDescriptor):
+    """A descriptor of memory that is known to fit: its own checks take longer than all else about it."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def tokens_of(x_BTHK: Tensor) -> Described:
+    """By which a chunk of a head is fetched, with zeros behind the last token."""
+    B, T, H, width = shape = x_BTHK.shape
+    strides = x_BTHK.stride()
+    if 0 in strides and any(stride == 0 < size - 1 for stride, size in zip(strides, shape, strict=True)):
+        x_BTHK = x_BTHK.contiguous()
+        strides = x_BTHK.stride()
+    apart = [strides[0] if B > 1 else width, strides[1] if T > 1 else width, strides[2] if H > 1 else width, 1]
+    return Described(x_BTHK, [B, T, H, width], apart, [1, 64, 1, width], TOKENS.value)
+
+
+def tiles_of(x: Tensor) -> Described:
+    """By which one of x's matrices, its last two axes, is fetched."""
+    *_, rows, columns = x.shape
+    return Described(x, [x.numel() // columns, columns], [columns, 1], [rows, columns], TILE.value)
+
+
+def scales_of(rows: Tensor, count: int) -> Described:
+    """By which the first ``count`` of a chunk's 512 scales are fetched."""
+    return Described(rows, [rows.numel() // 512, 512], [512, 1], [1, count], SCALES.value)
+
+
+@gluon.jit
+def scaled(weight, part, HAS_DOC: gl.constexpr):
+    """weight * part. Where there are documents a weight of 0 keeps one out of another, and 0 * inf must not leak."""
+    if HAS_DOC:
+        return gl.where(weight != 0.0, weight * part, 0.0)
+    else:
+        return weight * part
+
+
+@gluon.jit
+def arrived(x):
+    """x, loaded. What is loaded ahead of a loop would otherwise be waited for in each of its turns, with all that was
+    asked for in the meantime."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+
+
+@gluon.jit
+def board():
+    """A barrier on which the arrivals of one array are announced."""
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar, count=1)
+    return bar
+
+
+@gluon.jit
+def boards():
+    """A pair of them, for an array with two buffers."""
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(bars.index(0), count=1)
+    mbarrier.init(bars.index(1), count=1)
+    return bars
+
+
+@gluon.jit
+def kept_pairs(i, j, doc, HAS_DOC: gl.constexpr, layout: gl.constexpr):
+    """Pairs j <= i of one document."""
+    keep = i >= j
+    if HAS_DOC:
+        d_i = gl.expand_dims(doc.load(gl.SliceLayout(1, layout)), 1)
+        keep = keep & (d_i == gl.expand_dims(doc.load(gl.SliceLayout(0, layout)), 0))
+    return keep
+
+
+@gluon.jit
+def decays_of(rows, keep, layout: gl.constexpr):
+    """exp(b_i - b_j) where kept, else 0."""
+    hi_i = gl.expand_dims(rows.slice(256, 64).load(gl.SliceLayout(1, layout)), 1)
+    hi_j = gl.expand_dims(rows.slice(256, 64).load(gl.SliceLayout(0, layout)), 0)
+    lo_i = gl.expand_dims(rows.slice(320, 64).load(gl.SliceLayout(1, layout)), 1)
+    lo_j = gl.expand_dims(rows.slice(320, 64).load(gl.SliceLayout(0, layout)), 0)
+    difference = (hi_i - hi_j) + (lo_i - lo_j)
+    return gl.where(keep, gl.exp(gl.where(keep, difference, 0.0)), 0.0)
+
+
+@gluon.jit
+def column_of(rows, start: gl.constexpr, layout: gl.constexpr):
+    """Scales of the rows of a tile."""
+    return gl.expand_dims(rows.slice(start, 64).load(gl.SliceLayout(1, layout)), 1)
+
+
+@gluon.jit
+def row_of(rows, start: gl.constexpr, layout: gl.constexpr):
+    """The same, where tokens are the columns."""
+    return gl.expand_dims(rows.slice(start, 64).load(gl.SliceLayout(0, layout)), 0)
