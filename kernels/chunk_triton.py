@@ -254,10 +254,10 @@ def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
         A, P, rows, through, bound = tensors
         return Prepared(x, kernels, A, P, rows, through, bound, *shared)
     A = torch.empty((B * HV, NC, CHUNK, CHUNK), dtype=s.dtype, device=device)
-    P = torch.empty((B * HV, NC, CHUNK, CHUNK), dtype=s.dtype, device=device)
+    P = torch.empty_like(A)
     rows = torch.empty((B * HV, NC, len(ROWS), CHUNK), dtype=torch.float32, device=device)
     through = torch.empty((B * HV, NC), dtype=torch.float32, device=device)
-    bound = torch.empty((B * HV, NC), dtype=torch.float32, device=device)
+    bound = torch.empty_like(through)
     p = Prepared(x, kernels, A, P, rows, through, bound, *shared)
     g, strides_g = (x.beta, s.beta) if x.g is None or s.g is None else (x.g, s.g)
     gates = g, x.beta, _documents(x), _on_device(segments.starts, torch.int64, device)
