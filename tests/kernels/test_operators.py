@@ -32,15 +32,17 @@ from dnsp.kernels.segments import Inputs, Segments
 from dnsp.kernels.variants import DELTA, FORGET_GATE
 
 dnsp = torch.ops.dnsp
+DEVICE, DTYPE = "cpu", torch.float32  # of operands; on a GPU bf16 at widths that Hopper has kernels of its own for
 T, H, HV, K, V = 70, 1, 2, 16, 32
 
 
 def drawn(*shape: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
 
 
 def inputs() -> dict[str, Tensor]:
     made = {"q": drawn(1, T, H, K), "k": drawn(1, T, H, K, scale=0.3), "v": drawn(1, T, HV, V)}
+    made = {name: x.to(DTYPE) for name, x in made.items()}
     return made | {"g": -drawn(1, T, HV).abs(), "beta": drawn(1, T, HV).sigmoid()}
 
 
@@ -50,7 +52,7 @@ def inputs() -> dict[str, Tensor]:
 def passes(documents: bool, decay: bool) -> list[tuple[Any, tuple[Any, ...]]]:
     """The arguments that the passes of a call have, one after another."""
     given = inputs()
-    doc = torch.zeros(1, T, dtype=torch.int32) if documents else None
+    doc = torch.zeros(1, T, dtype=torch.int32, device=DEVICE) if documents else None
     if doc is not None:
         doc[0, 66:] = 66
     x = Inputs(
@@ -83,7 +85,7 @@ def passes(documents: bool, decay: bool) -> list[tuple[Any, tuple[Any, ...]]]:
 
 def layers() -> list[tuple[Any, tuple[Any, ...]]]:
     x, weight, bias = drawn(2, 9, 24)[..., 8:], drawn(16, 3), drawn(16)
-    doc = torch.tensor([[0] * 5 + [5] * 4] * 2, dtype=torch.int32)
+    doc = torch.tensor([[0] * 5 + [5] * 4] * 2, dtype=torch.int32, device=DEVICE)
     halo, dy = drawn(2, 2, 16), drawn(2, 9, 16)
     wide, gate, scale = drawn(2, 5, 3, 32), drawn(2, 5, 3, 64)[..., 32:], drawn(32)
     return [
@@ -97,7 +99,7 @@ def layers() -> list[tuple[Any, tuple[Any, ...]]]:
 
 
 def steps() -> list[tuple[Any, tuple[Any, ...]]]:
-    slots = torch.tensor([2, -1])
+    slots = torch.tensor([2, -1], device=DEVICE)
     q, k, v, state = drawn(2, H, K), drawn(2, H, K), drawn(2, HV, V), drawn(3, HV, K, V)
     gates, by_head = drawn(2, HV), drawn(HV)
     rest = 0.2, True, False, True
@@ -158,11 +160,12 @@ class Seen:
 
 
 DELTA_RULE = ("prepare", "summarise", "apply", "summarise_backward", "apply_backward")
-COMPILED: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
-    "delta rule": (rule, DELTA_RULE),
-    "states": (partial(rule, output_final_state=True, initial_state=drawn(1, HV, K, V)), DELTA_RULE),
-    "documents": (partial(rule, cu_seqlens=torch.tensor([0, 30, 66, T])), DELTA_RULE),
-    "layer": (layer, ("conv", "conv_backward", "gated_norm", "gated_norm_backward")),
+LAYER = ("conv", "conv_backward", "gated_norm", "gated_norm_backward")
+COMPILED: dict[str, Callable[[], Callable[..., Tensor]]] = {
+    "delta rule": lambda: rule,
+    "states": lambda: partial(rule, output_final_state=True, initial_state=drawn(1, HV, K, V)),
+    "documents": lambda: partial(rule, cu_seqlens=torch.tensor([0, 30, 66, T], device=DEVICE)),
+    "layer": lambda: layer,
 }
 
 
@@ -173,13 +176,15 @@ def tensors_of(name: str) -> list[Tensor]:
 
 
 def check_compiled(name: str) -> None:
-    fn, expected = COMPILED[name]
-    tensors, seen = tensors_of(name), Seen()
+    fn, tensors, seen = COMPILED[name](), tensors_of(name), Seen()
+    # The fold of a CPU's states is torch's own.
+    folds = 2 if DEVICE == "cuda" and name != "layer" else 0
+    expected = Counter(LAYER if name == "layer" else DELTA_RULE) + Counter(fold=folds)
     plain = results(fn, tensors)
     torch._dynamo.reset()
     compiled = results(torch.compile(fn, backend=seen.backend, fullgraph=True), tensors)
     assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
-    assert seen.operators == Counter(expected), seen.operators
+    assert seen.operators == expected, seen.operators
 
 
 def check_decoding() -> None:
@@ -255,7 +260,8 @@ def check_policy() -> None:
     with Counted():
         found = results(checkpointed, tensors)
     assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
-    assert ran == {"prepare": 2, "summarise": 1, "apply": 1, "summarise_backward": 1, "apply_backward": 1}, ran
+    folds = {"fold": 3} if DEVICE == "cuda" else {}
+    assert ran == Counter(DELTA_RULE) + Counter(prepare=1) + Counter(folds), ran
 
 
 CHECKS: dict[str, Callable[[], None]] = {
@@ -291,6 +297,15 @@ def test_interpreted() -> None:
 @pytest.mark.timeout(600)
 def test_interpreted_slow() -> None:
     interpret(SLOW)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in {"DEVICE": "cuda", "DTYPE": torch.bfloat16, "K": 128, "V": 128}.items():
+        monkeypatch.setitem(globals(), variable, value)
+    CHECKS[name]()
 
 
 def test_nobody_follows_a_plain_call() -> None:
