@@ -63,8 +63,10 @@ class _Form:
 class _Ready:
     """A binary, and the way to launch it."""
 
-    def __init__(self, binary: Any, descriptors: list[int]) -> None:
+    def __init__(self, binary: Any, args: tuple[Any, ...], tensors: list[int], descriptors: list[int]) -> None:
         self.binary = binary
+        # Tensors that are given by address. Of the host's memory Triton asks what it is to the device.
+        self.bare = [(i, n) for n, i in enumerate(tensors) if not args[i].is_pinned()]
         self.encoded: dict[tuple[int, ...], list[Any]] = {}  # descriptors, by place and by what they describe
         run, kinds = binary.run, getattr(binary.metadata, "tensordesc_meta", None)
         self.kinds = dict(zip(descriptors, kinds or (), strict=False))
@@ -166,11 +168,11 @@ def launch(
     if ready is None:
         binary = kernel[grid](*args, **constants)
         check(kernel, binary, constants)
-        form.ready[key] = _Ready(binary, form.descriptors)
+        form.ready[key] = _Ready(binary, args, form.tensors, form.descriptors)
         return
     values = list(args)
-    for i, address in zip(form.tensors, addresses, strict=True):
-        values[i] = address
+    for i, n in ready.bare:
+        values[i] = addresses[n]
     x, y, z = (*grid, 1, 1)[:3]
     ready.launch((x, y, z), active.get_current_stream(device), values, form.rest)
 

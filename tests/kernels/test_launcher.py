@@ -153,6 +153,14 @@ def test_an_unaligned_address_is_tritons_affair(gpu: Driver) -> None:
         assert function(gpu.ran[-1]) != aligned and gpu.ran[-1][6][0] is odd[0]
 
 
+def test_pinned_memory_is_left_to_triton(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    args, constants = CALLS["plain"]
+    monkeypatch.setattr(Tensor, "is_pinned", lambda self: self is B)
+    for _ in range(2):
+        launcher.launch(small_kernel, (1,), args, constants, no_check)
+    assert gpu.ran[-1][6][0] == A.data_ptr() and gpu.ran[-1][6][1] is B
+
+
 def test_every_device_has_its_binary_and_streams_are_the_current_ones(gpu: Driver) -> None:
     args, constants = CALLS["plain"]
     seen = []
@@ -247,7 +255,7 @@ def test_the_function_behind_a_launcher_is_given_what_the_launcher_gives_it(
     binary.run, binary.function, binary.packed_metadata = run, "function", (4, 1, 0)
     layout = gl.NVMMASharedLayout(128, 16, 2)
     memory = torch.zeros(256, 64, dtype=torch.bfloat16)
-    ready = launcher._Ready(binary, [1, 3] if described else [])
+    ready = launcher._Ready(binary, (), [], [1, 3] if described else [])
     assert ready.function is function
     for height in (128, 256, 128):
         tiles: list[Any] = [memory[height - 128 :].data_ptr()] * 2
