@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from dnsp import checkpoint, stalls, watchdog
 from dnsp.config import Config
@@ -18,7 +20,6 @@ from dnsp.data.tokenizer import Tokenizer
 from dnsp.errors import UsageError
 from dnsp.kernels.segments import kernels_for_program
 from dnsp.model import liger
-from dnsp.model.decoder import Decoder
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
@@ -125,16 +126,15 @@ def starting_point(config: Config, identity: dict[str, Any]) -> Path | None:
     return found.path
 
 
-def initial_weights(model: Decoder, config: Config, rope_theta: float, first: bool) -> None:
-    """The weights of another run (``init_from``), or as they were drawn. Only where a run begins."""
+def initial_weights(config: Config, rope_theta: float, first: bool) -> Mapping[str, Tensor] | None:
+    """The weights of another run or model (``init_from``) by name; None: as they are drawn. Only where a run begins."""
     if config.init_from is None:
-        return
+        return None
     kind, _, where = config.init_from.partition(":")
     if kind == "hf":
         from dnsp.model.hf import read_weights
 
-        checkpoint.load_weights(model, read_weights(where, config.model), config.init_from)
-        return
+        return read_weights(where, config.model)
     if kind != "run":
         raise UsageError(
             f"init_from={config.init_from!r} is not known; write run:PATH of a run or checkpoint folder, "
@@ -142,10 +142,10 @@ def initial_weights(model: Decoder, config: Config, rope_theta: float, first: bo
         )
     other, _ = checkpoint.find(config.init_from)
     compare_models(other, config)
-    checkpoint.load_weights(model, other.weights(), str(other.path))
     if first and other.state["rope_theta"] != rope_theta:
         was = other.state["rope_theta"]
         print(f"{other.path} was trained with rope_theta={was:g}, this run begins with {rope_theta:g}", flush=True)
+    return other.weights()
 
 
 def compare_models(other: checkpoint.Checkpoint, config: Config) -> None:

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -116,7 +116,7 @@ class Checkpoint:
 
 class _Weights(Mapping[str, Tensor]):
     def __init__(self, found: Checkpoint) -> None:
-        self._found = found
+        self._found, self.shapes = found, found.shapes
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self._found.index["tensors"][name]["shape"]
@@ -129,26 +129,40 @@ class _Weights(Mapping[str, Tensor]):
         return len(self._found.index["tensors"])
 
 
-def load_weights(model: nn.Module, saved: Mapping[str, Tensor], where: str) -> None:
-    """Copy ``saved`` into ``model``; every name and shape must be there, what is tied once.
+def check_weights(model: nn.Module, shapes: Mapping[str, Sequence[int]], where: str) -> None:
+    """Refuse weights of these ``shapes`` for ``model``; every name and shape must be there, what is tied once.
 
     Raises:
         UsageError: naming the first that is missing or has another shape.
     """
     wanted = dict(model.named_parameters())
-    extra = sorted(set(saved) - set(wanted))
+    extra = sorted(set(shapes) - set(wanted))
     if extra:
         raise UsageError(f"{where} has weights for {extra[0]}, which the configuration's model does not have")
     for name, parameter in wanted.items():
-        if name not in saved:
+        if name not in shapes:
             raise UsageError(f"{where} has no weights for {name}; the model of the configuration is another one")
-        tensor = saved[name]
-        if tensor.shape != parameter.shape:
+        if list(shapes[name]) != list(parameter.shape):
             raise UsageError(
-                f"{where}: {name} is {list(tensor.shape)}, the configuration's model has {list(parameter.shape)}"
+                f"{where}: {name} is {list(shapes[name])}, the configuration's model has {list(parameter.shape)}"
             )
-        with torch.no_grad():
-            parameter.copy_(tensor)
+
+
+def shapes_of(saved: Mapping[str, Tensor]) -> Mapping[str, Sequence[int]]:
+    """Of weights by name; those of a checkpoint are not read for it."""
+    return saved.shapes if isinstance(saved, _Weights) else {name: tensor.shape for name, tensor in saved.items()}
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, saved: Mapping[str, Tensor], where: str) -> None:
+    """Copy ``saved`` into ``model``.
+
+    Raises:
+        UsageError: they are not this model's (:func:`check_weights`).
+    """
+    check_weights(model, shapes_of(saved), where)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(saved[name])
 
 
 def checkpoints(folder: Path) -> list[Path]:

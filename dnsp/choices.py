@@ -62,17 +62,20 @@ def make_choices(
     before: dict[str, Any] | None = None,
     why_not_peer: str | None = NO_GPU,
     several_hosts: bool = False,
+    layout: Layout | None = None,
 ) -> tuple[Choices, str]:
-    """What this machine is given, and in words why attention is not computed by something faster.
+    """What this machine is given, and in words how attention's backend came to be it.
 
     ``before``: the choices of the run that goes on; they are kept where they work here, too, and the configuration
     names no others. ``why_not_peer``: what keeps the group's ranks from each other's memory; None where nothing does.
-    ``several_hosts``: the group spans them.
+    ``several_hosts``: the group spans them. ``layout``: of the run's sequences, for backends of attention are timed on
+    an interval of it; None: of one process that holds all of a sequence.
 
     Raises: PlanError where the configuration asks for what cannot be used.
     """
     before = before or {}
-    backend, why = _attention(config, before.get("attention_backend"))
+    layout = layout or Layout("contiguous", 1, config.data.sequence_length)
+    backend, why = _attention(config, before.get("attention_backend"), layout.interval_tokens)
     transports = (
         _transport(config, before.get("transport"), why_not_peer),
         _attention_transport(
@@ -129,7 +132,7 @@ def unfit_for_peer(model: ModelConfig) -> str | None:
     return "DNSP_DELTA_RULE=torch folds states without it" if kernels_for_program() == "torch" else None
 
 
-def _attention(config: Config, before: str | None) -> tuple[str, str]:
+def _attention(config: Config, before: str | None, tokens: int) -> tuple[str, str]:
     model, settings, repeat = config.model, config.parallel, config.engine.deterministic
     if "attention" not in model.layers:
         return settings.attention_backend, ""
@@ -144,7 +147,7 @@ def _attention(config: Config, before: str | None) -> tuple[str, str]:
     keeps = before and settings.attention_backend == "auto" and not (repeat and before in REPEATABLE)
     if before and keeps and unusable(before, heads) is None:
         return before, ""
-    backend, why = choose(heads, settings.attention_backend, repeat)
+    backend, why = choose(heads, settings.attention_backend, repeat, tokens)
     return backend.name, why
 
 

@@ -293,31 +293,12 @@ def bench_stack(
     raise typer.Exit(run(overrides or [], tokens, worlds, layouts.split(","), steps=steps, json_path=json_file))
 
 
-@app.command("bench-stack-ranks", hidden=True)
-def bench_stack_ranks(file: Path) -> None:
-    """One rank of what bench stack starts."""
-    from dnsp.bench.ranks import as_rank
-    from dnsp.bench.stack import rank_main
-
-    as_rank(file, rank_main)
-
-
-@app.command("bench-scan-ranks", hidden=True)
-def bench_scan_ranks(file: Path) -> None:
-    """One rank of what bench scan starts."""
-    from dnsp.bench.ranks import as_rank
-    from dnsp.bench.scan import rank_main
-
-    as_rank(file, rank_main)
-
-
-@app.command("bench-attention-ranks", hidden=True)
-def bench_attention_ranks(file: Path) -> None:
-    """One rank of what bench attention starts."""
-    from dnsp.bench.attention import rank_main
+@app.command("bench-rank", hidden=True)
+def bench_rank(what: str, file: Path) -> None:
+    """One rank of what bench scan, attention and stack start."""
     from dnsp.bench.ranks import as_rank
 
-    as_rank(file, rank_main)
+    as_rank(what, file)
 
 
 @app.command()

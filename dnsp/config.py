@@ -153,7 +153,10 @@ class ParallelConfig(Section):
     layout: Literal["contiguous", "zigzag"] = "zigzag"
     transport: Literal["auto", "peer", "p2p", "gather"] = "auto"
     attention_transport: Literal["auto", "peer", "ring", "gather"] = "auto"
-    attention_backend: Literal["auto", "cudnn", "flash", "flash_deterministic", "flash_cpu", "plain"] = "auto"
+    attention_backend: Literal[
+        "auto", "cudnn", "flash", "flash_deterministic", "flash_attn_2", "flash_attn_2_deterministic", "flash_attn_3",
+        "flash_attn_3_deterministic", "flash_attn_4", "flash_attn_4_deterministic", "flash_cpu", "plain",
+    ] = "auto"  # fmt: skip
     segment_tokens: int | None = Field(None, gt=0)  # None: chosen from the layout
 
 

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -57,11 +57,12 @@ class Engine:
     """One rank's share of a model in training.
 
     Args:
-        model: a Decoder with the weights to start from, the same on every rank.
+        model: a Decoder with the weights to start from, the same on every rank; for ZeRO 3 also a hollow one.
         config: its ``engine`` and ``train`` sections are read.
         grid: of the ranks; the process group exists.
         accumulation: micro-batches of an optimizer step.
-        found: a checkpoint whose moments to go on from; the model has its weights already.
+        found: a checkpoint whose moments to go on from; the model has its weights already, if it is not hollow.
+        weights: what a hollow model is filled with, where ``found`` is not; rank 0's count. None: they are drawn.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Engine:
         grid: Grid,
         accumulation: int,
         found: Checkpoint | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning)
         logger.setLevel(logging.ERROR)
@@ -87,25 +89,30 @@ class Engine:
         self.on_loss: Callable[[Tensor], object] | None = None  # sees every micro-batch's loss before its backward
         # in the model: DeepSpeed turns off a CUDA autocast that is around its engine
         model.autocast = torch.bfloat16 if config.engine.dtype == "bf16" else None
-        self.device = next(model.parameters()).device
-        optimizer = torch.optim.AdamW(
-            model.param_groups(settings.weight_decay),
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=self.device.type == "cuda",
-        )
-        if self.stage == 3:  # one gather a layer; what a layer does inside needs no hook of DeepSpeed's
-            set_z3_leaf_modules(model, [DecoderLayer])
+        hollow = model.hollow
+        on_gpu = torch.cuda.is_available() if hollow else next(model.parameters()).is_cuda
+        options = deepspeed_config(config, accumulation, on_gpu)
         try:
+            if hollow:
+                fill_in_shards(model, options, grid, None if found else weights)
+            self.device = next(model.parameters()).device
+            optimizer = torch.optim.AdamW(
+                model.param_groups(settings.weight_decay),
+                lr=settings.lr,
+                betas=settings.betas,
+                eps=settings.eps,
+                fused=on_gpu,
+            )
+            if self.stage == 3:  # one gather a layer; what a layer does inside needs no hook of DeepSpeed's
+                set_z3_leaf_modules(model, [DecoderLayer])
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
-                config=deepspeed_config(config, accumulation, self.device.type == "cuda"),
+                config=options,
                 mpu=grid.mpu(),
                 dist_init_required=False,
                 # ranks that share a GPU have another number on their node than their device has
-                args=SimpleNamespace(device_rank=self.device.index) if self.device.type == "cuda" else None,
+                args=SimpleNamespace(device_rank=self.device.index) if on_gpu else None,
             )
         except (AssertionError, ValueError, RuntimeError) as error:
             if not config.engine.deepspeed:
@@ -113,10 +120,13 @@ class Engine:
             why = " ".join(str(error).split())[:300]
             raise UsageError(f"DeepSpeed refuses engine.deepspeed={config.engine.deepspeed}: {why}") from None
         self.deepspeed.allreduce_gradients = WAITS.counting(self.deepspeed.allreduce_gradients)
+        if self.stage == 3:  # where a layer waits for its weights
+            coordinator = self.optimizer.parameter_offload.get_param_coordinator()
+            coordinator.fetch_sub_module = WAITS.counting(coordinator.fetch_sub_module)
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._make_moments()
         if found is not None:
-            self.load(found)
+            self.load(found, weights=hollow)
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, plan: Plan, step_targets: float) -> Tensor:
         """Add one micro-batch's share of the step's gradient; the last one of a step starts the reduction.
@@ -278,3 +288,24 @@ class Engine:
 
     def _base(self) -> Any:
         return self.optimizer.optimizer if self.stage else self.optimizer
+
+
+@torch.no_grad()
+def fill_in_shards(
+    model: Decoder, options: dict[str, Any], grid: Grid, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Make a hollow model's weights for ZeRO 3: a rank holds one part of it at a time, and of each keeps its shard.
+
+    Every rank calls it. They are those that other stages draw from the same seed, to the last bit, or ``weights``;
+    what counts is rank 0's.
+    """
+    converted: Any = None
+    for prefix, part in model.fill():
+        if weights is not None:
+            for name, p in part.named_parameters():
+                p.copy_(weights[prefix + name])
+        if converted is None:
+            deepspeed.zero.Init(module=part, config_dict_or_path=options, dtype=torch.float32, mpu=grid.mpu())
+            converted = next(part.parameters())
+        else:  # as DeepSpeed itself goes on once it has begun
+            converted.convert_to_zero_parameters(param_list=list(part.parameters()))

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from dnsp import checkpoint, watchdog
+from dnsp.choices import Choices, make_choices, reserve
 from dnsp.config import Config, override_tree, parse_config
 from dnsp.data.batch import batch
 from dnsp.data.mix import Mixture, open_data
@@ -31,12 +32,12 @@ FIRST_BUCKET = 64  # positions 0-63, then powers of two: 64-127, 128-255, ...
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Mixture, tokenizer: Tokenizer, config: Config, grid: Grid, length: int
+    model: nn.Module, data: Mixture, tokenizer: Tokenizer, config: Config, grid: Grid, length: int, choices: Choices
 ) -> dict[str, Any]:
     """Loss of the first ``eval.sequences`` held-out sequences of ``length`` tokens, at most one epoch of them; every
     rank calls it, all get it.
 
-    model: a Decoder, or the engine around one (ZeRO 3 gathers weights in its forward).
+    model: a Decoder, or the engine around one (ZeRO 3 gathers weights in its forward). choices: those of the run.
 
     Returns ``loss`` (nats a predicted token), ``bits_per_byte``, ``tokens`` (predicted) and ``by_position``: the loss
     by the position in the document, in buckets of powers of two (``"64-127"``): what a longer context is worth.
@@ -56,10 +57,10 @@ def evaluate(
             part.doc_starts,
             layout,
             grid,
-            config.parallel.segment_tokens,
-            transport=config.parallel.transport,
-            attention_transport=config.parallel.attention_transport,
-            attention_backend=config.parallel.attention_backend,
+            choices.segment_tokens(config, layout),
+            transport=choices.transport,
+            attention_transport=choices.attention_transport,
+            attention_backend=choices.attention_backend,
         ).to(device)
         with autocast:
             losses = model(part.tokens_BT.to(device), part.targets_BT.to(device), plan, by_token=True)
@@ -122,7 +123,14 @@ def evaluate_run(run: Path, overrides: Sequence[str], environment: Environment) 
         grid_length = config.data.sequence_length if chosen else found.state["sequence_length"]
         data.check_length(grid_length)
     grid = make_grid(config.parallel.sequence if environment.world_size > 1 else None, config.run.timeout)
-    figures = evaluate(model, data, load_tokenizer(config.data.tokenizer), config, grid, grid_length)
+    why_not_peer = watchdog.peer_refusal(grid)
+    with watchdog.agreed():
+        layout, before = Layout(config.parallel.layout, grid.sequence_size, grid_length), found.state.get("choices")
+        first = environment.rank == 0
+        made = make_choices(config, before, why_not_peer, bool(grid.near), layout) if first else None
+    choices, _ = watchdog.from_first(made)
+    reserve(choices, config, grid, grid_length)
+    figures = evaluate(model, data, load_tokenizer(config.data.tokenizer), config, grid, grid_length, choices)
     watchdog.leave()
     if environment.rank == 0:
         what = f"{figures['tokens']:,} held-out tokens in sequences of {grid_length:,}"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
 from dnsp import checkpoint
 from dnsp.cli import check_ranks
-from dnsp.config import Config
+from dnsp.config import Config, EngineConfig
 from dnsp.data.mix import open_data
 from dnsp.data.tokenizer import load_tokenizer
+from dnsp.deepspeed_json import BUCKET
 from dnsp.errors import RunError, UsageError
 from dnsp.flops import step_flops
 from dnsp.launch.local import cores
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
     from dnsp.doctor import Row
 
 GIB = 2**30
-STATE, SHARDED = 8, 8  # bytes a parameter: itself and its gradient, and what ZeRO shards, AdamW's moments
+FP32 = 4  # bytes of everything that the engine keeps
+ROOM = 0.9  # of the memory that is there may be planned with
+LIVE = 10**9  # parameters that DeepSpeed leaves gathered under ZeRO 3, where engine.deepspeed does not say otherwise
 
 
 def ranks_of(config: Config, asked: int | None, slots: int | None) -> int:
@@ -47,7 +51,7 @@ def examine(config: Config, ranks: int, here: bool) -> Iterator[Row]:
     length = max(span.sequence_length for span in spans(config))
     flops = step_flops(config.model, parameters, [length] * config.train.global_batch)
     yield "model", "ok", f"{parameters:,} parameters, {flops / 1e12:,.3g} TFLOP a step of {length:,} tokens a row", ""
-    yield _memory(config, parameters, ranks, here)
+    yield from _memory(config, parameters, ranks, here)
     yield _tried("run folder", lambda: _folder(config))
     yield _disk(config, parameters)
 
@@ -96,21 +100,91 @@ def _data(config: Config) -> str:
     return f"{len(config.data.sources)} source{'s' if len(config.data.sources) > 1 else ''}"
 
 
-def _memory(config: Config, parameters: int, ranks: int, here: bool) -> Row:
-    shards = ranks if config.engine.zero_stage else 1
-    needed = parameters * (STATE + SHARDED / shards)
-    found = f"about {needed / GIB:,.2f} GiB a rank for parameters, gradients and moments"
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a rank on its device and in the host's memory."""
+
+    device: float
+    host: float = 0.0
+
+
+def model_bytes(parameters: int, engine: EngineConfig, ranks: int) -> dict[str, Held]:
+    """What a rank keeps of the model by ZeRO stage and offloading; what comes with the tokens is not in it."""
+    whole, stage = float(FP32 * parameters), engine.zero_stage
+    shard = whole / ranks
+    weights = shard if stage == 3 else whole
+    gradients = shard if stage >= 2 else whole
+    optimizer = 3 * shard if stage else 2 * whole  # with a stage, weights of its own beside the two moments
+    held = {
+        "parameters": Held(0, weights) if engine.offload_parameters else Held(weights),
+        # they go where the update is made, a shard at a time
+        "gradients": Held(0, gradients) if engine.offload_optimizer and stage >= 2 else Held(gradients),
+        "moments and master weights": Held(0, optimizer) if engine.offload_optimizer else Held(optimizer),
+    }
+    if stage and ranks > 1:
+        held["buckets"] = Held(2 * FP32 * min(BUCKET, parameters))  # one is filled while the other is reduced
+    if stage == 3 and ranks > 1:
+        live = engine.deepspeed.get("zero_optimization", {}).get("stage3_max_live_parameters", LIVE)
+        held["gathered layers"] = Held(FP32 * min(float(live), parameters))
+    return held
+
+
+def activation_bytes(config: Config, ranks: int) -> float:
+    """The least that a rank keeps of a micro-batch's tokens for the backward: the residual stream, twice a layer."""
+    group = config.parallel.sequence or ranks
+    tokens = max(span.sequence_length for span in spans(config)) * config.train.micro_batch / group
+    size = 2 if config.engine.dtype == "bf16" else 4
+    return tokens * config.model.hidden_size * size * 2 * config.model.num_hidden_layers
+
+
+def _needs(config: Config, parameters: int, ranks: int, **other: Any) -> Held:
+    """In all, with ``other`` settings of the engine."""
+    engine = config.engine.model_copy(update=other)
+    held = [*model_bytes(parameters, engine, ranks).values()]
+    kept = activation_bytes(config, ranks)
+    held.append(Held(0, kept) if engine.activation_offloading else Held(kept))
+    return Held(sum(one.device for one in held), sum(one.host for one in held))
+
+
+def _memory(config: Config, parameters: int, ranks: int, here: bool) -> Iterator[Row]:
+    needs = _needs(config, parameters, ranks)
+    parts = model_bytes(parameters, config.engine, ranks)
+    said = ", ".join(f"{name} {(one.device + one.host) / GIB:,.2f}" for name, one in parts.items())
+    kept = f"what waits for the backward at least {activation_bytes(config, ranks) / GIB:,.2f}"
+    found = f"about {(needs.device + needs.host) / GIB:,.2f} GiB a rank ({said}, {kept})"
     if not here:
-        return "memory", "info", found, ""
+        yield "memory", "info", found, ""
+        return
+    free = psutil.virtual_memory().available / ranks
+    if not torch.cuda.is_available():
+        fits = needs.device + needs.host < ROOM * free
+        cure = "" if fits else _way(config, parameters, ranks, lambda held: held.device + held.host < ROOM * free)
+        found += f", {free / GIB:,.1f} GiB of the memory that is free"
+        yield "memory", "ok" if fits else "missing", found, cure
+        return
+    room = torch.cuda.get_device_properties(0).total_memory
+
+    def suits(held: Held) -> bool:
+        return held.device < ROOM * room and held.host < ROOM * free
+
+    cure = "" if suits(needs) else _way(config, parameters, ranks, suits)
+    found += f": {needs.device / GIB:,.2f} on the GPU, which has {room / GIB:,.1f}"
+    if needs.host:
+        found += f"; {needs.host / GIB:,.2f} on the host, where {free / GIB:,.1f} are free for it"
+    yield "memory", "missing" if cure else "ok", found, cure
+
+
+def _way(config: Config, parameters: int, ranks: int, suits: Callable[[Held], bool]) -> str:
+    """The first settings that would do, those that cost least first."""
+    ways: list[dict[str, Any]] = [{"zero_stage": stage} for stage in (1, 2, 3)] if ranks > 1 else []
     if torch.cuda.is_available():
-        room, what = torch.cuda.get_device_properties(0).total_memory, "of a GPU"
-    else:
-        room, what = psutil.virtual_memory().available // ranks, "of the memory that is free"
-    found += f", {room / GIB:,.1f} GiB {what}"
-    if needed < 0.9 * room:
-        return "memory", "ok", found, ""
-    sharded = "take more ranks with engine.zero_stage=1" if shards == 1 else "take more ranks"
-    return "memory", "missing", found, f"{sharded}, or a smaller model"
+        ways += [{"zero_stage": max(stage, config.engine.zero_stage), "offload_optimizer": True} for stage in (1, 2, 3)]
+        ways.append({"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True})
+    for way in ways:
+        if way["zero_stage"] >= config.engine.zero_stage and suits(_needs(config, parameters, ranks, **way)):
+            changed = [(key, value) for key, value in way.items() if value != getattr(config.engine, key)]
+            return " ".join(f"engine.{key}={str(value).lower()}" for key, value in changed) + " would fit"
+    return "take more ranks (with engine.zero_stage=3 each keeps less), or a smaller model"
 
 
 def _folder(config: Config) -> str:

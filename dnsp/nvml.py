@@ -9,10 +9,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pynvml
-import torch
+
+if TYPE_CHECKING:
+    import torch  # not where a host is only asked how many GPUs it has: doctor --hostfile asks many
 
 INTERVAL = 1.0  # seconds between samples
 GIB = 2**30
@@ -179,4 +181,6 @@ class Sampler:
 
 def uuid_of(device: torch.device) -> str:
     """The library's name of a CUDA device, whatever CUDA_VISIBLE_DEVICES makes of the order."""
+    import torch
+
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"

@@ -1,4 +1,4 @@
-"""``dnsp doctor --prove``: whether the delta rule's Triton kernels compute the right numbers on this machine's GPU."""
+"""``dnsp doctor --prove``: whether the Triton kernels compute the right numbers on this machine's GPU."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from dnsp.config import Config
 from dnsp.errors import UsageError
 from dnsp.kernels import proof, verdicts
 from dnsp.kernels.reference import Rule
-from dnsp.kernels.verdicts import Signature, Verdict
+from dnsp.kernels.signatures import AnySignature, Conv, ConvStep, DeltaStep, Norm, Post, Signature, to_json
+from dnsp.kernels.triton_post import RING
+from dnsp.kernels.verdicts import Verdict
 from dnsp.model.decoder import Decoder
 from dnsp.parallel.plan import local_plan
 
 COMMON = ((16, 32, 128, 128), (16, 16, 128, 128), (4, 8, 128, 128))  # key heads, value heads, K, V
+TAPS = 4  # of their convolutions
 
 
 def run(config: Config | None, json_path: Path | None = None, console: Console | None = None) -> int:
@@ -43,31 +46,41 @@ def run(config: Config | None, json_path: Path | None = None, console: Console |
         console.print(table(found[-1]))
     good = all(verdict.table is not None for verdict in found)
     if not wanted:
-        console.print("no layer of this configuration takes the delta rule's kernels")
+        console.print("no layer of this configuration takes the Triton kernels")
     elif good:
         console.print(f"kept in {verdicts.folder()}", highlight=False)
     else:
         console.print("what is refused needs backend='torch' (DNSP_DELTA_RULE=torch, much slower) or another Triton")
     if json_path is not None:
         where = verdicts.toolchain(device)._asdict()
-        shapes = [asdict(verdict) | {"signature": verdicts.to_json(verdict.signature)} for verdict in found]
+        shapes = [asdict(verdict) | {"signature": to_json(verdict.signature)} for verdict in found]
         json_path.write_text(json.dumps({"ok": good, "where": where, "shapes": shapes}, indent=2) + "\n")
     return 0 if good else 1
 
 
-def common_signatures() -> list[Signature]:
-    """Contiguous bf16 inputs, as the public op mostly gets them: decay, normalised, with and without documents."""
-    return [
-        Signature(
-            torch.bfloat16, H, HV, K, V, (H * K, K), (H * K, K), (HV * V, V), (HV, 1), torch.float32,
-            (HV, 1), torch.float32, documents, Rule(), True,
-        )
-        for H, HV, K, V in COMMON for documents in (None, torch.int32)
-    ]  # fmt: skip
+def common_signatures() -> list[AnySignature]:
+    """As models mostly ask: contiguous bf16 inputs, decay, normalised queries and keys, with and without documents;
+    fp32 filters and gains in training, and bf16 ones in decoding."""
+    bf16, fp32, each = torch.bfloat16, torch.float32, (None, torch.int32)
+    found: list[AnySignature] = [Norm(bf16, bf16, fp32, V, 1) for V in dict.fromkeys(V for *_, V in COMMON)]
+    for H, HV, K, V in COMMON:
+        found += [
+            Signature(
+                bf16, H, HV, K, V, (H * K, K), (H * K, K), (HV * V, V), (HV, 1), fp32, (HV, 1), fp32, documents, Rule(),
+                True,
+            )
+            for documents in each
+        ]  # fmt: skip
+        channels = 2 * H * K + HV * V
+        found += [Conv(bf16, fp32, None, None, documents, channels, TAPS, True) for documents in each]
+        found.append(ConvStep(bf16, bf16, bf16, None, None, channels, TAPS, True, True))
+        found.append(DeltaStep(bf16, bf16, bf16, bf16, bf16, fp32, fp32, None, H, HV, K, V, Rule(), True, True))
+    return [*found, Post(RING)]
 
 
-def signatures(config: Config, device: torch.device) -> list[Signature]:
-    """What the layers of a configuration ask for, in their own words: one of each kind is run, and nothing launched."""
+def signatures(config: Config, device: torch.device) -> list[AnySignature]:
+    """What the layers of a configuration ask for, in their own words: one of each kind is run as in training and in
+    decoding, and nothing launched. Beside it what only several ranks launch: halos, messages."""
     from dnsp.kernels.proof_run import Meeting
 
     kinds = [kind for kind in dict.fromkeys(config.model.layers) if kind != "attention"]
@@ -82,9 +95,12 @@ def signatures(config: Config, device: torch.device) -> list[Signature]:
     try:
         with proof.mode(meeting), torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
             model.hidden(torch.zeros(1, 256, dtype=torch.long, device=device), plan)
+        with proof.mode(meeting):
+            model.step(torch.zeros(1, dtype=torch.long, device=device), model.init_states(1))
     finally:
         os.environ.pop("DNSP_DELTA_RULE") if chosen is None else os.environ.update(DNSP_DELTA_RULE=chosen)
-    return list(meeting.signatures)
+    met = meeting.signatures
+    return [*met, *(s._replace(halo=s.dtype) for s in met if isinstance(s, Conv)), Post(RING)]
 
 
 def table(verdict: Verdict) -> Table:

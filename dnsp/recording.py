@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from dnsp.kernels.passes import UnderWay
 from dnsp.kernels.reference import Rule
 from dnsp.parallel.delta_rule import delta_rule
 from dnsp.parallel.plan import Plan
@@ -29,23 +30,34 @@ class Call:
     replayed: dict[str, Tensor] = field(default_factory=dict)  # one process: o, and each input's gradient
 
 
+@dataclass(frozen=True)
+class _UnderWay:
+    """A call under way, whose output's gradient is noted."""
+
+    of: UnderWay
+    call: Call
+
+    def finish(self) -> tuple[Tensor, Tensor | None]:
+        o, final = self.of.finish()
+        o.register_hook(lambda grad: setattr(self.call, "grad_BTHV", _kept(grad)))
+        return o, final
+
+
 @contextmanager
 def recording() -> Iterator[list[Call]]:
     """The calls of the delta rule meanwhile, with the output gradient of each once the backward has passed it."""
     calls: list[Call] = []
     module = importlib.import_module("dnsp.parallel.delta_rule")
-    original = module.kernels_delta_rule
+    original = module.kernels_begin
 
     def record(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, **options: Any) -> Any:
         given = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
         inputs = {name: _kept(x) for name, x in given.items() if x is not None}
         call = Call(inputs, options["scale"], options["rule"], options["normalise_qk"])
         calls.append(call)
-        o, final = original(q, k, v, g, beta, **options)
-        o.register_hook(lambda grad: setattr(call, "grad_BTHV", _kept(grad)))
-        return o, final
+        return _UnderWay(original(q, k, v, g, beta, **options), call)
 
-    with patch.object(module, "kernels_delta_rule", record):
+    with patch.object(module, "kernels_begin", record):
         yield calls
 
 

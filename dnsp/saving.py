@@ -32,10 +32,12 @@ LOG = "checkpoints.jsonl"  # in the run folder: a line for every attempt
 
 @dataclass
 class Saved:
-    """One attempt. ``held_s``: the loop waited; ``write_s``: the thread took; ``error``: why it is not there."""
+    """One attempt. ``held_s``: the loop stood still, for the copy and for the attempt before it, of which ``waited_s``;
+    ``write_s``: the thread took; ``error``: why it is not there."""
 
     step: int
     held_s: float
+    waited_s: float
     write_s: float = 0.0
     gib: float = 0.0
     error: str = ""
@@ -82,8 +84,9 @@ class Saver:
 
         Returns when they are copied; waits for the checkpoint before, where that is still being written.
         """
-        self.wait()
         began = time.perf_counter()
+        self.wait()
+        waited = time.perf_counter() - began
         fragments = self.engine.fragments()
         for fragment in fragments:
             for what, tensor in fragment.tensors.items():
@@ -94,7 +97,7 @@ class Saver:
         if self.rank == 0:
             others["step"] = self.engine.adam_step()
         parts = {f.name: (f.start, f.start + f.tensors["weights"].numel()) for f in fragments}
-        self.last = Saved(step, time.perf_counter() - began)
+        self.last = Saved(step, time.perf_counter() - began, waited)
         state = {"step": step, **state, "versions": checkpoint.versions()}
         self._thread = threading.Thread(
             target=self._write, args=(self.last, parts, others, state), name="checkpoint", daemon=True
@@ -121,10 +124,11 @@ class Saver:
                 last = checkpoint.checkpoints(self.folder)
                 kept = f"the last checkpoint is {last[-1].name}" if last else "there is no earlier checkpoint"
                 said.append(f"NOT SAVED: the checkpoint of step {saved.step} ({saved.error}); {kept}, the run goes on")
-            elif saved.write_s > 5:
+            else:
+                waited = f", {saved.waited_s:.2f} s of them for the save before" if saved.waited_s > 0.1 else ""
                 said.append(
-                    f"step {saved.step}: checkpoint of {saved.gib:.2f} GiB written in {saved.write_s:.1f} s, "
-                    f"training waited {saved.held_s:.2f} s"
+                    f"step {saved.step}: checkpoint of {saved.gib:.2f} GiB written in {saved.write_s:.2f} s; training "
+                    f"stood still for {saved.held_s:.3f} s, {100 * saved.held_s / saved.write_s:.1f} % of it{waited}"
                 )
         return said
 

@@ -97,30 +97,35 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             config.engine.activation_checkpointing,
             activation_offloading=config.engine.activation_offloading,
             mlp_tile=config.engine.mlp_tile or None,
+            hollow=config.engine.zero_stage == 3,  # no rank ever holds the whole model: the engine fills it
         )
         begin = starting_point(config, identity) if first else None
     begin = watchdog.from_first(begin)  # rank 0 has read every byte of it against the checksums
     with watchdog.agreed():
         found = checkpoint.open_checked(begin) if begin else None
-        if found:
-            checkpoint.load_weights(model, found.weights(), str(found.path))
-            if found.step > stages[-1].stop:
-                raise UsageError(
-                    f"{found.path} is past train.steps={stages[-1].stop}; raise it to go on, or see dnsp eval"
-                )
-        else:
-            initial_weights(model, config, stages[0].rope_theta, first)
-    if torch.cuda.is_available():
+        if found and found.step > stages[-1].stop:
+            raise UsageError(f"{found.path} is past train.steps={stages[-1].stop}; raise it to go on, or see dnsp eval")
+        # of a hollow model rank 0 hands every part to the others
+        reads = first or not model.hollow
+        weights = found.weights() if found else initial_weights(config, stages[0].rope_theta, first) if reads else None
+        if weights is not None:
+            where = str(found.path) if found else str(config.init_from)
+            checkpoint.check_weights(model, checkpoint.shapes_of(weights), where)
+            if not model.hollow:
+                checkpoint.load_weights(model, weights, where)
+    if torch.cuda.is_available() and not model.hollow:
         model.cuda()
     why_not_peer = watchdog.peer_refusal(grid)
     with watchdog.agreed():
         before = found.state.get("choices") if found else None
-        chosen = make_choices(config, before, why_not_peer, bool(grid.near)) if first else None
+        layout = Layout(config.parallel.layout, grid.sequence_size, stages[0].sequence_length)
+        chosen = make_choices(config, before, why_not_peer, bool(grid.near), layout) if first else None
     choices, why = watchdog.from_first(chosen)
     shared = reserve(choices, config, grid, max(stage.sequence_length for stage in stages))
     folder = open_folder(config, identity, name, first)
     watch.folder = watch.stalls.folder = folder
-    engine = Engine(model, config, grid, accumulation, found)
+    engine = Engine(model, config, grid, accumulation, found, weights)
+    del weights  # a whole model perhaps, or another run's open files
     if found:
         checkpoint.set_random_state(found.random(rank), engine.device)
         found.close()
@@ -156,7 +161,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         telemetry.say(f"norms, SwiGLU, rotary positions, cross entropy: {liger.described()}")
 
     if config.engine.probe:
-        telemetry.say(f"gradients are the ranks' sum after the reduction, within {proven.error:.0e}")
+        exact = f"within {proven.error:.0e} (asked in {proven.seconds:.1f} s)"
+        telemetry.say(f"gradients are the ranks' sum after the reduction, {exact}")
 
     for path in aside:
         telemetry.say(f"this run goes on from step {start}: a later checkpoint of the folder is now {path.name}")
@@ -278,11 +284,11 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             watchdog.leave()
             return {"run_dir": str(folder), "step": done, "loss": loss, "tokens": tokens, "stopped": True}
         if config.eval.every and done % config.eval.every == 0 and done < steps:
-            figures = evaluate(engine.deepspeed, heldout, tokenizer, config, grid, stage.sequence_length)
+            figures = evaluate(engine.deepspeed, heldout, tokenizer, config, grid, stage.sequence_length, choices)
             recorded(telemetry, figures, done)
 
     watch.place.at("the evaluation")
-    figures = evaluate(engine.deepspeed, heldout, tokenizer, config, grid, stages[-1].sequence_length)
+    figures = evaluate(engine.deepspeed, heldout, tokenizer, config, grid, stages[-1].sequence_length, choices)
     recorded(telemetry, figures, steps)
     if engine.stage == 3 and config.generate.tokens:
         model = whole_model(engine, config, stages[-1].rope_theta)

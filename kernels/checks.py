@@ -3,6 +3,8 @@ only where looking at them does not wait for a device, or was asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ def check_shapes(
     doc_start: Tensor | None,
 ) -> None:
     """Shapes, dtypes and devices; never values."""
+    check_floating({"q": q, "k": k, "v": v, "beta": beta}, {"g": g, "initial_state": initial})
     if v.dim() != 4 or k.dim() != 4:
         raise ValueError(f"k{list(k.shape)}, v{list(v.shape)}: expected k [B, T, H, K] and v [B, T, HV, V]")
     B, T, H, K = k.shape
@@ -26,7 +29,7 @@ def check_shapes(
             f"g{list(g.shape)}: a decay per key channel (Kimi Linear) is another algebra and is not supported; "
             f"give one log decay a value head, [B, T, HV] = {[B, T, HV]}"
         )
-    if H == 0 or HV % H:
+    if not H or not HV or HV % H:
         raise ValueError(f"HV={HV} value heads, H={H} key heads: HV must be a multiple of H; change one of them")
     device, dtype = k.device, q.dtype
     expected = (
@@ -46,18 +49,33 @@ def check_shapes(
             )
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, k on {device}: move all inputs to one device")
+    if not K or not V:
+        raise ValueError(f"K={K}, V={V}: heads are at least 1 wide; look at how q, k and v were split")
     for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != dtype or not tensor.is_floating_point():
+        if tensor.dtype != dtype:
             raise TypeError(f"{name} is {tensor.dtype}, q is {dtype}: q, k and v share one floating dtype; cast them")
     if doc_start is not None and doc_start.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"doc_start is {doc_start.dtype}: token indices are int32 or int64; cast it")
 
 
+def check_floating(tensors: Mapping[str, Tensor], options: Mapping[str, Tensor | None]) -> None:
+    """That tensors, and those of the options which are given, are tensors of real numbers."""
+    for name, x in (*tensors.items(), *((name, x) for name, x in options.items() if x is not None)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is {type(x).__name__}: give a tensor")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} is {x.dtype}: it must be of a floating dtype; cast it")
+
+
 def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, initial_state: Tensor | None, v: Tensor) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens is {type(cu_seqlens).__name__}: give a tensor of N + 1 integer bounds")
     if q.shape[0] != 1:
         raise ValueError(f"B={q.shape[0]} with cu_seqlens: packed documents lie in one row; flatten the batch to B=1")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
-        raise ValueError(f"cu_seqlens{list(cu_seqlens.shape)} {cu_seqlens.dtype}: expected N + 1 >= 2 integer bounds")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens{list(cu_seqlens.shape)} {cu_seqlens.dtype}: expected N + 1 >= 2 integer bounds, int32 or int64"
+        )
     documents = len(cu_seqlens) - 1
     shape = [documents, v.shape[2], q.shape[3], v.shape[3]]
     if initial_state is not None and list(initial_state.shape) != shape:
@@ -75,8 +93,12 @@ def check_bounds(cu_seqlens: Tensor, T: int) -> None:
         raise ValueError(f"cu_seqlens={bounds[:4]}...{bounds[-1]}: must rise from 0 to T={T}")
 
 
-def check_values(g: Tensor | None, beta: Tensor, cu_seqlens: Tensor | None, T: int) -> None:
-    for name, tensor in {"g": g, "beta": beta}.items():
+def check_values(
+    floats: Mapping[str, Tensor | None], cu_seqlens: Tensor | None, doc_start: Tensor | None, T: int
+) -> None:
+    """Of the inputs by name, g among them, and of where documents begin."""
+    g = floats["g"]
+    for name, tensor in floats.items():
         if tensor is not None and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} holds values that are not finite; look at what made it")
     if g is not None and g.numel() and float(g.detach().max()) > 0:
@@ -85,3 +107,12 @@ def check_values(g: Tensor | None, beta: Tensor, cu_seqlens: Tensor | None, T: i
         )
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, T)
+    if doc_start is not None and doc_start.numel():
+        before = torch.cat([doc_start[:, :1].clamp(max=0), doc_start[:, :-1]], 1)
+        wrong = (doc_start != before) & (doc_start != torch.arange(T, device=doc_start.device))
+        if bool(wrong.any()):
+            row, t = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"doc_start[{row}, {t}]={int(doc_start[row, t])}: a document begins at this token, {t}, or has the "
+                f"start of the token before, {int(before[row, t])}"
+            )

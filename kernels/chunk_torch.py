@@ -17,21 +17,36 @@ Precision: states, gates and products in fp32 (fp64 for fp64 inputs), cumulative
 decays loses the small ones that follow a strong one. The gradient of g sums the pairs that straddle a token, never
 the difference of two sums that nearly cancel.
 
+What is not finite stays in its document. Products over a chunk's tokens would multiply it by the zeros that stand
+between documents, so it is taken out first, a token, a state or a gradient as a whole, and what follows from it is made
+NaN behind the products (:class:`Spoilt`).
+
 Tensors inside are ``[n, B, HV, C, .]``: chunk first, so that the loop over chunks reads contiguous memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .finite import all_finite, among, any_of, in_documents, is_lost, made_nan, not_finite
 from .reference import l2norm
 from .segments import CHUNK, Gradients, Inputs
 
 L2NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Spoilt:
+    """Where a segment's tokens were not finite, bool ``[n, B, HV, C, 1]``."""
+
+    token: Tensor  # k, v, g or beta
+    query: Tensor
+    after: Tensor  # such a token, not only of q, is here or before this one in its document
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,9 @@ class Chunks:
     out: Tensor  # exp(b_C - b): each token's weight in the outgoing state
     through: Tensor  # exp(b_C): the incoming state's, [n, B, HV, 1, 1]
     sees: Tensor | None  # bool [n, B, 1, C, 1]: the incoming state is of the token's document; None: always
+    ends: Tensor | None  # the same of the outgoing state
+    same: Tensor | None  # bool [n, B, 1, C, C]: tokens of one document; None: all are
+    spoilt: Spoilt | None  # None: all is finite
 
 
 def _to_chunks(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -91,9 +109,13 @@ def prepare(x: Inputs) -> Chunks:
     g = v.new_zeros(n, B, HV, CHUNK, 1, dtype=torch.float64)
     if x.g is not None:
         g = _to_chunks(x.g[..., None], 1, torch.float64)
+    bad = bad_q = None
+    if not all_finite(q, k, v, beta, g):
+        bad_q, bad = not_finite(q), not_finite(k) | not_finite(v) | not_finite(beta) | not_finite(g)
+        q, (k, v, beta, g) = q.masked_fill(bad_q, 0), (y.masked_fill(bad, 0) for y in (k, v, beta, g))
 
     lower = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=device).tril()
-    sees = None
+    sees = ends = same = None
     if x.doc_start is None:
         b = g.cumsum(-2)
         keep = lower
@@ -126,13 +148,16 @@ def prepare(x: Inputs) -> Chunks:
     else:
         E, in_k = G * strict, in_q
     P = torch.matmul(q, k.mT).masked_fill(~keep, 0.0) * G
+    spoilt = None
+    if bad is not None and bad_q is not None:
+        spoilt = Spoilt(bad, bad_q, torch.matmul(keep.to(dtype), bad.to(dtype)) > 0)
     A = kk = None
     if x.rule.erase:
         kk = torch.matmul(k, k.mT)
         L = (beta * kk).masked_fill(~strict, 0.0) * E
         identity = torch.eye(CHUNK, dtype=dtype, device=device).expand_as(L)
         A = torch.linalg.solve_triangular(L, identity, upper=False, unitriangular=True)
-    return Chunks(q, k, v, beta, G, E, A, kk, P, in_q, in_k, out, through, sees)
+    return Chunks(q, k, v, beta, G, E, A, kk, P, in_q, in_k, out, through, sees, ends, same, spoilt)
 
 
 def _select(sees: Tensor | None, term: Tensor) -> Tensor:
@@ -140,10 +165,15 @@ def _select(sees: Tensor | None, term: Tensor) -> Tensor:
     return term if sees is None else torch.where(sees, term, 0.0)
 
 
-def _state_pass(c: Chunks, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The recurrence over a segment's chunks: ``(V', incoming state of each chunk, outgoing state)``."""
-    new_values, states = [], []
+def _state_pass(c: Chunks, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The recurrence over a segment's chunks: ``(V', incoming state of each chunk, where it was lost, outgoing
+    state)``. Where one is lost, zeros stand in its place, but for the state that goes out."""
+    new_values, states, losses = [], [], []
+    watch = c.spoilt is not None or not all_finite(state)
     for i in range(len(v)):
+        if watch:
+            losses.append(is_lost(state))
+            state = state.masked_fill(losses[-1], 0)
         states.append(state)
         error = v[i]
         sees = None if c.sees is None else c.sees[i]
@@ -155,7 +185,10 @@ def _state_pass(c: Chunks, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Te
         new_values.append(new)
         carried = _select(None if sees is None else sees[..., -1:, :], c.through[i] * state)
         state = carried + torch.matmul(c.k[i].mT, c.out[i] * new)
-    return torch.stack(new_values), torch.stack(states), state
+        if watch:
+            gone = among(losses[-1], None if sees is None else sees[..., -1:, :])
+            state = made_nan(state, any_of(gone, None if c.spoilt is None else c.spoilt.after[i, ..., -1:, :]))
+    return torch.stack(new_values), torch.stack(states), torch.stack(losses) if watch else None, state
 
 
 def summarise(x: Inputs, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
@@ -174,10 +207,10 @@ def summarise(x: Inputs, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -> 
             continue
         c = prepare(part)
         if need_U[n]:
-            U[n] = _state_pass(c, c.v, torch.zeros_like(U[n]))[2]
+            U[n] = _state_pass(c, c.v, torch.zeros_like(U[n]))[-1]
         if need_M[n]:
             identity = torch.eye(K, dtype=x.state_dtype, device=x.v.device).expand(B, HV, K, K)
-            M[n] = _state_pass(c, torch.zeros_like(c.k), identity)[2]
+            M[n] = _state_pass(c, torch.zeros_like(c.k), identity)[-1]
     return M, U
 
 
@@ -186,20 +219,30 @@ def apply(x: Inputs, incoming_NBHKV: Tensor) -> Tensor:
     outputs = []
     for n, _, part in x.by_segment():
         c = prepare(part)
-        new, states, _ = _state_pass(c, c.v, incoming_NBHKV[n])
+        new, states, lost, _ = _state_pass(c, c.v, incoming_NBHKV[n])
         from_state = _select(c.sees, c.in_q * torch.matmul(c.q, states))
         o = x.scale * (from_state + torch.matmul(c.P, new))
+        own = None if c.spoilt is None else c.spoilt.query | c.spoilt.after
+        o = made_nan(o, any_of(own, None if lost is None else among(lost, c.sees)))
         outputs.append(_from_chunks(o, 1, part.v.shape[1], x.v.dtype))
     return torch.cat(outputs, dim=1)
 
 
-def _gradient_pass(x: Inputs, c: Chunks, do: Tensor, dstate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The reverse recurrence: ``(dR, dS_out of each chunk, dS_in of the segment)`` with R = beta * error."""
+def _gradient_pass(
+    x: Inputs, c: Chunks, do: Tensor, spoilt: Tensor | None, dstate: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The reverse recurrence: ``(dR, dS_out of each chunk, where it was lost, dS_in of the segment)`` with R = beta *
+    error. ``spoilt``: the tokens in whose document something is not finite."""
     d_new_local = x.scale * torch.matmul(c.P.mT, do)
     d_state_local = x.scale * torch.matmul(c.q.mT, _select(c.sees, c.in_q * do))
     d_errors: list[Tensor] = []
     d_states: list[Tensor] = []
+    losses: list[Tensor] = []
+    watch = spoilt is not None or not all_finite(dstate)
     for i in reversed(range(len(do))):
+        if watch:
+            losses.append(is_lost(dstate))
+            dstate = dstate.masked_fill(losses[-1], 0)
         d_states.append(dstate)
         dR = d_new_local[i] + c.out[i] * torch.matmul(c.k[i], dstate)
         if c.A is not None:
@@ -209,9 +252,22 @@ def _gradient_pass(x: Inputs, c: Chunks, do: Tensor, dstate: Tensor) -> tuple[Te
         dstate = _select(None if sees is None else sees[..., -1:, :], c.through[i] * dstate) + d_state_local[i]
         if c.A is not None:
             dstate = dstate - torch.matmul(c.k[i].mT, _select(sees, c.beta[i] * c.in_k[i] * dR))
-        # Where no token sees the incoming state, nothing in the chunk, not even 0 * nan, reaches its gradient.
-        dstate = _select(None if sees is None else sees[..., :1, :], dstate)
-    return torch.stack(d_errors[::-1]), torch.stack(d_states[::-1]), dstate
+        if watch:
+            gone = among(losses[-1], None if sees is None else sees[..., -1:, :])
+            own = None if spoilt is None else among(spoilt[i], sees).any(-2, keepdim=True)
+            dstate = made_nan(dstate, any_of(gone, own))
+    lost = torch.stack(losses[::-1]) if watch else None
+    return torch.stack(d_errors[::-1]), torch.stack(d_states[::-1]), lost, dstate
+
+
+def _gradient_in(c: Chunks, do_BTHV: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The outputs' gradient by chunks, what is not finite taken out; the tokens in whose document something is not."""
+    do = _to_chunks(do_BTHV, 1, dtype)
+    if c.spoilt is None and all_finite(do):
+        return do, None
+    bad = not_finite(do)
+    own = bad if c.spoilt is None else bad | c.spoilt.token | c.spoilt.query
+    return do.masked_fill(bad, 0), in_documents(c.same, own)
 
 
 def summarise_backward(x: Inputs, do_BTHV: Tensor, need_D: tuple[bool, ...]) -> Tensor:
@@ -221,19 +277,22 @@ def summarise_backward(x: Inputs, do_BTHV: Tensor, need_D: tuple[bool, ...]) -> 
     D = x.v.new_zeros(len(x.segments), B, HV, x.k.shape[-1], V, dtype=x.state_dtype)
     for n, tokens, part in x.by_segment():
         if need_D[n]:
-            do = _to_chunks(do_BTHV[:, tokens], 1, x.state_dtype)
-            D[n] = _gradient_pass(part, prepare(part), do, torch.zeros_like(D[n]))[2]
+            c = prepare(part)
+            do, spoilt = _gradient_in(c, do_BTHV[:, tokens], x.state_dtype)
+            D[n] = _gradient_pass(part, c, do, spoilt, torch.zeros_like(D[n]))[-1]
     return D
 
 
-def apply_backward(x: Inputs, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoing_grad_NBHKV: Tensor) -> Gradients:
+def apply_backward(x: Inputs, incoming_NBHKV: Tensor, do_BTHV: Tensor, coming: Callable[[], Tensor]) -> Gradients:
     """Gradients of the inputs.
 
     Args:
         incoming_NBHKV: the state that enters each segment.
         do_BTHV: gradient of the outputs.
-        outgoing_grad_NBHKV: gradient of the state that leaves each segment, from everything to its right.
+        coming: awaits the gradient of the state that leaves each segment, ``[N, B, HV, K, V]``, from everything
+            to its right; called once, behind what can be done without it.
     """
+    outgoing_grad_NBHKV = coming()
     grads = [
         _segment_backward(part, incoming_NBHKV[n], do_BTHV[:, tokens], outgoing_grad_NBHKV[n])
         for n, tokens, part in x.by_segment()
@@ -257,9 +316,11 @@ def _segment_backward(x: Inputs, incoming_BHKV: Tensor, do_BTHV: Tensor, outgoin
     c = prepare(x)
     B, T, HV, _ = x.v.shape
     groups = HV // x.k.shape[2]
-    do = _to_chunks(do_BTHV, 1, x.state_dtype)
-    new, states, _ = _state_pass(c, c.v, incoming_BHKV)
-    dR, d_states, _ = _gradient_pass(x, c, do, outgoing_grad_BHKV)
+    do, spoilt = _gradient_in(c, do_BTHV, x.state_dtype)
+    new, states, lost, _ = _state_pass(c, c.v, incoming_BHKV)
+    dR, d_states, lost_behind, _ = _gradient_pass(x, c, do, spoilt, outgoing_grad_BHKV)
+    behind = None if lost_behind is None else among(lost_behind, c.ends)
+    spoilt = any_of(spoilt, None if lost is None else among(lost, c.sees), behind)
     ones = torch.ones(CHUNK, CHUNK, dtype=x.state_dtype, device=x.v.device)
     upper, strict_lower, strict_upper = ones.triu(), ones.tril(-1), ones.triu(1)
 
@@ -316,11 +377,11 @@ def _segment_backward(x: Inputs, incoming_BHKV: Tensor, do_BTHV: Tensor, outgoin
                 after = torch.matmul(strict_upper, log_in_error)
         dg = (strict_lower * straddling).sum(-1, keepdim=True)
         dg = dg + torch.matmul(upper, log_in_current) + torch.matmul(strict_lower, log_out) + log_through
-        dg = dg if after is None else dg + after
+        dg = made_nan(dg if after is None else dg + after, spoilt)
         dg = _from_chunks(dg, 1, T, x.g.dtype)[..., 0]
 
     def of_heads(grad: Tensor, raw: Tensor) -> Tensor:
-        grad_BTHK = _from_chunks(grad, groups, T, x.state_dtype)
+        grad_BTHK = _from_chunks(made_nan(grad, spoilt), groups, T, x.state_dtype)
         if x.normalise_qk:
             grad_BTHK = _l2norm_backward(raw.to(x.state_dtype), grad_BTHK)
         return grad_BTHK.to(raw.dtype)
@@ -328,7 +389,7 @@ def _segment_backward(x: Inputs, incoming_BHKV: Tensor, do_BTHV: Tensor, outgoin
     return Gradients(
         q=of_heads(dq, x.q),
         k=of_heads(dk, x.k),
-        v=_from_chunks(dv, 1, T, x.v.dtype),
+        v=_from_chunks(made_nan(dv, spoilt), 1, T, x.v.dtype),
         g=dg,
-        beta=_from_chunks(dbeta, 1, T, x.beta.dtype)[..., 0],
+        beta=_from_chunks(made_nan(dbeta, spoilt), 1, T, x.beta.dtype)[..., 0],
     )

@@ -13,6 +13,7 @@ Long because a pass' launch, the constants it is given and the table that they c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -26,17 +27,20 @@ from . import proof
 from .gluon_backward import backward_kernel
 from .gluon_chunk import WIDTH, scales_of, tiles_of, tokens_of
 from .gluon_prepare import prepare_pairs_kernel
+from .gluon_reverse import whole_reverse_kernel
 from .gluon_states import whole_states_kernel
 from .segments import CHUNK, Gradients, Inputs
+from .signatures import Signature
 from .triton_gradients import PARTS, gates_kernel, group_kernel, keys_kernel, pairs_kernel, queries_kernel
 from .triton_prepare import ROWS, invert_kernel, prepare_kernel
 from .triton_reverse import reverse_kernel
 from .triton_states import states_kernel
-from .verdicts import Launches, Signature
+from .verdicts import IN_GLUON, Launches
 
 WIDTHS = (16, 32, 64, 128, 256)  # of K and V
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GATES = 8  # chunks of a program that adds up dbeta and dg
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -62,6 +66,7 @@ LAUNCHES = {
     "summarise": Launch(64, 4, 3),
     "apply": Launch(64, 4, 2),
     "keep": Launch(64, 4, 2),
+    "whole_reverse": Launch(128, 8, 1),  # the same
     "reverse_summary": Launch(64, 4, 2),
     "reverse": Launch(64, 4, 2),
     "pairs": Launch(64, 8, 3, 128),
@@ -77,7 +82,7 @@ KERNELS = {
     **{"prepare_pairs": prepare_pairs_kernel, "prepare": prepare_kernel, "invert": invert_kernel},
     **{f"whole {use}": whole_states_kernel for use in STATES},
     **dict.fromkeys(STATES, states_kernel),
-    **dict.fromkeys(("reverse_summary", "reverse"), reverse_kernel),
+    **{"whole_reverse": whole_reverse_kernel} | dict.fromkeys(("reverse_summary", "reverse"), reverse_kernel),
     **{"pairs": pairs_kernel, "queries": queries_kernel, "keys": keys_kernel},
     **{"backward": backward_kernel, "group": group_kernel, "gates": gates_kernel},
 }
@@ -93,10 +98,7 @@ class Kernels:
         rule = s.rule.erase and s.rule.error_decay != "previous"
         fits = s.K == s.V == WIDTH.value and rule and s.dtype != torch.float32 and _is_hopper(device)
         # Whether a pass has its kernel for Hopper here.
-        self.in_gluon = {
-            use: fits and launches[use].warps == LAUNCHES[use].warps
-            for use in ("prepare_pairs", "whole_states", "backward")
-        }
+        self.in_gluon = {use: fits and launches[use].warps == LAUNCHES[use].warps for use in IN_GLUON}
 
 
 def _constants(use: str, s: Signature, launches: Launches) -> dict[str, Any]:
@@ -111,13 +113,13 @@ def _constants(use: str, s: Signature, launches: Launches) -> dict[str, Any]:
         # How products of fp32 operands are formed; those of bf16 and fp16 have one way.
         "DOT": "tf32x3" if s.dtype == torch.float32 else "tf32",
     }
-    named = "whole_states" if use.startswith("whole") else use
+    named = "whole_states" if use.startswith("whole ") else use
     options: dict[str, int | None] = {}
     if named in launches:
         how = _launch(launches[named], s)
         values |= {"BV": min(s.V, how.columns, s.K if use == "summarise" else s.V), "STAGES": how.stages}
         options = how.options
-    if named in ("prepare_pairs", "whole_states", "backward", "group"):
+    if named in (*IN_GLUON, "group"):
         how = launches[named]
         options = {"num_warps": how.warps}
         if how.registers is not None:
@@ -146,7 +148,7 @@ _kernels: dict[tuple[torch.device, Signature], Kernels] = {}
 def _kernels_for(x: Inputs) -> Kernels:
     """Those that are proven for these inputs."""
     signature, device = Signature.of(x), x.v.device
-    launches, found = proof.require(x, signature), _kernels.get((device, signature))
+    launches, found = proof.require(device, signature), _kernels.get((device, signature))
     if found is None or found.launches is not launches:
         found = _kernels[device, signature] = Kernels(signature, launches, device)
     return found
@@ -355,9 +357,19 @@ def summarise_backward(p: Prepared, do_BTHV: Tensor, need_D: tuple[bool, ...]) -
     """``D [N, B, HV, K, V]``: the gradient of the state that enters each segment, were that of the state which
     leaves it zero."""
     D = torch.empty(p.state_shape, dtype=torch.float32, device=p.rows.device)
-    if True in need_D:
-        need = _on_device(need_D, torch.int32, p.rows.device)
-        _reverse(p, _gradient(do_BTHV), "reverse_summary", need=need, D=D)
+    if True not in need_D:
+        return D
+    do, (_, B, HV, _, _) = _gradient(do_BTHV), p.state_shape
+    need = _on_device(need_D, torch.int32, p.rows.device)
+    if not p.kernels.in_gluon["whole_reverse"]:
+        _reverse(p, do, "reverse_summary", need=need, D=D)
+        return D
+    q_chunks, k_chunks, A_tiles, P_tiles = p.fetched
+    proof.launch(
+        whole_reverse_kernel, (p.sizes[4], B * HV),
+        q_chunks, k_chunks, tokens_of(do), A_tiles, P_tiles, scales_of(p.rows, 256),
+        p.rows, p.through, p.bound, need, D, *p.sizes, 0, **p.kernels.constants["whole_reverse"],
+    )  # fmt: skip
     return D
 
 
@@ -421,10 +433,10 @@ def _backward(
     )  # fmt: skip
 
 
-def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoing_grad_NBHKV: Tensor) -> Gradients:
+def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, coming: Callable[[], Tensor]) -> Gradients:
     """Gradients of the inputs; arguments as of :func:`.chunk_torch.apply_backward`."""
     x, do, NC = p.x, _gradient(do_BTHV), p.sizes[1]
-    incoming, outgoing = incoming_NBHKV.contiguous(), outgoing_grad_NBHKV.contiguous()
+    incoming, outgoing = incoming_NBHKV.contiguous(), None
     B, T, H, K = x.k.shape
     HV, V = x.v.shape[2:]
     G, device = HV // H, x.v.device
@@ -447,6 +459,7 @@ def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoin
         last = min(first + together, B * H)
         heads = slice(first * G, last * G)
         _forward(p, "keep", heads, incoming=incoming, states=states, errors=errors)
+        outgoing = coming().contiguous() if outgoing is None else outgoing  # behind what does not need it
         if one:
             fetched = fetched or _fetched(p, do, states, errors, between, dv)
             _backward(p, fetched, outgoing, heads, between, parts, dq, dk)

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import operators
+from .checks import check_floating
+from .segments import kernels_for_program
 
 BLOCK = 1 << 16  # elements
 
@@ -48,7 +50,8 @@ def causal_conv1d(
         halo_BWD: the W-1 tokens before the interval, ``[B, W-1, D]``. None: nothing is there, which needs start 0.
         backend: ``"torch"`` operations, or Triton's kernels, ``"triton"``, which read x where it lies: any strides of
             rows and tokens, channels one after another. None: on a GPU Triton for the widths 2 to 4 in bf16, fp16 and
-            fp32, torch for what has no kernel (other widths, fp64), and torch elsewhere.
+            fp32, torch for what has no kernel (other widths, fp64), and torch elsewhere, or everywhere where the
+            environment's DNSP_DELTA_RULE is ``torch``.
 
     Differentiable in x, weight, bias and halo. Raises ValueError or TypeError where shapes, dtypes, devices or options
     do not fit.
@@ -62,7 +65,7 @@ def _backend(asked: str | None, x: Tensor, weight: Tensor, bias: Tensor | None, 
     """What was asked for, or what fits; refuses what has no kernel."""
     if asked not in (None, "torch", "triton"):
         raise ValueError(f"backend={asked!r}: give 'triton' (a GPU), 'torch' (any device), or None for what fits")
-    if asked == "torch" or (asked is None and not x.is_cuda):
+    if asked == "torch" or (asked is None and (not x.is_cuda or kernels_for_program() == "torch")):
         return "torch"
     from . import triton_conv
 
@@ -138,7 +141,7 @@ class _CausalConv(torch.autograd.Function):
 def _blocks(x: Tensor) -> Iterator[tuple[int, int]]:
     """Runs of tokens whose intermediate results fit a core's cache; a GPU takes all at once."""
     tokens = x.shape[1]
-    step = tokens if x.is_cuda else max(1, BLOCK // (x.shape[0] * x.shape[2]))
+    step = tokens if x.is_cuda else max(1, BLOCK // max(1, x.shape[0] * x.shape[2]))
     for a in range(0, tokens, max(step, 1)):
         yield a, min(a + step, tokens)
 
@@ -194,6 +197,7 @@ def _check(
 ) -> None:
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[1] < 1:
         raise ValueError(f"x {list(x.shape)} and weight {list(weight.shape)}: give x as [B, T, D], weight as [D, W]")
+    check_floating({"x": x, "weight": weight}, {"bias": bias, "halo": halo})
     batch, tokens, channels = x.shape
     if weight.shape[0] != channels:
         raise ValueError(
@@ -210,6 +214,8 @@ def _check(
     wanted = (batch, weight.shape[1] - 1, channels)
     if halo is not None and halo.shape != wanted:
         raise ValueError(f"halo {list(halo.shape)} must be the W-1 tokens before the interval, {list(wanted)}")
+    if not isinstance(start, int | torch.SymInt) or start < 0:
+        raise ValueError(f"start={start}: it is the global index of the interval's first token, an integer from 0")
     if halo is None and start != 0:
         raise ValueError(
             f"start {start} without a halo: inside a sequence the W-1 tokens before an interval are needed"

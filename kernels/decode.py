@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import operators, variants
+from .checks import check_floating
 from .conv import Activation, convolve, silu
 from .norm import l2norm as normalise
 from .reference import Rule
@@ -198,7 +199,8 @@ def gated_delta_step(
         q, k, v = qkv.split(widths, dim=-1)
         return q.unflatten(-1, (-1, K)), k.unflatten(-1, (-1, K)), v.unflatten(-1, (HV, V))
 
-    _check_delta(*heads(mixed_BD), a_BH, b_BH, state_BHKV, slots_B)
+    check_floating({"A_log": A_log_H, "dt_bias": dt_bias_H}, {})
+    _check_delta(*heads(mixed_BD), a_BH, b_BH, state_BHKV, slots_B, ("a", "b"))
     if backend == "torch":
         g, beta = variants.softplus_decay(a_BH, A_log_H, dt_bias_H), variants.learned_beta(b_BH)
         q, k, v = heads(conv_step(mixed_BD, tail_BWD, weight_DW, None, "silu", slots_B=slots_B, backend=backend))
@@ -219,7 +221,16 @@ def gated_delta_step(
 
 @torch.no_grad()
 def normaliser_step(q_BHK: Tensor, k_BHK: Tensor, key_sum_BHK: Tensor) -> Tensor:
-    """One token of the denominator, ``D_t = D_{t-1} + k_t``: adds k to ``key_sum_BHK`` in place, returns ``qD_BH``."""
+    """One token of the denominator, ``D_t = D_{t-1} + k_t``: adds k to ``key_sum_BHK`` in place, returns ``qD_BH``.
+
+    Raises: ValueError, TypeError, where shapes, dtypes or devices do not fit.
+    """
+    check_floating({"q": q_BHK, "k": k_BHK, "key_sum": key_sum_BHK}, {})
+    for name, x in {"k": k_BHK, "key_sum": key_sum_BHK}.items():
+        if x.shape != q_BHK.shape:
+            raise ValueError(f"{name}{list(x.shape)}: expected [B, H, K] = {list(q_BHK.shape)}, as q")
+    _check_devices(q_BHK.device, {"k": k_BHK, "key_sum": key_sum_BHK})
+    _check_own(key_sum_BHK, "key_sum")
     key_sum_BHK += k_BHK.to(key_sum_BHK.dtype)
     return (q_BHK.to(key_sum_BHK.dtype) * key_sum_BHK).sum(-1)
 
@@ -237,6 +248,7 @@ def _check_conv(
 ) -> None:
     if x.dim() != 2 or weight.dim() != 2 or weight.shape != (x.shape[1], weight.shape[1]) or not weight.shape[1]:
         raise ValueError(f"x{list(x.shape)} and weight{list(weight.shape)}: give x as [B, D], weight as [D, W]")
+    check_floating({"x": x, "tail": tail, "weight": weight}, {"bias": bias})
     batch, channels = x.shape
     rows = tail.shape[0] if slots is not None and tail.dim() else batch
     wanted = (rows, weight.shape[1] - 1, channels)
@@ -247,30 +259,47 @@ def _check_conv(
     if activation not in ("silu", None):
         raise ValueError(f"activation {activation!r} is not known; give 'silu' or None")
     _check_devices(x.device, {"tail": tail, "weight": weight, "bias": bias, "slots": slots})
+    _check_own(tail, "tail")
     _check_slots(slots, batch, rows)
 
 
 def _check_delta(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor, slots: Tensor | None
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor, slots: Tensor | None,
+    gates: tuple[str, str] = ("g", "beta"),
+) -> None:  # fmt: skip
+    """``gates``: what g and beta are called."""
+    check_floating({"q": q, "k": k, "v": v, gates[1]: beta}, {gates[0]: g})
     if q.dim() != 3 or v.dim() != 3:
         raise ValueError(f"q{list(q.shape)}, v{list(v.shape)}: expected one token, q [B, H, K] and v [B, HV, V]")
     batch, heads, width = q.shape
     value_heads, value_width = v.shape[1:]
     if not heads or value_heads % heads:
         raise ValueError(f"{value_heads} value heads for {heads} key heads: make them a multiple of the key heads")
+    if not width or not value_width:
+        raise ValueError(f"K={width}, V={value_width}: heads are at least 1 wide; look at how q, k and v were split")
     rows = state.shape[0] if slots is not None and state.dim() else batch
     wanted = [rows, value_heads, width, value_width]
     if list(state.shape) != wanted:
         raise ValueError(f"state {list(state.shape)} must be [B, HV, K, V] = {wanted}")
     shapes = {"k": (k, [batch, heads, width]), "v": (v, [batch, value_heads, value_width])}
-    for name, (x, shape) in {**shapes, "g": (g, [batch, value_heads]), "beta": (beta, [batch, value_heads])}.items():
+    of_heads = [batch, value_heads]
+    for name, (x, shape) in {**shapes, gates[0]: (g, of_heads), gates[1]: (beta, of_heads)}.items():
         if x is not None and list(x.shape) != shape:
             raise ValueError(f"{name}{list(x.shape)}: expected {shape}, from q{list(q.shape)} and v{list(v.shape)}")
-    _check_devices(q.device, {"k": k, "v": v, "g": g, "beta": beta, "state": state, "slots": slots})
+    _check_devices(q.device, {"k": k, "v": v, gates[0]: g, gates[1]: beta, "state": state, "slots": slots})
     if state.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"state is {state.dtype}: states are kept in fp32 (fp64 in torch operations); make it so")
+    _check_own(state, "state")
     _check_slots(slots, batch, rows)
+
+
+def _check_own(memory: Tensor, name: str) -> None:
+    """That rows of a memory are no one else's: they are changed in place."""
+    if any(stride == 0 and size > 1 for stride, size in zip(memory.stride(), memory.shape, strict=True)):
+        raise ValueError(
+            f"{name}{list(memory.shape)} has strides {list(memory.stride())}: its rows share memory, and it is updated "
+            f"in place; make it with .clone(memory_format=torch.contiguous_format), and keep that"
+        )
 
 
 def _check_devices(device: torch.device, others: dict[str, Tensor | None]) -> None:

@@ -1,34 +1,30 @@
-"""The gated delta rule: the public ops, and the one autograd function that serves one device and many.
+"""The gated delta rule: the public ops.
 
     S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = scale * S_t^T q_t
 
 A sequence is cut into segments on a global grid. Each is *summarised* (what it does to any state), the *scan* finds
-the state that enters each, and *apply* computes outputs from it; the backward pass is the same, right to left. The
-scan is handed in: :class:`~dnsp.kernels.scan.LocalScan` here, one over many ranks in the parallel room.
+the state that enters each, and *apply* computes outputs from it; the backward pass is the same, right to left (see
+passes.py). The scan is handed in: :class:`~dnsp.kernels.scan.LocalScan` here, one over many ranks in the parallel room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from types import ModuleType
-from typing import Any, Literal
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import chunk_torch, kept, operators
-from .checks import check_cu_seqlens, check_shapes, check_values
+from .checks import check_cu_seqlens, check_floating, check_shapes, check_values
+from .passes import Backend, Call, UnderWay, at_once, begin
 from .reference import Rule, recurrence
 from .scan import LocalScan, Scan
-from .segments import CHUNK, Inputs, Segments, cached, check_segment_tokens, kernels_for_program
+from .segments import CHUNK, Segments, cached, check_segment_tokens, kernels_for_program
 
 __all__ = [
     "Rule",
     "Segments",
+    "begin_delta_rule",
     "chunk_gated_delta_rule",
     "delta_rule",
     "document_starts",
@@ -36,121 +32,7 @@ __all__ = [
 ]
 
 
-Backend = Literal["torch", "triton"]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What the autograd function needs beside tensors."""
-
-    segments: Segments
-    scan: Scan
-    scale: float
-    rule: Rule
-    normalise_qk: bool
-    has_initial: bool
-    want_final: bool
-    backend: Backend
-
-    def passes(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor | None,
-        beta: Tensor,
-        doc_start: Tensor | None,
-        *prepared: Tensor,
-    ) -> tuple[ModuleType, Any, tuple[Tensor, ...]]:
-        """The module that holds the four passes, what they start from, and the tensors of that which the backward
-        pass keeps (``prepared``, there)."""
-        x = Inputs(q, k, v, g, beta, doc_start, self.segments, self.scale, self.rule, self.normalise_qk)
-        if self.backend == "torch":
-            return chunk_torch, x, ()
-        if operators.followed(v):
-            followed = operators.prepare(x, prepared or None)
-            return operators, followed, followed.tensors
-        from . import chunk_triton
-
-        p = chunk_triton.prepare(x, prepared or None)
-        return chunk_triton, p, p.tensors
-
-
-class _DeltaRule(torch.autograd.Function):
-    """summarise, scan, apply; and back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor | None,
-        beta: Tensor,
-        initial: Tensor | None,
-        doc_start: Tensor | None,
-        call: _Call,
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.set_materialize_grads(False)
-        with _apart_on(v):
-            chunks, x, prepared = call.passes(q, k, v, g, beta, doc_start)
-            segments = call.segments
-
-            def summarise_and_scan() -> tuple[Tensor, Tensor, Tensor | None]:
-                needs = segments.needs(call.has_initial, call.want_final)
-                M, U = chunks.summarise(x, needs.M, needs.U)
-                start = None if initial is None else initial.to(_state_dtype(v))
-                return M, *call.scan.forward(M, U, segments.continues_NB, start, call.want_final)
-
-            M, incoming, final = kept.once(summarise_and_scan)
-            ctx.save_for_backward(q, k, v, g, beta, doc_start, *prepared, M, incoming)
-            ctx.call = call
-            ctx.initial_dtype = None if initial is None else initial.dtype
-            return chunks.apply(x, incoming), final
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
-        *tensors, M, incoming = ctx.saved_tensors
-        with _apart_on(M):
-            call: _Call = ctx.call
-            segments = call.segments
-            chunks, x, _ = call.passes(*tensors)
-            do = torch.zeros_like(tensors[2]) if do is None else do
-            D = chunks.summarise_backward(x, do, segments.needs(call.has_initial, call.want_final).D)
-            outgoing, dinitial = call.scan.reverse(
-                M,
-                D,
-                segments.continues_NB,
-                None if dfinal is None else dfinal.to(M.dtype),
-                call.has_initial,
-                call.want_final,
-            )
-            grads = chunks.apply_backward(x, incoming, do, outgoing)
-            if dinitial is not None and ctx.initial_dtype is not None:
-                dinitial = dinitial.to(ctx.initial_dtype)
-            return grads.q, grads.k, grads.v, grads.g, grads.beta, dinitial, None, None
-
-
-_NOTHING = nullcontext()
-
-
-def _apart_on(x: Tensor) -> AbstractContextManager[None]:
-    """Out of autocast, whose matrix products would be bf16, and on x's device, since Triton launches on the current
-    one; nothing is entered, and no time spent, where nothing is to change."""
-    device = x.device
-    if torch.is_autocast_enabled(device.type):
-        return _entered(x)
-    return _entered(x) if device.type == "cuda" and device.index != torch.cuda.current_device() else _NOTHING
-
-
-@contextmanager
-def _entered(x: Tensor) -> Iterator[None]:
-    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        yield
-
-
-def delta_rule(
+def begin_delta_rule(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
     v_BTHV: Tensor,
@@ -166,8 +48,11 @@ def delta_rule(
     rule: Rule = Rule(),  # noqa: B008 (frozen)
     normalise_qk: bool = False,
     backend: Backend | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The delta rule over the local segments of a sequence, with the scan that joins them to the rest.
+) -> UnderWay:
+    """Starts the delta rule over the local segments of a sequence, with the scan that joins them to the rest.
+
+    What is computed before ``finish()`` of the result is computed while states travel, and its gradients while those of
+    the states do; it must not talk to other ranks of the group.
 
     Args:
         q_BTHK, k_BTHK: ``[B, T, H, K]``, T the tokens of the local segments, one after another.
@@ -188,26 +73,27 @@ def delta_rule(
             environment's DNSP_DELTA_RULE says, or Triton on a GPU and torch elsewhere.
 
     Returns:
-        outputs ``[B, T, HV, V]`` in v's dtype, and the final state ``[B, HV, K, V]`` in fp32 (fp64 for fp64 values).
+        the call under way; its ``finish()`` gives outputs ``[B, T, HV, V]`` in v's dtype, and the final state
+        ``[B, HV, K, V]`` in fp32 (fp64 for fp64 values).
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, naming the value and the rule.
     """
     check_shapes(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT)
-    T, held = v_BTHV.shape[1], segments.held
+    T, held, continues = v_BTHV.shape[1], segments.held, segments.continues_NB
     if held != T:
         raise ValueError(f"T={T}, but the local segments hold {held} tokens; pass the tokens of whole segments")
-    continues = segments.continues_NB
     if continues is not None and continues.device != v_BTHV.device:
         raise ValueError(f"continues_NB is on {continues.device}, v on {v_BTHV.device}: move all to one device")
-    tensors = q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT
     has_initial, backend = initial_state_BHKV is not None, _backend(backend, v_BTHV)
-    return _checked(
-        *tensors, _Call(segments, scan, scale, rule, normalise_qk, has_initial, output_final_state, backend)
-    )
+    call = Call(segments, scan, scale, rule, normalise_qk, has_initial, output_final_state, backend)
+    return _begin(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT, call)
 
 
-def _checked(
+delta_rule = at_once(begin_delta_rule)  # outputs and final state
+
+
+def _begin(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -215,37 +101,18 @@ def _checked(
     beta: Tensor,
     initial: Tensor | None,
     doc_start: Tensor | None,
-    call: _Call,
-) -> tuple[Tensor, Tensor | None]:
-    """The rule on tensors that fit each other."""
-    if torch.compiler.is_compiling() and not isinstance(call.scan, LocalScan):
-        return torch.compiler.disable(_run)(q, k, v, g, beta, initial, doc_start, call)
-    return _run(q, k, v, g, beta, initial, doc_start, call)
-
-
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
-    initial: Tensor | None,
-    doc_start: Tensor | None,
-    call: _Call,
-) -> tuple[Tensor, Tensor | None]:
-    if call.backend == "torch":
-        return _DeltaRule.apply(q, k, v, g, beta, initial, doc_start, call)
-    from . import chunk_triton
-
+    call: Call,
+) -> UnderWay:
+    """The rule on tensors that fit each other, where there are kernels for them."""
     width = v.shape[3]
-    if width == 1:  # the normaliser's sum of keys: the narrowest kernel, its other columns zero
-        v = F.pad(v, (0, chunk_triton.WIDTHS[0] - 1))
-        initial = None if initial is None else F.pad(initial, (0, chunk_triton.WIDTHS[0] - 1))
-    chunk_triton.refuse(k, v)
-    o, final = _DeltaRule.apply(q, k, v, g, beta, initial, doc_start, call)
-    if width == 1:
-        o, final = o[..., :1], None if final is None else final[..., :1]
-    return o, final
+    if call.backend == "triton":
+        from . import chunk_triton
+
+        if width == 1:  # the normaliser's sum of keys: the narrowest kernel, its other columns zero
+            v = F.pad(v, (0, chunk_triton.WIDTHS[0] - 1))
+            initial = None if initial is None else F.pad(initial, (0, chunk_triton.WIDTHS[0] - 1))
+        chunk_triton.refuse(k, v)
+    return begin(q, k, v, g, beta, initial, doc_start, call, width)
 
 
 def _backend(asked: str | None, v: Tensor) -> Backend:
@@ -289,7 +156,8 @@ def chunk_gated_delta_rule(
             ``[B, T]``; one incoming state a row.
         segment_tokens: length of the segments, a multiple of 64; fixes the bits. None: one segment, or on a GPU as
             many as fill its multiprocessors.
-        check_inputs: look at values too (g > 0, cu_seqlens out of order); on a GPU this waits for the device.
+        check_inputs: look at values too (g > 0, numbers that are not finite, documents out of order); on a GPU this
+            waits for the device.
         backend: ``"torch"`` or ``"triton"``; None: what the environment's DNSP_DELTA_RULE says, or Triton's
             kernels on a GPU and torch operations elsewhere.
 
@@ -299,14 +167,15 @@ def chunk_gated_delta_rule(
     Raises:
         ValueError, TypeError: naming the argument, its value, the rule and the way out.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_shapes(q, k, v, g, beta, None if cu_seqlens is not None else initial_state, doc_start)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if cu_seqlens is not None:
         if doc_start is not None:
             raise ValueError("cu_seqlens and doc_start both describe documents; give one of them")
         check_cu_seqlens(cu_seqlens, q, initial_state, v)
     if check_inputs:
-        check_values(g, beta, cu_seqlens, q.shape[1])
+        floats = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state}
+        check_values(floats, cu_seqlens, doc_start, q.shape[1])
     if cu_seqlens is not None and (initial_state is not None or output_final_state):
         return _by_document(
             q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens,
@@ -336,8 +205,8 @@ def chunk_gated_delta_rule(
     segments, has_initial = _whole(tokens, T), initial_state is not None
     if continues is not None:
         segments = replace(segments, continues_NB=continues)
-    call = _Call(segments, _LOCAL, scale, _RULE, use_qk_l2norm_in_kernel, has_initial, output_final_state, backend)
-    return _checked(q, k, v, g, beta, initial_state, doc_start, call)
+    call = Call(segments, _LOCAL, scale, _RULE, use_qk_l2norm_in_kernel, has_initial, output_final_state, backend)
+    return _begin(q, k, v, g, beta, initial_state, doc_start, call).finish()
 
 
 _LOCAL, _RULE = LocalScan(), Rule()
@@ -382,9 +251,10 @@ def fused_recurrent_gated_delta_rule(
     """Gated delta rule, token by token, for decoding; arguments, results and errors of
     :func:`chunk_gated_delta_rule`. States and sums in fp32 (fp64 for fp64 inputs). ``beta`` None writes with strength
     1. Behind g flash-linear-attention has two more gates, which this rule does not know, hence the keywords."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check_floating({"q": q, "k": k, "v": v}, {"beta": beta})
     beta = v.new_ones(v.shape[:3]) if beta is None else beta
     check_shapes(q, k, v, g, beta, None if cu_seqlens is not None else initial_state, None)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     bounds = [0, q.shape[1]]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q, initial_state, v)

@@ -5,7 +5,7 @@ state goes through memory, and so do the tiles of the pairs; here one program ta
 left, and all of a chunk stays on the multiprocessor. Eight warps hold dS, transposed, in registers (64 of a thread's
 255); what a chunk needs from memory comes through the tensor memory accelerator, each array into shared memory as soon
 as the last use of the chunk behind it is over. Matrix instructions are issued before their results are waited for.
-One that spills is lost: shared memory leaves the first cache 28 KiB.
+Few may spill: shared memory leaves the first cache 10 KiB.
 
 A value head leaves its part of dq and dk, which *group* of :mod:`.triton_gradients` sums, and ``parts`` as there.
 """
@@ -33,6 +33,7 @@ from .gluon_chunk import (
     boards,
     column_of,
     decays_of,
+    fetch_chunk,
     kept_pairs,
     row_of,
     scaled,
@@ -44,14 +45,6 @@ def _nil(i):
     """0, unknown to the compiler: an address that hangs on it is worked out where it is used, not kept through the loop
     in a register that is wanted for the state."""
     return gl.inline_asm_elementwise("mov.b32 $0, 0; // $1", "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _chunk(x, bar, at, ib, c, head, wanted, W: gl.constexpr):
-    """A chunk of a head, on its way into shared memory."""
-    tma.async_copy_global_to_shared(
-        x, [ib, c * 64, head, 0], bar, at._reinterpret(x.dtype, [1, 64, 1, W], TOKENS), pred=wanted
-    )
 
 
 @gluon.jit
@@ -138,15 +131,15 @@ def backward_kernel(
     mbarrier.expect(S_bar, W * W * 2)
     mbarrier.expect(q_bar, 64 * W * 2)
     barrier()
-    _chunk(k, k_bars.index(0), k_at.index(0), ib, c, ih, True, W)
+    fetch_chunk(k, k_bars.index(0), k_at.index(0), ib, c, ih, True, W)
     tma.async_copy_global_to_shared(scales, [at_tile, 0], rows_bars.index(0), rows_mem.index(0))
-    _chunk(do, do_bar, do_mem.index(0), ib, c, hv, True, W)
+    fetch_chunk(do, do_bar, do_mem.index(0), ib, c, hv, True, W)
     tma.async_copy_global_to_shared(P, [at_tile * 64, 0], P_bar, P_mem.index(0))
     tma.async_copy_global_to_shared(A, [at_tile * 64, 0], A_bar, A_mem.index(0))
     tma.async_copy_global_to_shared(errors, [at_kept * 64, 0], errors_bar, errors_mem.index(0))
     tma.async_copy_global_to_shared(states, [at_kept * W, 0], S_bar, S_mem.index(0))
-    _chunk(q, q_bar, q_mem.index(0), ib, c, ih, True, W)
-    _chunk(k, k_bars.index(1), k_at.index(1), ib, c - 1, ih, two, W)
+    fetch_chunk(q, q_bar, q_mem.index(0), ib, c, ih, True, W)
+    fetch_chunk(k, k_bars.index(1), k_at.index(1), ib, c - 1, ih, two, W)
     tma.async_copy_global_to_shared(scales, [at_tile - 1, 0], rows_bars.index(1), rows_mem.index(1), pred=two)
 
     r64 = gl.arange(0, 64, layout=flat64)
@@ -201,16 +194,18 @@ def backward_kernel(
         dnew = warpgroup_mma(dS_at, k_now.permute((1, 0)), zero_new, use_acc=False, is_async=True)
         mbarrier.wait(q_bar, phase)
         products = warpgroup_mma(q_at, k_now.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
-        dnew = warpgroup_mma_wait(1, deps=[dnew])
         mbarrier.wait(rows_bars.index(half), (i // 2) & 1)
-        dnew = scaled(row_of(rows_at, 128, new), dnew, HAS_DOC)
+        of_out = row_of(rows_at, 128, new)  # scales are fetched before a product is waited for
+        dnew = warpgroup_mma_wait(1, deps=[dnew])
+        dnew = scaled(of_out, dnew, HAS_DOC)
         mbarrier.wait(do_bar, phase)
         mbarrier.wait(P_bar, phase)
         dnew = warpgroup_mma(do_at.permute((1, 0)), P_at, dnew, is_async=True)
         mbarrier.wait(errors_bar, phase)
         pairs = warpgroup_mma(do_at, errors_at.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
+        bt_new = row_of(rows_at, 192, new)
         dnew = warpgroup_mma_wait(1, deps=[dnew])
-        dnew = dnew * row_of(rows_at, 192, new)
+        dnew = dnew * bt_new
         mbarrier.wait(A_bar, phase)
         d_value = warpgroup_mma(
             gl.convert_layout(dnew.to(dtype), of_new), A_at, zero_new, use_acc=False, is_async=True
@@ -240,12 +235,13 @@ def backward_kernel(
         q_at = q_mem.index(nil)
         dqk_at = pairs_mem.index(nil)
         k_now = k_at.index(half + nil)
+        of_k = row_of(rows_at, 64, new)
         d_value = warpgroup_mma_wait(0, deps=[d_value])
         dv_at.permute((1, 0)).store(d_value.to(dtype))
         fence_async_shared()
         barrier()
         tma.async_copy_shared_to_global(dv, [ib, c * 64, hv, 0], dv_at._reinterpret(dtype, [1, 64, 1, W], tokens))
-        erased = scaled(row_of(rows_at, 64, new), -d_value, HAS_DOC).to(dtype)
+        erased = scaled(of_k, -d_value, HAS_DOC).to(dtype)
         dS = warpgroup_mma(do_at.permute((1, 0)), q_at, dS, is_async=True)
         dS = warpgroup_mma(gl.convert_layout(erased, of_wide), k_now, dS, is_async=True)
         back = warpgroup_mma(dv_at, errors_at.permute((1, 0)), zero_pair, use_acc=False, is_async=True)
@@ -326,7 +322,7 @@ def backward_kernel(
         barrier()
         # errors, S, do, A and P are done with. (A branch: with predicates instead the compiler spilled 20 registers.)
         if more:
-            _chunk(do, do_bar, do_at, ib, following, hv, True, W)
+            fetch_chunk(do, do_bar, do_at, ib, following, hv, True, W)
             tma.async_copy_global_to_shared(P, [at_tile * 64, 0], P_bar, P_at)
             tma.async_copy_global_to_shared(A, [at_tile * 64, 0], A_bar, A_at)
             tma.async_copy_global_to_shared(errors, [at_kept * 64, 0], errors_bar, errors_at)
@@ -353,9 +349,9 @@ def backward_kernel(
         fence_async_shared()
         barrier()
         if more:
-            _chunk(q, q_bar, q_at, ib, following, ih, True, W)
+            fetch_chunk(q, q_bar, q_at, ib, following, ih, True, W)
         if i + 2 < chunks:
-            _chunk(k, k_bars.index(half), k_at.index(half), ib, c - 2, ih, True, W)
+            fetch_chunk(k, k_bars.index(half), k_at.index(half), ib, c - 2, ih, True, W)
             tma.async_copy_global_to_shared(scales, [at_tile - 1, 0], rows_bars.index(half), rows_mem.index(half))
         at_out = (local * NC + c) * 64
         tma.async_copy_shared_to_global(dk, [at_out, 0], dk_at)

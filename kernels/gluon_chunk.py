@@ -1,8 +1,8 @@
-"""What the Gluon kernels for Hopper share: the descriptors by which chunks, tiles and rows of scales are fetched, and a
-chunk's scales, which lie in shared memory one row after another as ``triton_prepare.ROWS`` has them.
+"""What the Gluon kernels for Hopper share: the descriptors by which chunks, tiles and rows of scales are fetched, and
+a chunk's scales, which lie in shared memory one row after another as ``triton_prepare.ROWS`` has them.
 
-Triton puts a barrier of all warps between operations that touch the same shared memory, messages about arrivals included:
-each array has a message board of its own, and all arrivals are announced before the first is asked for.
+Triton puts a barrier of all warps between operations that touch the same shared memory, messages about arrivals
+included: each array has a board of its own, and all arrivals are announced before the first is asked for.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.7 and 3.6 call it
@@ -113,3 +113,10 @@ def column_of(rows, start: gl.constexpr, layout: gl.constexpr):
 def row_of(rows, start: gl.constexpr, layout: gl.constexpr):
     """The same, where tokens are the columns."""
     return gl.expand_dims(rows.slice(start, 64).load(gl.SliceLayout(0, layout)), 0)
+
+
+@gluon.jit
+def fetch_chunk(x, bar, at, ib, c, head, wanted, W: gl.constexpr):
+    """A chunk of a head, on its way into shared memory."""
+    at = at._reinterpret(x.dtype, [1, 64, 1, W], TOKENS)
+    tma.async_copy_global_to_shared(x, [ib, c * 64, head, 0], bar, at, pred=wanted)

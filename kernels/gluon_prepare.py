@@ -1,12 +1,12 @@
 """Gluon pass 1, for Hopper: the tiles A and P of every chunk and the scales of their rows, in one kernel.
 
 The mathematics is that of :mod:`.triton_prepare`. There N goes through memory between two kernels, and each value head
-fetches its key head's q and k and multiplies them anew; here one program takes a chunk of a key head, multiplies once, and
-goes through its value heads.
+fetches its key head's q and k and multiplies them anew; here one program takes a chunk of a key head, multiplies once,
+and goes through its value heads.
 
-(I + N)^-1: the four diagonal blocks of 16 x 16 by forward substitution, row by row, a warp each; then twice, for blocks of
-16 and of 32, what lies below two of them, ``-D2 N21 D1``, by products of tf32. No power of N is formed, so that nothing
-grows which the inverse itself does not hold.
+(I + N)^-1: the four diagonal blocks of 16 x 16 by forward substitution, row by row, a warp each; then twice, for blocks
+of 16 and of 32, what lies below two of them, ``-D2 N21 D1``, by products of tf32. No power of N is formed, so that
+nothing grows which the inverse itself does not hold.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def prepare_pairs_kernel(
     P_at = q_at.slice(0, 32)._reinterpret(dtype, [64, 64], tile)
     A_at = q_at.slice(32, 32)._reinterpret(dtype, [64, 64], tile)
     D_at = k_at.slice(0, 32)._reinterpret(gl.float32, [64, 32], wide)  # the inverse's diagonal blocks of 32
-    N_at = k_at.slice(32, 32)._reinterpret(gl.float32, [2, 32, 32], wide)  # N's block below them, transposed: the second
+    N_at = k_at.slice(32, 32)._reinterpret(gl.float32, [2, 32, 32], wide)  # N's below them, transposed: the second
     D_turned = gl.allocate_shared_memory(gl.float32, [2, 32, 32], wide)
     small_at = gl.allocate_shared_memory(gl.float32, [64, 16], narrow)  # the diagonal blocks of 16
     small_turned = gl.allocate_shared_memory(gl.float32, [64, 16], narrow)

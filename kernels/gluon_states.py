@@ -1,9 +1,9 @@
 """Gluon pass 2, for Hopper: the recurrence over the chunks of each segment.
 
-The mathematics and the three uses are those of :mod:`.triton_states`. There a program has a block of the state's columns,
-and fetches a chunk's keys, queries and tiles for that block alone; here it has the whole state of a value head, transposed,
-in the registers of eight warps, as the left operand of every product. What a chunk needs from memory comes through the
-tensor memory accelerator while the chunk before it is worked on, and its results leave the same way.
+The mathematics and the three uses are those of :mod:`.triton_states`. There a program has a block of the state's
+columns, and fetches a chunk's keys, queries and tiles for that block alone; here it has the whole state of a value
+head, transposed, in the registers of eight warps, as the left operand of every product. What a chunk needs from memory
+comes through the tensor memory accelerator while the chunk before it is worked on, and its results leave the same way.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_chunk import SCALES, TILE, TOKENS, WIDTH, arrived, barrier, boards, row_of, scaled
+from .gluon_chunk import SCALES, TILE, TOKENS, WIDTH, arrived, barrier, boards, fetch_chunk, row_of, scaled
 from .triton_states import LOOK, UNDERFLOW
 
 
@@ -34,18 +34,6 @@ def _last_underflow(bound, first, stop, layout: gl.constexpr):
     there = c >= first
     left = gl.associative_scan(gl.load(bound + c, mask=there, other=0.0), 0, _add, reverse=True)
     return gl.max(gl.where(there & (left < UNDERFLOW), c, first), 0)
-
-
-@gluon.jit
-def _expect(bars, half, bytes: gl.constexpr, wanted):
-    mbarrier.expect(bars.index(half), bytes, pred=wanted)
-
-
-@gluon.jit
-def _chunk(x, bars, buffer, half, ib, c, head, wanted, W: gl.constexpr):
-    """A chunk of a head, on its way into half a buffer."""
-    at = buffer.index(half)._reinterpret(x.dtype, [1, 64, 1, W], TOKENS)
-    tma.async_copy_global_to_shared(x, [ib, c * 64, head, 0], bars.index(half), at, pred=wanted)
 
 
 @gluon.jit(do_not_specialize=["T", "NC", "segment_chunks", "B", "N", "row0"])
@@ -114,24 +102,24 @@ def whole_states_kernel(
     barrier()
     for j in gl.static_range(2):
         wanted = j < chunks
-        _expect(k_bars, j, 64 * W * 2, wanted)
-        _expect(v_bars, j, 64 * W * 2, wanted & has_v)
-        _expect(A_bars, j, 64 * 64 * 2, wanted)
-        _expect(scales_bars, j, 256 * 4, wanted)
+        mbarrier.expect(k_bars.index(j), 64 * W * 2, pred=wanted)
+        mbarrier.expect(v_bars.index(j), 64 * W * 2, pred=wanted & has_v)
+        mbarrier.expect(A_bars.index(j), 64 * 64 * 2, pred=wanted)
+        mbarrier.expect(scales_bars.index(j), 256 * 4, pred=wanted)
         if OUTPUT:
-            _expect(q_bars, j, 64 * W * 2, wanted)
-            _expect(P_bars, j, 64 * 64 * 2, wanted)
+            mbarrier.expect(q_bars.index(j), 64 * W * 2, pred=wanted)
+            mbarrier.expect(P_bars.index(j), 64 * 64 * 2, pred=wanted)
     barrier()
     for j in gl.static_range(2):
         wanted = j < chunks
         c = first + j
         at_tile = row * NC + c
-        _chunk(k, k_bars, k_mem, j, ib, c, ih, wanted, W)
-        _chunk(v, v_bars, v_mem, j, ib, c, hv, wanted & has_v, W)
+        fetch_chunk(k, k_bars.index(j), k_mem.index(j), ib, c, ih, wanted, W)
+        fetch_chunk(v, v_bars.index(j), v_mem.index(j), ib, c, hv, wanted & has_v, W)
         tma.async_copy_global_to_shared(A, [at_tile * 64, 0], A_bars.index(j), A_mem.index(j), pred=wanted)
         tma.async_copy_global_to_shared(scales, [at_tile, 0], scales_bars.index(j), scales_mem.index(j), pred=wanted)
         if OUTPUT:
-            _chunk(q, q_bars, q_mem, j, ib, c, ih, wanted, W)
+            fetch_chunk(q, q_bars.index(j), q_mem.index(j), ib, c, ih, wanted, W)
             tma.async_copy_global_to_shared(P, [at_tile * 64, 0], P_bars.index(j), P_mem.index(j), pred=wanted)
     through += row.to(gl.int64) * NC
     passes_next = gl.load(through + first, mask=chunks > 0, other=0.0)
@@ -169,27 +157,24 @@ def whole_states_kernel(
         else:
             mbarrier.wait(v_bars.index(half), phase)
             value = v_mem.index(half).permute((1, 0)).load(new).to(gl.float32)
-        if OUTPUT:
-            error = warpgroup_mma_wait(1, deps=[error])
-        else:
-            error = warpgroup_mma_wait(0, deps=[error])
-        error = value - scaled(row_of(scales_at, 64, new), error, HAS_DOC)
+        weight = row_of(scales_at, 64, new)  # scales are fetched before a product is waited for
+        error = warpgroup_mma_wait(1 if OUTPUT else 0, deps=[error])
+        error = value - scaled(weight, error, HAS_DOC)
         mbarrier.wait(A_bars.index(half), phase)
         error = warpgroup_mma(
             gl.convert_layout(error.to(dtype), of_new), A_mem.index(half).permute((1, 0)), zero_new, use_acc=False,
             is_async=True,
         )  # fmt: skip
-        if HAS_DOC:
-            S = gl.where(passes != 0.0, S * passes, 0.0)
-        else:
-            S = S * passes
+        S = scaled(passes, S, HAS_DOC)
+        bt = row_of(scales_at, 192, new)
         if OUTPUT:
+            weight = row_of(scales_at, 0, new)
             out, error = warpgroup_mma_wait(0, deps=[out, error])
-            out = scaled(row_of(scales_at, 0, new), out, HAS_DOC)
+            out = scaled(weight, out, HAS_DOC)
             mbarrier.wait(P_bars.index(half), phase)
         else:
             error = warpgroup_mma_wait(0, deps=[error])
-        values = row_of(scales_at, 192, new) * error
+        values = bt * error
         if OUTPUT:
             out = warpgroup_mma(
                 gl.convert_layout(values.to(dtype), of_new), P_mem.index(half).permute((1, 0)), out, is_async=True
@@ -204,25 +189,25 @@ def whole_states_kernel(
         else:
             S = warpgroup_mma_wait(0, deps=[S])
         wanted = i + 2 < chunks
-        _expect(k_bars, half, 64 * W * 2, wanted)
-        _expect(v_bars, half, 64 * W * 2, wanted & has_v)
-        _expect(A_bars, half, 64 * 64 * 2, wanted)
-        _expect(scales_bars, half, 256 * 4, wanted)
+        mbarrier.expect(k_bars.index(half), 64 * W * 2, pred=wanted)
+        mbarrier.expect(v_bars.index(half), 64 * W * 2, pred=wanted & has_v)
+        mbarrier.expect(A_bars.index(half), 64 * 64 * 2, pred=wanted)
+        mbarrier.expect(scales_bars.index(half), 256 * 4, pred=wanted)
         if OUTPUT:
-            _expect(q_bars, half, 64 * W * 2, wanted)
-            _expect(P_bars, half, 64 * 64 * 2, wanted)
+            mbarrier.expect(q_bars.index(half), 64 * W * 2, pred=wanted)
+            mbarrier.expect(P_bars.index(half), 64 * 64 * 2, pred=wanted)
         if not SUMMARY:
             fence_async_shared()
         barrier()  # nothing reads this half any more, and the results are there
         at_tile = row * NC + c + 2
-        _chunk(k, k_bars, k_mem, half, ib, c + 2, ih, wanted, W)
-        _chunk(v, v_bars, v_mem, half, ib, c + 2, hv, wanted & has_v, W)
+        fetch_chunk(k, k_bars.index(half), k_mem.index(half), ib, c + 2, ih, wanted, W)
+        fetch_chunk(v, v_bars.index(half), v_mem.index(half), ib, c + 2, hv, wanted & has_v, W)
         tma.async_copy_global_to_shared(A, [at_tile * 64, 0], A_bars.index(half), A_mem.index(half), pred=wanted)
         tma.async_copy_global_to_shared(
             scales, [at_tile, 0], scales_bars.index(half), scales_mem.index(half), pred=wanted
         )
         if OUTPUT:
-            _chunk(q, q_bars, q_mem, half, ib, c + 2, ih, wanted, W)
+            fetch_chunk(q, q_bars.index(half), q_mem.index(half), ib, c + 2, ih, wanted, W)
             tma.async_copy_global_to_shared(P, [at_tile * 64, 0], P_bars.index(half), P_mem.index(half), pred=wanted)
             tma.async_copy_shared_to_global(o, [ib, c * 64, hv, 0], out_mem._reinterpret(dtype, [1, 64, 1, W], TOKENS))
         if KEEP:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import operators
+from .checks import check_floating
+from .segments import kernels_for_program
 
 Backend = Literal["torch", "triton"]
 
@@ -23,6 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, zero_centred: 
     x ``[..., D]``, weight ``[D]`` or None for none. With ``zero_centred`` the factor is ``1 + weight``, so that weight
     decay pulls it to one. The product is rounded once, after the weight.
     """
+    check_floating({"x": x}, {"weight": weight})
     _check_weight(x, weight)
     y = _normalised(x, eps)
     if weight is not None:
@@ -39,9 +42,13 @@ def gated_rms_norm(
     x and gate ``[..., D]``, weight ``[D]``. The norm is rounded to x's dtype before the weight, the gate taken in fp32.
     ``backend``: ``"torch"`` operations, or Triton's kernels, ``"triton"``, one launch each way, which read x and gate
     where they lie, any strides but channels one after another. None: on a GPU Triton for bf16, fp16 and fp32 with D up
-    to 8192, torch for what has no kernel, and torch elsewhere. Raises ValueError or TypeError for what does not fit.
+    to 8192, torch for what has no kernel, and torch elsewhere, or everywhere where the environment's DNSP_DELTA_RULE is
+    ``torch``. Raises ValueError or TypeError for what does not fit.
     """
+    check_floating({"x": x, "gate": gate, "weight": weight}, {})
     _check_weight(x, weight)
+    if gate.device != x.device:
+        raise ValueError(f"gate is on {gate.device}, x on {x.device}: move all inputs to one device")
     if gate.shape != x.shape:
         raise ValueError(f"gate {list(gate.shape)} must have x's shape {list(x.shape)}: one gate a channel")
     if _backend(backend, x, gate, weight) == "triton":
@@ -54,7 +61,7 @@ def _backend(asked: str | None, x: Tensor, gate: Tensor, weight: Tensor) -> Back
     """What was asked for, or what fits; refuses what has no kernel."""
     if asked not in (None, "torch", "triton"):
         raise ValueError(f"backend={asked!r}: give 'triton' (a GPU), 'torch' (any device), or None for what fits")
-    if asked == "torch" or (asked is None and not x.is_cuda):
+    if asked == "torch" or (asked is None and (not x.is_cuda or kernels_for_program() == "torch")):
         return "torch"
     from . import triton_norm
 
@@ -82,6 +89,7 @@ class _GatedRMSNorm(torch.autograd.Function):
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """``x / sqrt(sum(x^2) + eps)`` over the last axis; flash-linear-attention's form, eps inside the root."""
+    check_floating({"x": x}, {})
     y = _accumulator(x)
     return (y * torch.rsqrt((y * y).sum(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -96,5 +104,9 @@ def _normalised(x: Tensor, eps: float) -> Tensor:
 
 
 def _check_weight(x: Tensor, weight: Tensor | None) -> None:
+    if not x.dim():
+        raise ValueError("x[]: expected [..., D], with an axis of channels")
+    if weight is not None and weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device}, x on {x.device}: move all inputs to one device")
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {list(weight.shape)} must be one number a channel, [{x.shape[-1]}]")

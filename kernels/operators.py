@@ -90,7 +90,8 @@ def _pass(name: str) -> Callable[..., Any]:
 
 
 def _run_apply_backward(*args: Any) -> tuple[Tensor, ...]:
-    grads = _pass("apply_backward")(*args)
+    *given, outgoing = args[:-_HOWS]
+    grads = _pass("apply_backward")(*given, lambda: outgoing, *args[-_HOWS:])
     return grads.q, grads.k, grads.v, _or_empty(grads.g, grads.v), grads.beta
 
 
@@ -160,8 +161,8 @@ def summarise_backward(p: Followed, do_BTHV: Tensor, need_D: tuple[bool, ...]) -
     return p.call(_summarise_backward, do_BTHV, need_D)
 
 
-def apply_backward(p: Followed, incoming_NBHKV: Tensor, do_BTHV: Tensor, outgoing_grad_NBHKV: Tensor) -> Gradients:
-    dq, dk, dv, dg, dbeta = p.call(_apply_backward, incoming_NBHKV, do_BTHV, outgoing_grad_NBHKV)
+def apply_backward(p: Followed, incoming_NBHKV: Tensor, do_BTHV: Tensor, coming: Callable[[], Tensor]) -> Gradients:
+    dq, dk, dv, dg, dbeta = p.call(_apply_backward, incoming_NBHKV, do_BTHV, coming())
     return Gradients(dq, dk, dv, None if p.x.g is None else dg, dbeta)
 
 

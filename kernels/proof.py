@@ -1,20 +1,21 @@
-"""Which binaries of the delta rule's kernels may run: those that computed the right numbers on this kind of device.
+"""Which binaries of the Triton kernels may run: those that computed the right numbers on this kind of device.
 
 Triton compiles some launch configurations to wrong code, without a word. So the passes ask before they launch, and
 every launch is looked at after:
 
-    launches = proof.require(x, signature)          once a call, before its first launch: the table of launches that is
+    launches = proof.require(device, signature)     once a call, before its first launch: the table of launches that is
                                                     proven for these inputs (in chunk_triton: prepare, kept in Prepared)
+    proof.require_kernels(x.device, Conv(...))      the same for kernels that have one launch, by what decides a binary
     proof.launch(kernel, grid, *args, **constants)  in place of kernel[grid](*args, **constants): raises where the
                                                     binary it ran is not among the proven ones (by :mod:`.launcher`)
 
-What decides the binaries of a call is its :class:`Signature`. A signature that this process has not met is looked up in
-a folder of verdicts, one file for each signature, toolchain (GPU, Triton, ptxas, settings of the compiler) and text of
-the kernels: anything else there is another file. Where there is none the signature is proven, forward and backward, in
-a child process (:mod:`.proof_run`), because a kernel that goes astray takes its process' CUDA context with it. The
-child's binaries stay in Triton's cache, from which the parent loads them. Tables are tried in the order of
-:func:`candidates`; the first whose every number is right is taken. Ranks that start together wait for the one that
-proves. Environment: DNSP_PROOFS, the folder (else ``dnsp/proofs`` in XDG_CACHE_HOME or ``~/.cache``).
+What decides the binaries of a call is its signature (:mod:`.signatures`). One that this process has not met is looked
+up in a folder of verdicts, one file for each signature, toolchain (GPU, Triton, ptxas, settings of the compiler) and
+text of the kernels: anything else there is another file. Where there is none the signature is proven, forward and
+backward, in a child process (:mod:`.proof_run`), because a kernel that goes astray takes its process' CUDA context with
+it. The child's binaries stay in Triton's cache, from which the parent loads them. The delta rule's tables are tried in
+the order of :func:`candidates`; the first whose every number is right is taken. Ranks that start together wait for the
+one that proves. Environment: DNSP_PROOFS, the folder (else ``dnsp/proofs`` in XDG_CACHE_HOME or ``~/.cache``).
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ import torch
 from torch import Tensor
 
 from . import launcher, verdicts
-from .segments import Inputs
-from .verdicts import Fold, Launches, Signature, Toolchain, Verdict, candidates, to_json, to_try, toolchain
+from .signatures import AnySignature, Fold, Signature, to_json
+from .verdicts import Launches, Toolchain, Verdict, candidates, to_try, toolchain
 
 CHILD_SECONDS = 1200  # at most, for compiling (fp32 takes minutes) and proving one table
 _log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Mode(Protocol):
 
     table: Launches
 
-    def meet(self, x: Inputs) -> None: ...
+    def meet(self, signature: AnySignature) -> None: ...
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None: ...
 
@@ -66,7 +67,8 @@ class Mode(Protocol):
 _mode: Mode | None = None  # of the process, not of the thread: autograd's backward runs in its own
 _lock = threading.Lock()
 _proven: set[str] = set()  # hashes of binaries
-_tables: dict[tuple[torch.device, Signature | Fold], Launches] = {}
+# Of each kind apart, since tuples of two kinds may be equal; the table is the delta rule's alone.
+_tables: dict[tuple[torch.device, type[AnySignature], AnySignature], Launches] = {}
 
 
 @contextmanager
@@ -100,42 +102,49 @@ def _check(kernel: Any, binary: Any, constants: dict[str, Any]) -> None:
         )
 
 
-def require(x: Inputs, signature: Signature) -> Launches:
-    """The launches that are proven for these inputs, which are as the kernels get them and have this signature; proves
-    them where need be.
+def require(device: torch.device, signature: Signature) -> Launches:
+    """The launches that are proven for inputs of this signature, as the kernels get them; proves them where need be.
 
     Raises: UnprovenError, where no table is right on this device, or a first call comes while a graph is captured.
     """
     if _mode is not None:
-        _mode.meet(x)
+        _mode.meet(signature)
         return _mode.table
-    if not x.v.is_cuda:  # interpreted
+    if device.type != "cuda":  # interpreted
         return candidates()["as tuned"]
-    what = x.v.device, signature
-    return _tables.get(what) or _first_time(*what)
+    return _tables.get((device, Signature, signature)) or _first_time(device, signature)
+
+
+def require_kernels(device: torch.device, signature: AnySignature) -> None:
+    """The same for kernels that have one launch; their arguments are laid out as the signature's kind says.
+
+    Raises: UnprovenError, as :func:`require`.
+    """
+    if _mode is not None:
+        _mode.meet(signature)
+    elif device.type == "cuda" and (device, type(signature), signature) not in _tables:
+        _first_time(device, signature)
 
 
 def require_fold(U_NBHKV: Tensor) -> None:
-    """The same for the fold's kernel, which has one launch."""
-    if _mode is None and U_NBHKV.is_cuda:
-        what = U_NBHKV.device, Fold(*U_NBHKV.shape[-2:])
-        if what not in _tables:
-            _first_time(*what)
+    """The same for the fold of states like these; a proof of the delta rule is one of its fold too."""
+    if _mode is None:
+        require_kernels(U_NBHKV.device, Fold(*U_NBHKV.shape[-2:]))
 
 
-def _first_time(device: torch.device, signature: Signature | Fold) -> Launches:
+def _first_time(device: torch.device, signature: AnySignature) -> Launches:
     with _lock:
-        if (device, signature) not in _tables:
+        if (device, type(signature), signature) not in _tables:
             if torch.cuda.is_current_stream_capturing():
                 raise UnprovenError(
                     f"first call with {signature} while a CUDA graph is captured: kernels are proven in a process of "
                     f"their own, which takes seconds; call it once before the capture"
                 )
             establish(device, signature)
-        return _tables[device, signature]
+        return _tables[device, type(signature), signature]
 
 
-def establish(device: torch.device, signature: Signature | Fold, again: bool = False) -> Verdict:
+def establish(device: torch.device, signature: AnySignature, again: bool = False) -> Verdict:
     """The verdict on a signature, kept or made now (``again``: made now whatever is kept); its binaries may run.
 
     Raises: UnprovenError, where no table is right (its ``verdict`` says why), or none could be tried.
@@ -149,20 +158,20 @@ def establish(device: torch.device, signature: Signature | Fold, again: bool = F
     if verdict.table is None:
         tried = "\n".join(f"  {table}: {why}" for table, why in verdict.refused.items())
         raise UnprovenError(
-            f"the delta rule's Triton kernels cannot be used here: on {where}\n  with {signature}\n"
+            f"Triton kernels cannot be used here: on {where}\n  with {signature}\n"
             f"every launch table failed its proof:\n{tried}\n"
             f"Take the (much slower) path in torch operations: backend='torch', DNSP_DELTA_RULE=torch; or install "
             f"another Triton. 'dnsp doctor --prove' tries again.",
             verdict,
         )
     _proven.update(binary["hash"] for binary in verdict.binaries)
-    _tables[device, signature] = candidates()[verdict.table]
+    _tables[device, type(signature), signature] = table = candidates()[verdict.table]
     if isinstance(signature, Signature):  # its proof folds its states too
-        _tables[device, Fold(signature.K, signature.V)] = _tables[device, signature]
+        _tables[device, Fold, Fold(signature.K, signature.V)] = table
     return verdict
 
 
-def _prove(device: torch.device, signature: Signature | Fold, where: Toolchain, file: Path) -> Verdict:
+def _prove(device: torch.device, signature: AnySignature, where: Toolchain, file: Path) -> Verdict:
     """Tables one after another, each in a child, until one is right. The verdict is kept."""
     _log.warning("proving the Triton kernels once for %s, on %s", signature, where)
     verdict = Verdict(signature, None)
@@ -179,7 +188,7 @@ def _prove(device: torch.device, signature: Signature | Fold, where: Toolchain, 
     return verdict
 
 
-def _child(device: torch.device, signature: Signature | Fold, table: str) -> dict[str, Any]:
+def _child(device: torch.device, signature: AnySignature, table: str) -> dict[str, Any]:
     """One table's proof in a process of its own: its ``errors`` and ``binaries``, and what is ``wrong``, None if
     nothing is. A process that crashes or hangs once it has the device is a wrong table, one that never gets it not."""
     task = {"device": str(device), "signature": to_json(signature), "table": table}
@@ -206,7 +215,7 @@ def _child(device: torch.device, signature: Signature | Fold, table: str) -> dic
     return {"wrong": f"the process that ran it ended with {how}: {last}"}
 
 
-def _unable(signature: Signature | Fold, why: str) -> UnprovenError:
+def _unable(signature: AnySignature, why: str) -> UnprovenError:
     return UnprovenError(
         f"the Triton kernels could not be proven for {signature}: {why}\nThe proof runs in a process of its own, which "
         f"needs a gigabyte of the GPU's memory and the right to share it: make room, or run 'dnsp doctor --prove' "

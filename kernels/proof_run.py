@@ -1,8 +1,9 @@
-"""One proof of the delta rule's Triton kernels: small inputs of a signature, through the kernels and in fp64.
+"""One proof of Triton kernels: small inputs of a signature, through the kernels and in fp64.
 
-Segments, a last one that is shorter, tails of chunks, initial and final states, documents that begin inside a segment
-and at none of its edges, decays that are mild and strong: whatever a binary does in training it does here, twice, and
-the bits of both times are the same. :mod:`.proof` runs this in a process of its own.
+Those of the delta rule are here, those of what stands around it in :mod:`.proof_layers`. Segments, a last one that is
+shorter, tails of chunks, initial and final states, documents that begin inside a segment and at none of its edges,
+decays that are mild and strong: whatever a binary does in training it does here, twice, and the bits of both times are
+the same. :mod:`.proof` runs this in a process of its own.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from . import chunk_triton, triton_scan
+from . import chunk_triton, proof_layers, triton_scan
 from .delta_rule import delta_rule
 from .proof import mode
 from .scan import LocalScan
 from .segments import Inputs, Segments
-from .verdicts import Fold, Launches, Signature, candidates, from_json
+from .signatures import AnySignature, Fold, Post, Signature, from_json
+from .verdicts import Launches, candidates
 
 # |error| / |truth| of each result in the row of the batch where it is worst: of outputs and states, of gradients.
 LIMITS = {torch.bfloat16: (5e-3, 1e-2), torch.float16: (5e-3, 1e-2), torch.float32: (1e-5, 1e-4)}
 # Times the limits where K or V is below 64: without decay, K = V = 16 in bf16 came out at 5.1e-3 with every table on an
 # H100. That few products average less of their rounding is our reading of it, not shown.
 NARROW = 2.0
-FOLD_LIMIT = 1e-5
+STATE_LIMIT = 1e-5  # of states that are changed in fp32: by the fold, and in decoding
 RUN_SECONDS = 120  # after which kernels that were compiled before are taken to hang
 TOKENS, BATCH = 436, 2
 # What a wrong result tells, the first in this order: all that came before it was right.
@@ -74,7 +76,7 @@ class Recording:
         self.table = table
         self.binaries: dict[str, dict[str, Any]] = {}
 
-    def meet(self, x: Inputs) -> None:
+    def meet(self, signature: AnySignature) -> None:
         pass
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
@@ -95,10 +97,11 @@ class Meeting(Recording):
 
     def __init__(self) -> None:
         super().__init__(candidates()["as tuned"])
-        self.signatures: dict[Signature, None] = {}
+        self.signatures: list[AnySignature] = []
 
-    def meet(self, x: Inputs) -> None:
-        self.signatures[Signature.of(x)] = None
+    def meet(self, signature: AnySignature) -> None:
+        if all(type(other) is not type(signature) or other != signature for other in self.signatures):
+            self.signatures.append(signature)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
         pass
@@ -115,7 +118,7 @@ def _described(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], bi
 
 
 def prove(
-    device: torch.device, signature: Signature | Fold, launches: Launches, ready: Callable[[], Any] = lambda: None
+    device: torch.device, signature: AnySignature, launches: Launches, ready: Callable[[], Any] = lambda: None
 ) -> dict[str, Any]:
     """``errors`` of every result, the ``binaries`` that ran, and what is ``wrong``, None if nothing is. ``ready`` is
     called when all is compiled and the rest takes seconds."""
@@ -138,23 +141,37 @@ def prove(
     }
 
 
-def _wrong(signature: Signature | Fold, errors: dict[str, float], unequal: set[str]) -> str | None:
-    for name in [*SUSPECTS, *sorted(errors.keys() - SUSPECTS.keys())]:
-        limit = FOLD_LIMIT
-        if isinstance(signature, Signature) and not name.startswith("fold"):
-            narrow = NARROW if min(signature.K, signature.V) < 64 else 1.0
-            limit = LIMITS[signature.dtype][name.startswith("d")] * narrow
-        suspects = f"; look at {SUSPECTS[name]}" if name in SUSPECTS else ""
+def _wrong(signature: AnySignature, errors: dict[str, float], unequal: set[str]) -> str | None:
+    suspects = SUSPECTS if isinstance(signature, Signature) else {}
+    for name in [*suspects, *sorted(errors.keys() - suspects.keys())]:
+        limit = limit_of(signature, name)
+        look = f"; look at {suspects[name]}" if name in suspects else ""
         if name in errors and not errors[name] <= limit:
-            return f"{name} is off by {errors[name]:.1e}, {limit:.0e} is allowed{suspects}"
+            return f"{name} is off by {errors[name]:.1e}, {limit:.0e} is allowed{look}"
         if name in unequal:
-            return f"two runs give {name} in different bits{suspects}"
+            return f"two runs give {name} in different bits{look}"
     return None
 
 
-def smallest(signature: Signature | Fold) -> float:
+def limit_of(signature: AnySignature, name: str) -> float:
+    """What a result may be off by."""
+    if name == "state" or name.startswith("fold"):
+        return STATE_LIMIT
+    if isinstance(signature, Post):
+        return 0.0
+    narrow = isinstance(signature, Signature) and min(signature.K, signature.V) < 64
+    return max(LIMITS[dtype][name.startswith("d")] for dtype in _rounded(signature)) * (NARROW if narrow else 1.0)
+
+
+def _rounded(signature: AnySignature) -> list[torch.dtype]:
+    """The dtypes to which something is rounded on its way; of the delta rule, those of q, k and v alone."""
+    fields = [signature.dtype] if isinstance(signature, Signature) else list(signature)
+    return [field for field in fields if field in LIMITS]
+
+
+def smallest(signature: AnySignature) -> float:
     """A truth that is smaller everywhere counts as this: fp16 operands hold no smaller ones."""
-    return 2.0**-14 if isinstance(signature, Signature) and signature.dtype == torch.float16 else 0.0
+    return 2.0**-14 if torch.float16 in _rounded(signature) else 0.0
 
 
 def _errors(found: dict[str, Tensor], exact: dict[str, Tensor], floor: float) -> dict[str, float]:
@@ -169,8 +186,11 @@ def _errors(found: dict[str, Tensor], exact: dict[str, Tensor], floor: float) ->
 Results = dict[str, Tensor]
 
 
-def _results(device: torch.device, signature: Signature | Fold) -> Iterator[tuple[Results, Results, Results]]:
+def _results(device: torch.device, signature: AnySignature) -> Iterator[tuple[Results, Results, Results]]:
     """What the kernels find, what they find again, and the truth."""
+    if not isinstance(signature, Signature | Fold):
+        yield from proof_layers.results(device, signature)
+        return
     K, V = signature.K, signature.V
     if isinstance(signature, Signature):
         for case in CASES:
@@ -203,9 +223,9 @@ def _folded(
         states, last = triton_scan.fold(M, U, start, passes, N, reverse)
         mailed = _by_mail(M, U, start, passes, reverse)
     elif reverse:
-        states, last = LocalScan().reverse(M, U, passes, start, True, True)
+        states, last = LocalScan().reverse(M, U, passes, start, True, True)()
     else:
-        states, last = LocalScan().forward(M, U, passes, start, True)
+        states, last = LocalScan().forward(M, U, passes, start, True)()
     assert last is not None
     # The state before the first segment is a copy: rows of zeros would have no relative error.
     inner = states[:-1] if reverse else states[1:]
@@ -305,7 +325,7 @@ def _differentiated(
     return found if final is None else found | {"final": final.detach()}
 
 
-def _compile(device: torch.device, signature: Signature | Fold) -> None:
+def _compile(device: torch.device, signature: AnySignature) -> None:
     """Every launch of a proof once, in a mode that compiles; here and not in autograd's thread, where Triton would
     compile one after another."""
     if isinstance(signature, Signature):
@@ -319,8 +339,9 @@ def _compile(device: torch.device, signature: Signature | Fold) -> None:
         _, U = chunk_triton.summarise(p, yes, yes)
         chunk_triton.apply(p, U)
         D = chunk_triton.summarise_backward(p, do, yes)
-        chunk_triton.apply_backward(p, U, do, D)
-    for _ in _results(device, Fold(signature.K, signature.V)):
+        chunk_triton.apply_backward(p, U, do, D.clone)
+        signature = Fold(signature.K, signature.V)
+    for _ in _results(device, signature):
         pass
 
 

@@ -9,6 +9,7 @@ Summaries and states are stacked segment first: ``M [N, B, HV, K, K]``, ``U``, `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -17,9 +18,14 @@ from torch import Tensor
 from . import operators
 from .segments import kernels_for_program
 
+Coming = Callable[[], tuple[Tensor, Tensor | None]]  # awaits a pass that was started; called once
+
 
 class Scan(Protocol):
     """What the delta rule asks of a scan: exclusive prefixes over the whole sequence, for the segments held here.
+
+    Each pass is started by a call, and awaited by calling what that returns; what is computed between the two is
+    computed while states travel.
 
     ``has_initial`` and ``want_final`` are the same on every rank of a group. ``continues_NB[n, b]`` says whether the
     state passes through local segment n in row b (False where a document starts inside it); None: always.
@@ -33,7 +39,7 @@ class Scan(Protocol):
         continues_NB: Tensor | None,
         initial_BHKV: Tensor | None,
         want_final: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Coming:
         """``(incoming_NBHKV, final_BHKV)``: the state that enters each local segment, and the one that leaves the
         last segment of the sequence (None unless wanted, and on ranks that do not hold it)."""
         ...
@@ -46,7 +52,7 @@ class Scan(Protocol):
         final_grad_BHKV: Tensor | None,
         has_initial: bool,
         want_final: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Coming:
         """``(outgoing_NBHKV, initial_grad_BHKV)``: the gradient of the state that leaves each local segment, and that
         of the initial state (None without one, and on ranks that do not hold the first segment)."""
         ...
@@ -90,7 +96,7 @@ def stack_states(states: list[Tensor | None], like_NBHKV: Tensor) -> Tensor:
 
 
 class LocalScan:
-    """The scan where every segment is here: one rank."""
+    """The scan where every segment is here: one rank. Nothing travels, and a pass is done when it was started."""
 
     def forward(
         self,
@@ -99,17 +105,18 @@ class LocalScan:
         continues_NB: Tensor | None,
         initial_BHKV: Tensor | None,
         want_final: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Coming:
         if on_gpu(U_NBHKV):
             steps = len(U_NBHKV) - (not want_final)
             incoming_NBHKV, final = operators.fold(M_NBHKK, U_NBHKV, initial_BHKV, continues_NB, steps, False)
-            return incoming_NBHKV, final if want_final else None
+            return lambda: (incoming_NBHKV, final if want_final else None)
         state, incoming, last = initial_BHKV, [], len(U_NBHKV) - 1
         for n in range(len(U_NBHKV)):
             incoming.append(state)
             if n < last or want_final:
                 state = fold(M_NBHKK[n], U_NBHKV[n], state, None if continues_NB is None else continues_NB[n])
-        return stack_states(incoming, U_NBHKV), state if want_final else None
+        states = stack_states(incoming, U_NBHKV)
+        return lambda: (states, state if want_final else None)
 
     def reverse(
         self,
@@ -119,15 +126,16 @@ class LocalScan:
         final_grad_BHKV: Tensor | None,
         has_initial: bool,
         want_final: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Coming:
         del want_final  # all is here: a missing final gradient is a zero one
         if on_gpu(D_NBHKV):
             steps = len(D_NBHKV) - (not has_initial)
             outgoing_NBHKV, first = operators.fold(M_NBHKK, D_NBHKV, final_grad_BHKV, continues_NB, steps, True)
-            return outgoing_NBHKV, first if has_initial else None
+            return lambda: (outgoing_NBHKV, first if has_initial else None)
         grad, outgoing = final_grad_BHKV, []
         for n in reversed(range(len(D_NBHKV))):
             outgoing.append(grad)
             if n > 0 or has_initial:
                 grad = reverse_fold(M_NBHKK[n], D_NBHKV[n], grad, None if continues_NB is None else continues_NB[n])
-        return stack_states(outgoing[::-1], D_NBHKV), grad if has_initial else None
+        grads = stack_states(outgoing[::-1], D_NBHKV)
+        return lambda: (grads, grad if has_initial else None)

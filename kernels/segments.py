@@ -97,7 +97,7 @@ def _held(tokens: int, starts: tuple[int, ...], total: int) -> int:
 
 
 def check_segment_tokens(tokens: int) -> None:
-    if tokens <= 0 or tokens % CHUNK:
+    if not isinstance(tokens, int | torch.SymInt) or tokens <= 0 or tokens % CHUNK:
         raise ValueError(
             f"segment_tokens={tokens}: segments are whole chunks of {CHUNK} tokens; give a positive multiple of {CHUNK}"
         )

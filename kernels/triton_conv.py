@@ -23,6 +23,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from . import proof
+from .signatures import Conv, aligned, stepped
+
 WIDTHS = (2, 3, 4)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x, weight, bias and halo; they need not be the same
 WARPS = 2
@@ -174,9 +177,9 @@ def _gradients(
     return before, open, dweight, dbias
 
 
-@triton.jit(do_not_specialize=["T", "start"])
+@triton.jit(do_not_specialize=["T", "start", "sdb"], do_not_specialize_on_alignment=["doc"])
 def conv_kernel(
-    x, weight, bias, halo, doc, y, T, start, sxb, sxt, sdb,
+    x, weight, bias, halo, doc, y, T, start, sxb: tl.int64, sxt: tl.int64, sdb,
     D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, RUN: tl.constexpr, L: tl.constexpr,
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_HALO: tl.constexpr, HAS_DOC: tl.constexpr,
 ):  # fmt: skip
@@ -198,9 +201,10 @@ def conv_kernel(
             before = _outputs(y, rows, before, weights, shift, doc, t, T, start, d, D, W, L, SILU, HAS_BIAS, False)
 
 
-@triton.jit(do_not_specialize=["T", "start", "run"])
+@triton.jit(do_not_specialize=["T", "start", "run", "sdb"], do_not_specialize_on_alignment=["doc"])
 def conv_gradients_kernel(
-    x, dy, weight, bias, halo, doc, dx, dhalo, parts, T, start, run, sxb, sxt, syb, syt, sdb,
+    x, dy, weight, bias, halo, doc, dx, dhalo, parts, T, start, run,
+    sxb: tl.int64, sxt: tl.int64, syb: tl.int64, syt: tl.int64, sdb,
     D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, L: tl.constexpr,
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_HALO: tl.constexpr, HAS_DOC: tl.constexpr,
 ):  # fmt: skip
@@ -287,10 +291,12 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """``y_BTD``; arguments as :func:`.conv.causal_conv1d` has checked them."""
     B, T, D = x.shape
+    proof.require_kernels(x.device, _signature(x, weight, bias, halo, doc_start, silu))
+    x = stepped(x)
     *tensors, doc_stride, constants = _arguments(FORWARD, x, weight, bias, halo, doc_start, silu)
     y = torch.empty((B, T, D), dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(D, constants["BD"]) * triton.cdiv(T, RUN), B)
-    conv_kernel[grid](x, *tensors, y, T, start, *_strides(x), doc_stride, RUN=RUN, **constants)
+    proof.launch(conv_kernel, grid, x, *tensors, y, T, start, *_strides(x), doc_stride, RUN=RUN, **constants)
     return y
 
 
@@ -301,8 +307,8 @@ def backward(
     """``(dx, dweight, dbias, dhalo)``, in the dtypes of what they are the gradients of."""
     B, T, D = x.shape
     W = weight.shape[1]
-    if D > 1 and dy.stride(2) != 1:  # autograd's own doing: the gradient of a sum, say, is one number expanded
-        dy = dy.contiguous()
+    # Autograd lays dy out as it likes: the gradient of a sum, say, is one number expanded.
+    x, dy = stepped(x), stepped(dy.contiguous())
     *tensors, doc_stride, constants = _arguments(BACKWARD, x, weight, bias, halo, doc_start, silu)
     blocks = triton.cdiv(D, constants["BD"])
     run = max(RUN, triton.cdiv(T, max(1, PROGRAMS // (blocks * B))))
@@ -311,7 +317,8 @@ def backward(
     dx = torch.empty((B, T, D), dtype=x.dtype, device=x.device)
     dhalo = None if halo is None else torch.empty((B, W - 1, D), dtype=halo.dtype, device=x.device)
     parts = torch.empty((B * runs, D * W + (0 if bias is None else D)), dtype=torch.float32, device=x.device)
-    conv_gradients_kernel[(blocks * runs, B)](
+    proof.launch(
+        conv_gradients_kernel, (blocks * runs, B),
         x, dy, *tensors, dx, dx if dhalo is None else dhalo, parts, T, start, run, *_strides(x), *_strides(dy),
         doc_stride, **constants,
     )  # fmt: skip
@@ -335,15 +342,23 @@ def _arguments(
     if doc_start is not None:
         doc = doc_start if doc_start.stride(1) == 1 else doc_start.contiguous()
     return (
-        weight.contiguous(),
-        x if bias is None else bias.contiguous(),
-        x if halo is None else halo.contiguous(),
+        aligned(weight),
+        x if bias is None else aligned(bias),
+        x if halo is None else aligned(halo),
         doc,
         doc.stride(0) if B > 1 else 0,
         constants,
     )
 
 
+def _signature(
+    x: Tensor, weight: Tensor, bias: Tensor | None, halo: Tensor | None, doc_start: Tensor | None, silu: bool
+) -> Conv:
+    bias_dtype, halo_dtype, documents = (None if t is None else t.dtype for t in (bias, halo, doc_start))
+    D, W = weight.shape
+    return Conv(x.dtype, weight.dtype, bias_dtype, halo_dtype, documents, D, W, silu)
+
+
 def _strides(x: Tensor) -> tuple[int, int]:
-    """Of rows and tokens; that of a single row may be anything, and would make another binary."""
-    return (x.stride(0) if x.shape[0] > 1 else 0), x.stride(1)
+    """Of rows and tokens; where there is one of them, its stride is nobody's, and 0."""
+    return (x.stride(0) if x.shape[0] > 1 else 0), (x.stride(1) if x.shape[1] > 1 else 0)

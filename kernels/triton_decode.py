@@ -14,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from . import proof
 from .reference import Rule
+from .signatures import ConvStep, DeltaStep, aligned
 
 WIDEST = 256  # K and V
 TAPS = 8  # of a convolution
@@ -22,11 +24,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COLUMNS = 16  # of the state, a program: rows of 64 bytes; at K = 128, B = 1 and 32 heads two programs a multiprocessor
 NUMBERS = 2048  # of the state, a warp: 64 a thread, half of its registers, and no reduction leaves the warp
 CHANNELS = 256  # of the convolution, a program
+READ, WRITE = "", ""  # eviction policy of the state's loads, cache modifier of its stores
 
 
-@triton.jit(do_not_specialize=["sxb"])
+@triton.jit(do_not_specialize=["sxb"], do_not_specialize_on_alignment=["slots"])
 def conv_step_kernel(
-    x, tail, weight, bias, slots, y, sxb,
+    x, tail, weight, bias, slots, y, sxb: tl.int64,
     D: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr,
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -55,12 +58,16 @@ def conv_step_kernel(
     tl.store(y + b * D + d, z.to(new.dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["sqb", "skb", "svb", "sgb", "sbb"])
+@triton.jit(
+    do_not_specialize=["sqb", "skb", "svb", "sgb", "sbb"],
+    do_not_specialize_on_alignment=["g", "beta", "A_log", "dt_bias", "slots"],
+)
 def delta_step_kernel(
-    q, k, v, g, beta, A_log, dt_bias, slots, state, o, scale, sqb, skb, svb, sgb, sbb,
+    q, k, v, g, beta, A_log, dt_bias, slots, state, o, scale,
+    sqb: tl.int64, skb: tl.int64, svb: tl.int64, sgb: tl.int64, sbb: tl.int64,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ERASE: tl.constexpr, HAS_G: tl.constexpr, PREVIOUS: tl.constexpr, NORM: tl.constexpr, GATES: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     HV: tl.constexpr = H * G
     blocks: tl.constexpr = (V + BV - 1) // BV
@@ -80,7 +87,10 @@ def delta_step_kernel(
     whole: tl.constexpr = (K == BK) and (V % BV == 0)
     qt = tl.load(q + b * sqb + (hv // G) * K + ck, mask=k_inside, other=0.0)
     kt = tl.load(k + b * skb + (hv // G) * K + ck, mask=k_inside, other=0.0)
-    S = tl.load(at) if whole else tl.load(at, mask=k_inside[:, None] & v_inside[None, :], other=0.0)
+    if whole:
+        S = tl.load(at, eviction_policy=READ)
+    else:
+        S = tl.load(at, mask=k_inside[:, None] & v_inside[None, :], other=0.0)
     error = tl.load(v + b * svb + hv * V + cv, mask=v_inside, other=0.0).to(tl.float32)
     strength = tl.load(beta + b * sbb + hv).to(tl.float32)
     if HAS_G:
@@ -106,7 +116,7 @@ def delta_step_kernel(
         S *= alpha
     S += kt[:, None] * (strength * error)[None, :]
     if whole:
-        tl.store(at, S)
+        tl.store(at, S, cache_modifier=WRITE)
     else:
         tl.store(at, S, mask=k_inside[:, None] & v_inside[None, :])
     ot = tl.sum(qt[:, None] * S, 0)
@@ -127,12 +137,19 @@ def conv_step(
     """:func:`.decode.conv_step` of arguments that it has looked at."""
     B, D = x_BD.shape
     W = weight_DW.shape[1]
-    x_BD = x_BD if x_BD.stride(1) == 1 else x_BD.contiguous()
+    x_BD = _packed(x_BD)
     y = torch.empty(B, D, dtype=x_BD.dtype, device=x_BD.device)
     if B:
         with torch.cuda.device_of(x_BD):
-            conv_step_kernel[(triton.cdiv(D, CHANNELS), B)](
-                x_BD, tail_BWD, weight_DW.contiguous(), y if bias_D is None else bias_D.contiguous(),
+            bias_dtype, slots_dtype = (None if t is None else t.dtype for t in (bias_D, slots_B))
+            signature = ConvStep(
+                x_BD.dtype, tail_BWD.dtype, weight_DW.dtype, bias_dtype, slots_dtype, D, W, silu,
+                tail_BWD.data_ptr() % 16 == 0,
+            )  # fmt: skip
+            proof.require_kernels(x_BD.device, signature)
+            proof.launch(
+                conv_step_kernel, (triton.cdiv(D, CHANNELS), B),
+                x_BD, tail_BWD, aligned(weight_DW), y if bias_D is None else aligned(bias_D),
                 y if slots_B is None else slots_B.contiguous(), y, x_BD.stride(0),
                 D=D, W=W, BW=triton.next_power_of_2(W), BD=CHANNELS,
                 SILU=silu, HAS_BIAS=bias_D is not None, HAS_SLOTS=slots_B is not None, num_warps=1,
@@ -157,20 +174,28 @@ def delta_step(
     and beta are the projections that the gates are made of."""
     B, H, K = q_BHK.shape
     HV, V = v_BHV.shape[1:]
-    q, k, v = (_packed(x) for x in (q_BHK, k_BHK, v_BHV))
-    beta = _packed(beta_BH)
+    q, k, v, beta = (_packed(x) for x in (q_BHK, k_BHK, v_BHV, beta_BH))
     g = beta if g_BH is None else _packed(g_BH)
     A_log, dt_bias = (beta, beta) if gates is None else (x.contiguous() for x in gates)
     BK, BV = triton.next_power_of_2(K), min(COLUMNS, triton.next_power_of_2(V))
     o = torch.empty(B, HV, V, dtype=v.dtype, device=v.device)
     if B:
         with torch.cuda.device_of(v):
-            delta_step_kernel[(B * HV * triton.cdiv(V, BV),)](
-                q, k, v, g, beta, A_log, dt_bias, o if slots_B is None else slots_B.contiguous(), state_BHKV, o, scale,
+            g_dtype, slots_dtype = (None if t is None else t.dtype for t in (g_BH, slots_B))
+            A_dtype, bias_dtype = (None, None) if gates is None else (A_log.dtype, dt_bias.dtype)
+            signature = DeltaStep(
+                q.dtype, k.dtype, v.dtype, beta.dtype, g_dtype, A_dtype, bias_dtype, slots_dtype, H, HV, K, V, rule,
+                l2norm, state_BHKV.data_ptr() % 16 == 0,
+            )  # fmt: skip
+            proof.require_kernels(v.device, signature)
+            proof.launch(
+                delta_step_kernel, (B * HV * triton.cdiv(V, BV),),
+                q, k, v, g, beta, A_log, dt_bias, o if slots_B is None else slots_B.contiguous(), state_BHKV, o,
+                float(scale),
                 q.stride(0), k.stride(0), v.stride(0), g.stride(0), beta.stride(0),
                 H=H, G=HV // H, K=K, V=V, BK=BK, BV=BV, ERASE=rule.erase, HAS_G=g_BH is not None,
                 PREVIOUS=rule.error_decay == "previous", NORM=l2norm, GATES=gates is not None,
-                HAS_SLOTS=slots_B is not None, num_warps=warps(BK, BV),
+                HAS_SLOTS=slots_B is not None, READ=READ, WRITE=WRITE, num_warps=warps(BK, BV),
             )  # fmt: skip
     return o
 
@@ -180,13 +205,14 @@ def warps(BK: int, BV: int) -> int:
 
 
 def _packed(x: Tensor) -> Tensor:
-    """x with all but its first axis packed; a row may be part of a longer one, as in a projection's output."""
+    """x with all but its first axis packed, at a multiple of 16 bytes; a row may be part of a longer one, as in a
+    projection's output."""
     inner = 1
     for size, stride in zip(x.shape[:0:-1], x.stride()[:0:-1], strict=True):
         if size > 1 and stride != inner:
-            return x.contiguous()
+            return aligned(x)
         inner *= size
-    return x
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def refuse(widths: dict[str, int], floats: dict[str, Tensor], in_place: dict[str, Tensor], way_out: str) -> None:

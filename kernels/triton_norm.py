@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from . import proof
+from .signatures import Norm, aligned, stepped
 from .triton_conv import sigmoid
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x, gate and weight; they need not be the same
@@ -59,7 +61,8 @@ def _norm(x, weight, there, eps, D: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl
 
 @triton.jit(do_not_specialize=["N", "eps"])
 def gated_norm_kernel(
-    x, gate, weight, y, N, eps, sxa, sxn, sxh, sga, sgn, sgh,
+    x, gate, weight, y, N, eps,
+    sxa: tl.int64, sxn: tl.int64, sxh: tl.int64, sga: tl.int64, sgn: tl.int64, sgh: tl.int64,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BD)[None, :]
@@ -75,7 +78,9 @@ def gated_norm_kernel(
 
 @triton.jit(do_not_specialize=["N", "tiles", "each", "eps"])
 def gated_norm_gradients_kernel(
-    x, gate, weight, dy, dx, dgate, parts, N, tiles, each, eps, sxa, sxn, sxh, sga, sgn, sgh, sya, syn, syh,
+    x, gate, weight, dy, dx, dgate, parts, N, tiles, each, eps,
+    sxa: tl.int64, sxn: tl.int64, sxh: tl.int64, sga: tl.int64, sgn: tl.int64, sgh: tl.int64,
+    sya: tl.int64, syn: tl.int64, syh: tl.int64,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BD)[None, :]
@@ -134,25 +139,29 @@ def forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     (A, N, H), (x, gate), strides = _axes(x, gate)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     constants = _constants(x, weight, H)
+    proof.require_kernels(x.device, Norm(x.dtype, gate.dtype, weight.dtype, x.shape[-1], H))
     grid = (A * triton.cdiv(N * H, constants["BR"]),)
-    gated_norm_kernel[grid](x, gate, weight.contiguous(), y, N, eps, *strides, **constants)
+    proof.launch(gated_norm_kernel, grid, x, gate, aligned(weight), y, N, float(eps), *strides, **constants)
     return y
 
 
-def backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dx, dgate, dweight)``, in the dtypes of what they are the gradients of."""
-    if dy.shape[-1] > 1 and dy.stride(-1) != 1:  # autograd's own doing: the gradient of a sum is one number expanded
-        dy = dy.contiguous()
-    (A, N, H), (x, gate, dy), strides = _axes(x, gate, dy)
+def backward(
+    dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float, most: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dx, dgate, dweight)``, in the dtypes of what they are the gradients of. ``most``: programs, at the most."""
+    # Autograd lays dy out as it likes: the gradient of a sum, say, is one number expanded. Contiguous, it lets all axes
+    # be counted as one that forward has.
+    (A, N, H), (x, gate, dy), strides = _axes(x, gate, dy.contiguous())
     dx, dgate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate))
     constants = _constants(x, weight, H)
     tiles = A * triton.cdiv(N * H, constants["BR"])
-    each = triton.cdiv(tiles, max(PROGRAMS, PARTS // constants["BD"]))
+    each = triton.cdiv(tiles, most or max(PROGRAMS, PARTS // constants["BD"]))
     programs = triton.cdiv(tiles, each)
     parts = torch.empty((programs, x.shape[-1]), dtype=torch.float32, device=x.device)
-    gated_norm_gradients_kernel[(programs,)](
-        x, gate, weight.contiguous(), dy, dx, dgate, parts, N, tiles, each, eps, *strides, **constants
-    )
+    proof.launch(
+        gated_norm_gradients_kernel, (programs,),
+        x, gate, aligned(weight), dy, dx, dgate, parts, N, tiles, each, float(eps), *strides, **constants,
+    )  # fmt: skip
     return dx, dgate, parts.sum(0).to(weight.dtype)
 
 
@@ -171,6 +180,7 @@ def _axes(*tensors: Tensor) -> tuple[tuple[int, int, int], tuple[Tensor, ...], l
     H, which makes a binary of its own, is 1 but where heads lie further apart than their width, or N is short.
     """
     D, shape = tensors[0].shape[-1], tensors[0].shape[:-1]
+    tensors = tuple(map(stepped, tensors))
     if all(t.is_contiguous() for t in tensors):
         return (1, shape.numel(), 1), tensors, [0, D, 0] * len(tensors)
     axes: list[tuple[int, list[int]]] = []

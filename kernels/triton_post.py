@@ -8,10 +8,13 @@ messages taken, which the sender waits for before it fills the slot again. All c
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import proof
+from .signatures import Post
 from .triton_scan import WAITED, Clock, wait_kernel
 
 RING = 8  # messages between two ranks that may be under way; a power of two, no fewer than a sender's slots
@@ -50,6 +53,11 @@ def taken_kernel(ring, taken, emptied, RING: tl.constexpr, APART: tl.constexpr):
     tl.atomic_add(emptied + slot * APART, 1, sem="release", scope="sys")
 
 
+def require(device: torch.device) -> None:
+    """The kernels are proven here; before the first message, since whoever waits for one has a deadline."""
+    proof.require_kernels(device, Post(RING))
+
+
 def wait_room(filled: Tensor, emptied: Tensor, clock: Clock, where: int, peer: int) -> None:
     """The stream goes on when a slot's last message has been taken, or when time is up."""
     _wait(filled, emptied, clock, where, peer, sends=True)
@@ -61,7 +69,8 @@ def wait_message(posted: Tensor, taken: Tensor, clock: Clock, where: int, peer: 
 
 
 def _wait(mine: Tensor, other: Tensor, clock: Clock, where: int, peer: int, sends: bool) -> None:
-    wait_kernel[(1,)](
+    proof.launch(
+        wait_kernel, (1,),
         other, mine, other, mine, clock.status, clock.record, clock.stamps, 1, clock.limit, where, peer, int(not sends),
         int(sends), 1, BLOCK=WAITED, TIMED=clock.status.is_cuda, num_warps=1, num_stages=1,
     )  # fmt: skip
@@ -69,14 +78,15 @@ def _wait(mine: Tensor, other: Tensor, clock: Clock, where: int, peer: int, send
 
 def post(sent: Tensor, filled: Tensor, ring: Tensor, posted: Tensor, clock: Clock, slot: int) -> None:
     """Says that a slot of this sender holds the next message; ``ring`` and ``posted`` are in the receiver's memory."""
-    post_kernel[(1,)](sent, filled, ring, posted, clock.status, slot, RING=RING, num_warps=1)
+    proof.launch(post_kernel, (1,), sent, filled, ring, posted, clock.status, slot, RING=RING, num_warps=1)
 
 
 def take(slots: Tensor, ring: Tensor, taken: Tensor, emptied: Tensor, out: Tensor) -> None:
     """Copies the message that has come out of the sender's ``slots`` (int32 ``[slots, words]``) into ``out``, int32,
     and says so in the sender's ``emptied``."""
     words = out.numel()
-    take_kernel[(triton.cdiv(words, BLOCK),)](
-        slots, ring, taken, out, words, slots.shape[1], RING=RING, BLOCK=BLOCK, num_warps=8
-    )
-    taken_kernel[(1,)](ring, taken, emptied, RING=RING, APART=APART, num_warps=1)
+    proof.launch(
+        take_kernel, (triton.cdiv(words, BLOCK),),
+        slots, ring, taken, out, words, slots.shape[1], RING=RING, BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
+    proof.launch(taken_kernel, (1,), ring, taken, emptied, RING=RING, APART=APART, num_warps=1)

@@ -85,7 +85,7 @@ def _now(TIMED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tiles", "limit", "where", "peer", "receives", "sends", "depth"])
 def wait_kernel(
-    ready, taken, free, sent, status, record, stamps, tiles, limit, where, peer, receives, sends, depth,
+    ready, taken, free, sent, status, record, stamps, tiles, limit: tl.int64, where, peer, receives, sends, depth,
     BLOCK: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, BLOCK)

@@ -1,10 +1,11 @@
-"""What is known of the delta rule's binaries on this machine, in memory and on disk; :mod:`.proof` has the story."""
+"""What is known of the kernels' binaries on this machine, in memory and on disk; :mod:`.proof` has the story."""
 
 from __future__ import annotations
 
 import fcntl
 import functools
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -18,72 +19,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 
-from .reference import Rule
-from .segments import Inputs
+from .signatures import MODULES, AnySignature, Signature, to_json
 
 if TYPE_CHECKING:
     from .chunk_triton import Launch
 
 Launches = Mapping[str, "Launch"]
+IN_GLUON = ("prepare_pairs", "whole_states", "whole_reverse", "backward")  # of LAUNCHES: the passes' kernels for Hopper
 
-FORMAT = 2  # of the files; another number where a proof asks for more than it did
+FORMAT = 3  # of the files; another number where a proof asks for more than it did
 _log = logging.getLogger(__name__)
-
-
-class Signature(NamedTuple):
-    """All of a call's inputs that decides its kernels' binaries; strides are those of tokens and heads."""
-
-    dtype: torch.dtype  # of q, k, v
-    H: int
-    HV: int
-    K: int
-    V: int
-    q: tuple[int, ...]
-    k: tuple[int, ...]
-    v: tuple[int, ...]
-    beta: tuple[int, ...]
-    beta_dtype: torch.dtype
-    g: tuple[int, ...] | None
-    g_dtype: torch.dtype | None
-    documents: torch.dtype | None
-    rule: Rule
-    normalise: bool
-
-    @staticmethod
-    def of(x: Inputs) -> Signature:
-        """Of inputs as the kernels are given them."""
-        (_, _, H, K), (_, _, HV, V) = x.k.shape, x.v.shape
-        g, doc = x.g, x.doc_start
-        return Signature(
-            x.v.dtype, H, HV, K, V, strides(x.q, H), strides(x.k, H), strides(x.v, HV), strides(x.beta, HV),
-            x.beta.dtype, None if g is None else strides(g, HV), None if g is None else g.dtype,
-            None if doc is None else doc.dtype, x.rule, x.normalise_qk,
-        )  # fmt: skip
-
-    def __str__(self) -> str:
-        parts = [f"{_short(self.dtype)}, {self.H} key and {self.HV} value heads, K={self.K}, V={self.V}"]
-        parts += ["decay"] * (self.g is not None) + ["documents"] * (self.documents is not None)
-        parts += ["normalised q and k"] * self.normalise + ["no erase"] * (not self.rule.erase)
-        parts += ["error from the undecayed state"] * (self.rule.error_decay == "previous")
-        return ", ".join(parts)
-
-
-def strides(x: Tensor, heads: int) -> tuple[int, int]:
-    """Of tokens and heads; where there is one head its stride is nobody's, and 0."""
-    along = x.stride()
-    return along[1], along[2] if heads > 1 else 0
-
-
-class Fold(NamedTuple):
-    """What decides the binaries of the fold of summaries (:mod:`.triton_scan`)."""
-
-    K: int
-    V: int
-
-    def __str__(self) -> str:
-        return f"fold of states, K={self.K}, V={self.V}"
 
 
 class Toolchain(NamedTuple):
@@ -104,7 +50,7 @@ class Toolchain(NamedTuple):
 class Verdict:
     """What is known of a signature: the table that is proven for it, None where none is, and what was refused."""
 
-    signature: Signature | Fold
+    signature: AnySignature
     table: str | None
     errors: dict[str, float] = field(default_factory=dict)  # |error| / |truth| of each result
     binaries: list[dict[str, Any]] = field(default_factory=list)  # hash, kernel, constants, warps, stages, ...
@@ -127,12 +73,12 @@ def candidates() -> dict[str, Launches]:
         name: {use: _at_most(how, **change) for use, how in LAUNCHES.items()} for name, change in changes.items()
     }
     for name in list(tables)[1:]:  # see LAUNCHES
-        tables[name] |= {use: replace(LAUNCHES[use], warps=0) for use in ("prepare_pairs", "whole_states", "backward")}
+        tables[name] |= {use: replace(LAUNCHES[use], warps=0) for use in IN_GLUON}
     return dict(tables)
 
 
-def to_try(signature: Signature | Fold) -> list[str]:
-    """The tables that a signature has; the fold has one launch, whatever the table."""
+def to_try(signature: AnySignature) -> list[str]:
+    """The tables that a signature has; all but the delta rule's passes have one launch, whatever the table."""
     tables = list(candidates())
     return tables if isinstance(signature, Signature) else tables[:1]
 
@@ -174,7 +120,7 @@ def toolchain(device: torch.device) -> Toolchain:
     )
 
 
-def file_of(where: Toolchain, signature: Signature | Fold) -> Path:
+def file_of(where: Toolchain, signature: AnySignature) -> Path:
     """Where the verdict is kept."""
     return folder() / _name(where) / f"{_key(where, signature)}.json"
 
@@ -184,20 +130,27 @@ def _name(where: Toolchain) -> str:
     return f"{gpu}-{where.capability[0]}.{where.capability[1]}-triton-{where.triton}-ptxas-{where.ptxas}"
 
 
-def _key(where: Toolchain, signature: Signature | Fold) -> str:
+def _key(where: Toolchain, signature: AnySignature) -> str:
     """Of everything that decides a verdict: a changed kernel, compiler, setting or table is another key."""
-    tables = {name: {use: asdict(how) for use, how in table.items()} for name, table in candidates().items()}
-    text = json.dumps([FORMAT, where, to_json(signature), tables, _sources()])
+    tables = {name: {use: asdict(how) for use, how in candidates()[name].items()} for name in to_try(signature)}
+    launches = tables if isinstance(signature, Signature) else {}
+    text = json.dumps([FORMAT, where, to_json(signature), launches, _sources(type(signature).__name__)])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _sources() -> dict[str, str]:
-    """The kernels with all that they call, by Triton's hashes; interpreted ones have none."""
-    from . import chunk_triton, triton_scan
-
-    found = vars(chunk_triton) | vars(triton_scan)
+@functools.cache
+def _sources(kind: str) -> dict[str, str]:
+    """The kernels of a kind with all that they call, by Triton's hashes (interpreted ones have none), and the texts of
+    the modules that launch them."""
+    modules = [importlib.import_module(f".{name}", __package__) for name in MODULES[kind]]
+    found = {name: x for module in modules for name, x in vars(module).items()}
     kernels = {name: kernel for name, kernel in found.items() if isinstance(kernel, triton.JITFunction)}
-    return {name: kernels[name].cache_key for name in sorted(kernels)}
+    hashes = {name: kernels[name].cache_key for name in sorted(kernels)}
+    return hashes | {name: hashlib.sha256(_text(name)).hexdigest() for name in MODULES[kind]}
+
+
+def _text(module: str) -> bytes:
+    return Path(__file__).with_name(f"{module}.py").read_bytes()
 
 
 @contextmanager
@@ -217,7 +170,7 @@ def alone(file: Path) -> Iterator[None]:
         yield
 
 
-def read(file: Path, signature: Signature | Fold) -> Verdict | None:
+def read(file: Path, signature: AnySignature) -> Verdict | None:
     try:
         kept = json.loads(file.read_text())
         table, binaries, tables = kept["table"], kept["binaries"], to_try(signature)
@@ -251,21 +204,3 @@ def write(file: Path, verdict: Verdict, where: Toolchain) -> None:
             file.parent,
             error.strerror or error,
         )
-
-
-def to_json(signature: Signature | Fold) -> dict[str, Any]:
-    values = {n: _short(x) if isinstance(x, torch.dtype) else x for n, x in signature._asdict().items()}
-    return values | ({"rule": asdict(signature.rule)} if isinstance(signature, Signature) else {})
-
-
-def from_json(values: dict[str, Any]) -> Signature | Fold:
-    if "rule" not in values:
-        return Fold(**values)
-    read: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
-    for name in ("dtype", "beta_dtype", "g_dtype", "documents"):
-        read[name] = None if read[name] is None else getattr(torch, read[name])
-    return Signature(**read | {"rule": Rule(**values["rule"])})
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -112,7 +112,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, backend:
     if _one_call(plan):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         o, lse = backend.forward(q, k, v, (0, plan.local_tokens), scale)
-        return o.transpose(1, 2).contiguous(), lse.to(wide)
+        return o.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format), lse.to(wide)
     o = torch.empty(*q.shape[:3], v.shape[3], dtype=wide if _merges(plan) else q.dtype, device=q.device)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide, device=q.device)
     keys = _Keys(k, v, plan, "forward")
@@ -131,7 +131,7 @@ def _merge(o: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, first: bool) 
         lse.copy_(part_lse)
         return
     both = torch.logaddexp(lse, part_lse)
-    o.mul_(torch.exp(lse - both)[..., None]).add_(part * torch.exp(part_lse - both)[..., None])
+    o.mul_(torch.exp(lse - both)[..., None]).addcmul_(part, torch.exp(part_lse - both)[..., None])
     lse.copy_(both)
 
 
@@ -141,7 +141,7 @@ def _backward(
     if _one_call(plan):
         do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
         dq, dk, dv = backend.backward(do, q, k, v, o, lse, (0, plan.local_tokens), scale)
-        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+        return dq.transpose(1, 2).to(q.dtype), dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
     wide = _wide(q) if _merges(plan) else q.dtype
     dq, dk, dv = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (q, k, v))
     keys = _Keys(k, v, plan, "backward")

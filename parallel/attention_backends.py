@@ -6,38 +6,43 @@
 ``q_BHSD``, ``k_BGUD``, ``v_BGUD`` with H a multiple of G (query head h reads key head h // (H // G)). ``edges`` says
 which keys a query sees: ``()``, all of them, a full rectangle; ``(0, S)``, those up to itself, a causal square;
 ``(0, a, b, S)``, those of its own document up to itself, squares side by side (B = 1). ``lse_BHS`` is the log of the
-sum of exponentials, fp32 (fp64 for fp64). The backward is given the *merged* output and lse of all calls of a query;
-its dq, dk, dv are then the call's share of the whole gradient (Dao 2023, FlashAttention-2, section 3.1:
-P = exp(S - lse), delta = rowsum(dO * O)).
+sum of exponentials, fp32 (fp64 for fp64). Results are in q's dtype, or wider where a backend has them so: what is
+merged or summed is then rounded once. The backward is given the *merged* output and lse of all calls of a query; its
+dq, dk, dv are then the call's share of the whole gradient (Dao 2023, FlashAttention-2, section 3.1: P = exp(S - lse),
+delta = rowsum(dO * O)).
 
     cudnn       cuDNN through torch, bf16 and fp16. A plan is built, and kept, for every pair of lengths (a second or
                 so): lengths that are no multiple of 512, and several documents in one call, go to flash instead.
                 Sums dq with atomics: two runs differ in the last bits.
-    flash       FlashAttention through torch, bf16 and fp16. flash_deterministic: the same, dq summed in a fixed order.
+    flash       FlashAttention, bf16 and fp16: torch's, and the flash-attn packages' where they are installed, as
+                flash_attn_2, flash_attn_3 and flash_attn_4 (see flash.py). With ``_deterministic`` behind its name each
+                sums dq in a fixed order.
     flash_cpu   torch's own for the CPU.        plain   matrix products of any dtype on any device, by tiles of queries.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import PlanError
+from .flash import VERSIONS, Edges
 
 aten = torch.ops.aten
 
 TILE = 512  # queries that the plain backend works on at a time
 CUDNN_TOKENS = 512  # cuDNN is asked for lengths that are multiples of this
 PROOF_ERROR = 2e-2  # |got - plain| / |plain|, of bf16 operands; a wrong kernel is off by far more
-
-Edges = tuple[int, ...]
+TIMES = 3  # that a backend is timed
+DETERMINISTIC = "_deterministic"
+FASTER = 1.1  # times: another backend must be this much faster than one before it to be taken instead
+LONGEST = {"cpu": 256, "cuda": 16384}  # tokens of the block that they are timed on
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,13 @@ class Heads:
     value_width: int
 
 
-def choose(heads: Heads, asked: str = "auto", deterministic: bool = False) -> tuple[Backend, str]:
-    """The backend for these heads, and in words why those before it were passed over (empty where none was).
+def choose(heads: Heads, asked: str = "auto", deterministic: bool = False, tokens: int = 0) -> tuple[Backend, str]:
+    """The backend for these heads, and in words why it is this one (empty where there is nothing to say).
 
-    ``auto`` on a CPU: flash_cpu, then plain; on a GPU the first of cudnn, flash and plain that a small problem of these
-    heads proves right, forward and backward; ``deterministic``: the first that repeats its bits. The proof runs once a
-    process, and waits for the device.
+    ``auto``: of those that a small problem of these heads proves right, forward and backward, the one that is fastest
+    there and back on a causal square of ``tokens``; with 0 of them nothing is timed and the first of cudnn, flash and
+    plain is taken (on a CPU flash_cpu, then plain). ``deterministic``: of those that repeat their bits. The proofs run
+    once a process, and wait for the device.
 
     Raises: PlanError for a backend that was asked for by name and cannot be used.
     """
@@ -78,15 +84,66 @@ def choose(heads: Heads, asked: str = "auto", deterministic: bool = False) -> tu
                 f"{REPEATABLE[asked]}"
             )
         return BACKENDS[asked], ""
-    order = ("flash_cpu", "plain") if heads.device.type == "cpu" else ("cudnn", "flash", "plain")
-    passed: list[str] = []
-    for name in order:
-        name = REPEATABLE.get(name, name) if deterministic else name
+    usable: list[Backend] = []
+    words: list[str] = []
+    for name in _order(heads, deterministic, tokens):
+        if name == "plain" and usable and heads.device.type == "cuda":
+            break  # it is not for speed there
         reason = unusable(name, heads)
         if reason is None:
-            return BACKENDS[name], "; ".join(passed)
-        passed.append(f"{name}: {reason}")
-    raise AssertionError("the plain backend takes everything")
+            usable.append(BACKENDS[name])
+        else:
+            words.append(f"{name}: {reason}")
+        if usable and not tokens:
+            break
+    best = usable[0]
+    if len(usable) > 1:
+        tokens = min(tokens, LONGEST[heads.device.type])
+        times = {backend.name: _seconds(backend.name, heads, tokens) for backend in usable}
+        for backend in usable[1:]:
+            if times[backend.name] * FASTER < times[best.name]:
+                best = backend
+        timed = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in times.items())
+        words.insert(0, f"there and back on {tokens:,} tokens: {timed}")
+    return best, "; ".join(words)
+
+
+def _order(heads: Heads, deterministic: bool, timed: int) -> list[str]:
+    """Backends to look at, those first that are taken where nothing is timed."""
+    if heads.device.type == "cpu":
+        return ["flash_cpu", "plain"]
+    packages = [name for name, version in VERSIONS.items() if timed and version.module and not version.missing()]
+    names = ["cudnn", "flash", *packages, "plain"]
+    return list(dict.fromkeys(REPEATABLE.get(name, name) if deterministic else name for name in names))
+
+
+@functools.cache
+def _seconds(name: str, heads: Heads, tokens: int) -> float:
+    """The fastest of some times there and back on a causal square."""
+    backend, scale, edges = BACKENDS[name], heads.width**-0.5, (0, tokens)
+    q, k = (_normal(heads, count, heads.width, tokens, count) for count in (heads.queries, heads.keys))
+    v, do = (_normal(heads, count, heads.value_width, tokens, 7) for count in (heads.keys, heads.queries))
+
+    def wait() -> None:
+        if heads.device.type == "cuda":
+            torch.cuda.synchronize(heads.device)
+
+    times = []
+    for _ in range(TIMES + 1):  # the first is not counted: plans are made, kernels loaded
+        wait()
+        began = time.perf_counter()
+        o, lse = backend.forward(q, k, v, edges, scale)
+        backend.backward(do, q, k, v, o, lse, edges, scale)
+        wait()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def _normal(heads: Heads, count: int, width: int, tokens: int, seed: int) -> Tensor:
+    """``[1, count, tokens, width]`` as layers have it: tokens before heads in memory."""
+    draw = torch.Generator(heads.device).manual_seed(seed)
+    shape = (1, tokens, count, width)
+    return torch.randn(shape, generator=draw, device=heads.device).to(heads.dtype).transpose(1, 2)
 
 
 @functools.cache
@@ -107,25 +164,24 @@ def unusable(name: str, heads: Heads) -> str | None:
         return f"it is for bf16 and fp16, not {str(heads.dtype).removeprefix('torch.')}"
     if heads.width % 8 or heads.width > 256:
         return f"heads are {heads.width} wide, it takes multiples of 8 up to 256"
-    return _failed_proof(BACKENDS[name], heads)
+    version = VERSIONS.get(name.removesuffix(DETERMINISTIC))
+    return (version.missing() if version else None) or _failed_proof(BACKENDS[name], heads)
 
 
 def _failed_proof(backend: Backend, heads: Heads) -> str | None:
     """What is wrong with a backend on this device, found on small problems whose answer the plain one knows."""
-    draw = torch.Generator(heads.device).manual_seed(0)
-
-    def normal(count: int, tokens: int) -> Tensor:
-        shape = (1, tokens, count, heads.width)
-        return torch.randn(shape, generator=draw, device=heads.device).to(heads.dtype).transpose(1, 2)
-
     S, scale = CUDNN_TOKENS, heads.width**-0.5
     for U, edges in ((S, (0, S)), (2 * S, ()), (S, (0, 100, 101, S))):
-        q, do = normal(heads.queries, S), normal(heads.queries, S)
-        k, v = normal(heads.keys, U), normal(heads.keys, U)
+        q, do = (_normal(heads, heads.queries, heads.width, S, seed) for seed in (0, 1))
+        k, v = (_normal(heads, heads.keys, heads.width, U, seed) for seed in (2, 3))
         try:
             o, lse = backend.forward(q, k, v, edges, scale)
             got = (o, lse, *backend.backward(do, q, k, v, o, lse, edges, scale))
-        except RuntimeError as failure:
+            if backend.name in REPEATABLE.values():
+                again = backend.backward(do, q, k, v, o, lse, edges, scale)
+                if not all(torch.equal(a, b) for a, b in zip(again, got[2:], strict=True)):
+                    return "its backward does not repeat its bits"
+        except Exception as failure:  # whatever a package of another version raises
             return (str(failure).strip() or type(failure).__name__).splitlines()[0]
         do, q, k, v = do.float(), q.float(), k.float(), v.float()
         wide, wide_lse = PLAIN.forward(q, k, v, edges, scale)
@@ -155,7 +211,7 @@ def _dense(x_BHSD: Tensor) -> Tensor:
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, edges: Edges, scale: float) -> tuple[Tensor, Tensor]:
     if not _cudnn_takes(q, k, edges):
-        return _flash_forward(q, k, v, edges, scale)
+        return FLASH.forward(q, k, v, edges, scale)
     q, k, v = _dense(q), _dense(k), _dense(v)
     o, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, bool(edges), False, scale=scale)
     return o, lse.squeeze(-1)
@@ -165,83 +221,13 @@ def _cudnn_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, edges: Edges, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not _cudnn_takes(q, k, edges):
-        return _flash_backward(do, q, k, v, o, lse, edges, scale)
+        return FLASH.backward(do, q, k, v, o, lse, edges, scale)
     do, q, k, v, o = (_dense(x) for x in (do, q, k, v, o))
     unused = torch.empty((), dtype=torch.int64, device=q.device)  # seed and offset of a dropout that there is not
     return aten._scaled_dot_product_cudnn_attention_backward(
         do, q, k, v, o, lse.contiguous().unsqueeze(-1), unused, unused, None, None, None, q.shape[2], k.shape[2], 0.0,
         bool(edges), scale=scale,
     )  # fmt: skip
-
-
-# FlashAttention through torch: tokens before heads, and several documents as one call.
-
-
-def _flash_forward(q: Tensor, k: Tensor, v: Tensor, edges: Edges, scale: float) -> tuple[Tensor, Tensor]:
-    if len(edges) <= 2:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        o, lse, *_ = aten._flash_attention_forward(
-            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, bool(edges), False, scale=scale
-        )
-        return o.transpose(1, 2), lse
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-    starts, longest = _starts(edges, q.device), _longest(edges)
-    o, lse, *_ = aten._flash_attention_forward(
-        q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
-    )
-    return o.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0)
-
-
-def _flash_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, edges: Edges, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not
-    unused = torch.empty(0, device=q.device)
-    if len(edges) <= 2:
-        do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
-        grads = aten._flash_attention_backward(
-            do, q, k, v, o, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, bool(edges), state, unused,
-            scale=scale,
-        )  # fmt: skip
-        return tuple(grad.transpose(1, 2) for grad in grads)
-    do, q, k, v, o = (x[0].transpose(0, 1) for x in (do, q, k, v, o))
-    starts, longest = _starts(edges, q.device), _longest(edges)
-    grads = aten._flash_attention_backward(
-        do, q, k, v, o, lse[0].contiguous(), starts, starts, longest, longest, 0.0, True, state, unused, scale=scale
-    )
-    return tuple(grad.transpose(0, 1).unsqueeze(0) for grad in grads)
-
-
-def _longest(edges: Edges) -> int:
-    return max(stop - start for start, stop in pairwise(edges))
-
-
-@functools.lru_cache(maxsize=64)  # every layer of a micro-batch asks for the same ones
-def _starts(edges: Edges, device: torch.device) -> Tensor:
-    """Bounds of the documents where a kernel reads them, int32; the host does not wait for the copy."""
-    return torch.tensor(edges, dtype=torch.int32, pin_memory=True).to(device, non_blocking=True)
-
-
-@contextmanager
-def _repeatable() -> Iterator[None]:
-    """torch's flash backward sums in a fixed order where the program asks for deterministic algorithms."""
-    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    settings: Any = torch.utils.deterministic
-    fills = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = False  # nothing is read that was not written
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
-        settings.fill_uninitialized_memory = fills
-
-
-def _flash_backward_repeatable(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, edges: Edges, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    with _repeatable():
-        return _flash_backward(do, q, k, v, o, lse, edges, scale)
 
 
 # One block at a time: the CPU's flash attention, and matrix products.
@@ -277,13 +263,19 @@ def _by_document(name: str, forward: BlockForward, backward: BlockBackward) -> B
 
 
 def _flash_cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (_at_least_fp32(x) for x in (q, k, v))
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
 
 def _flash_cpu_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    do, q, k, v, o = (_at_least_fp32(x) for x in (do, q, k, v, o))
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, causal, scale=scale)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _scores(q: Tensor, k: Tensor, first: int, causal: bool, scale: float) -> Tensor:
@@ -315,7 +307,7 @@ def _plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) 
         lse = scores.logsumexp(-1)
         outputs.append(torch.einsum("bgrsu,bgud->bgrsd", torch.exp(scores - lse[..., None]), values).flatten(1, 2))
         sums.append(lse.flatten(1, 2))
-    return torch.cat(outputs, 2).to(q.dtype), torch.cat(sums, 2)
+    return torch.cat(outputs, 2), torch.cat(sums, 2)
 
 
 def _plain_backward(
@@ -333,14 +325,20 @@ def _plain_backward(
         dscores = weights * (torch.einsum("bgrsd,bgud->bgrsu", grad, values) - delta) * scale
         dq.append(torch.einsum("bgrsu,bgud->bgrsd", dscores, keys).flatten(1, 2))
         dk += torch.einsum("bgrsu,bgrsd->bgud", dscores, queries)
-    return torch.cat(dq, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return torch.cat(dq, 2), dk, dv
 
 
 CUDNN = Backend("cudnn", _cudnn_forward, _cudnn_backward)
-FLASH = Backend("flash", _flash_forward, _flash_backward)
-FLASH_DETERMINISTIC = Backend("flash_deterministic", _flash_forward, _flash_backward_repeatable)
 FLASH_CPU = _by_document("flash_cpu", _flash_cpu_forward, _flash_cpu_backward)
 PLAIN = _by_document("plain", _plain_forward, _plain_backward)
 
-BACKENDS = {backend.name: backend for backend in (CUDNN, FLASH, FLASH_DETERMINISTIC, FLASH_CPU, PLAIN)}
-REPEATABLE = {"cudnn": "flash_deterministic", "flash": "flash_deterministic"}  # what stands in for one that does not
+# twins that repeat their bits lie beside those that do not
+_FLASH = [
+    Backend(name + suffix, *version.functions(bool(suffix)))
+    for name, version in VERSIONS.items()
+    for suffix in ("", DETERMINISTIC)
+]
+BACKENDS = {backend.name: backend for backend in (CUDNN, *_FLASH, FLASH_CPU, PLAIN)}
+FLASH = BACKENDS["flash"]
+# what stands in for one that does not repeat its bits
+REPEATABLE = {"cudnn": "flash" + DETERMINISTIC} | {name: name + DETERMINISTIC for name in VERSIONS}

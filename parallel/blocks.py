@@ -3,7 +3,8 @@
 For each row, each local interval and each piece of a document in it: one square causal block on the piece itself, and
 full rectangles over the document's earlier tokens, one for each interval that holds some of them. Blocks are grouped by
 the rank that holds the keys, in *rounds*: in round s a rank works on the keys of the rank s places before it, whose
-needed ranges alone travel. All of it is Python integers, made once a micro-batch.
+needed ranges alone travel. Rectangles that lie side by side in memory are one: under zigzag a document of the whole
+sequence has one rectangle in every round. All of it is Python integers, made once a micro-batch.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ def make_rounds(starts: Sequence[Sequence[int]], layout: Layout, rank: int) -> t
         owner, reader = (rank - shift) % layout.ranks, (rank + shift) % layout.ranks
         if shift == 0:
             size = layout.interval_tokens
-            pieces = {i: (n * size, (n + 1) * size) for n, i in enumerate(layout.indices(rank))}
+            pieces = tuple((n * size, (n + 1) * size) for n in range(len(layout.indices(rank))))
             sends: tuple[Range, ...] = ()
         else:
             pieces = _needed(starts, layout, owner, rank)
-            sends = tuple(_needed(starts, layout, rank, reader).values())
+            sends = _needed(starts, layout, rank, reader)
         blocks = _squares(starts, layout, rank) if shift == 0 else []
         blocks += _rectangles(starts, layout, rank, owner, pieces)
-        rounds.append(Round(owner, tuple(pieces.values()), tuple(blocks), reader, sends))
+        rounds.append(Round(owner, pieces, tuple(blocks), reader, sends))
     return tuple(rounds)
 
 
@@ -71,28 +72,44 @@ def _squares(starts: Sequence[Sequence[int]], layout: Layout, rank: int) -> list
 
 
 def _rectangles(
-    starts: Sequence[Sequence[int]], layout: Layout, rank: int, owner: int, pieces: dict[int, Range]
+    starts: Sequence[Sequence[int]], layout: Layout, rank: int, owner: int, pieces: tuple[Range, ...]
 ) -> list[Block]:
     blocks = []
-    position = {interval: n for n, interval in enumerate(pieces)}
     for row, row_starts in enumerate(starts):
+        found: list[tuple[Range, Range]] = []  # queries and keys, in local tokens of their ranks
         for n, reading in enumerate(layout.indices(rank)):
             for interval in layout.indices(owner):
                 crossing = _crossing(row_starts, layout, interval, reading)
                 if crossing is None:
                     continue
                 key_start, query_stop = crossing
-                first = pieces[interval][0] + layout.bounds(interval)[0] - _local(layout, owner, interval)
                 query_shift = n * layout.interval_tokens
+                shift = _local(layout, owner, interval) - layout.bounds(interval)[0]
                 query = (query_shift, query_shift + query_stop - layout.bounds(reading)[0])
-                key = (key_start - first, layout.bounds(interval)[1] - first)
-                blocks.append(Block(row, query, position[interval], key, False))
+                found.append((query, (key_start + shift, layout.bounds(interval)[1] + shift)))
+        for query, key in _joined(found):
+            piece = next(n for n, (start, stop) in enumerate(pieces) if start <= key[0] and key[1] <= stop)
+            first = pieces[piece][0]
+            blocks.append(Block(row, query, piece, (key[0] - first, key[1] - first), False))
     return blocks
 
 
-def _needed(starts: Sequence[Sequence[int]], layout: Layout, owner: int, reader: int) -> dict[int, Range]:
-    """For each interval of the owner that the reader needs, the range of the owner's local tokens."""
-    needed = {}
+def _joined(rectangles: list[tuple[Range, Range]]) -> list[tuple[Range, Range]]:
+    """Neighbours of the same queries as one, then neighbours of the same keys."""
+    joined: list[tuple[Range, Range]] = []
+    for query, key in rectangles:
+        if joined and joined[-1][0] == query and joined[-1][1][1] == key[0]:
+            joined[-1] = query, (joined[-1][1][0], key[1])
+        elif joined and joined[-1][1] == key and joined[-1][0][1] == query[0]:
+            joined[-1] = (joined[-1][0][0], query[1]), key
+        else:
+            joined.append((query, key))
+    return joined
+
+
+def _needed(starts: Sequence[Sequence[int]], layout: Layout, owner: int, reader: int) -> tuple[Range, ...]:
+    """The ranges of the owner's local tokens that the reader needs."""
+    needed: list[Range] = []
     for interval in layout.indices(owner):
         start, stop = layout.bounds(interval)
         firsts = [
@@ -101,10 +118,15 @@ def _needed(starts: Sequence[Sequence[int]], layout: Layout, owner: int, reader:
             for row_starts in starts
             if (crossing := _crossing(row_starts, layout, interval, reading)) is not None
         ]
-        if firsts:
-            shift = _local(layout, owner, interval) - start
-            needed[interval] = (min(firsts) + shift, stop + shift)
-    return needed
+        if not firsts:
+            continue
+        shift = _local(layout, owner, interval) - start
+        first, last = min(firsts) + shift, stop + shift
+        if needed and needed[-1][1] == first:
+            needed[-1] = needed[-1][0], last
+        else:
+            needed.append((first, last))
+    return tuple(needed)
 
 
 def _crossing(row_starts: Sequence[int], layout: Layout, interval: int, reading: int) -> Range | None:

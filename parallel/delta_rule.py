@@ -1,17 +1,18 @@
-"""The delta rule over a sequence group: the kernels' one autograd function, handed the plan's scan."""
+"""The delta rule over a sequence group: the kernels' one differentiable op, handed the plan's scan."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from dnsp.kernels.delta_rule import delta_rule as kernels_delta_rule
+from dnsp.kernels.delta_rule import begin_delta_rule as kernels_begin
+from dnsp.kernels.passes import UnderWay, at_once
 from dnsp.kernels.reference import Rule
 
 from .errors import PlanError
 from .plan import Plan
 
 
-def delta_rule(
+def begin_delta_rule(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
     v_BTHV: Tensor,
@@ -24,10 +25,12 @@ def delta_rule(
     output_final_state: bool = False,
     rule: Rule = Rule(),  # noqa: B008 (frozen)
     l2norm: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """The gated delta rule over this rank's tokens of B sequences; ``kernels.delta_rule.delta_rule`` has the algebra.
+) -> UnderWay:
+    """Starts the gated delta rule over this rank's tokens of B sequences; ``kernels.delta_rule`` has the algebra.
 
-    Every rank of the sequence group calls it together, with T = ``plan.local_tokens``.
+    Every rank of the sequence group calls it together, with T = ``plan.local_tokens``. What is computed before
+    ``finish()`` of the result, and its gradients, are computed while states travel; it must not talk to other ranks of
+    the group. Calls that are under way at once are finished in the order in which they began.
 
     Args:
         q_BTHK, k_BTHK: ``[B, T, H, K]``; v_BTHV: ``[B, T, HV, V]``, HV a multiple of H.
@@ -39,15 +42,15 @@ def delta_rule(
         l2norm: normalise q and k (eps 1e-6).
 
     Returns:
-        outputs ``[B, T, HV, V]``, and the final state ``[B, HV, K, V]`` on the rank that holds the last token
-        (``plan.holds_last``), None on the others.
+        the call under way; its ``finish()`` gives outputs ``[B, T, HV, V]``, and the final state ``[B, HV, K, V]`` on
+        the rank that holds the last token (``plan.holds_last``), None on the others.
 
     Raises:
         PlanError, ValueError, TypeError: what does not fit, naming value and rule. PeerLost: a rank is gone.
     """
     if initial_state is not None and not plan.goes_on:
         raise PlanError("initial_state: no document of the plan goes on from it; begin its row of doc_starts with -1")
-    return kernels_delta_rule(
+    return kernels_begin(
         q_BTHK,
         k_BTHK,
         v_BTHV,
@@ -62,3 +65,6 @@ def delta_rule(
         rule=rule,
         normalise_qk=l2norm,
     )
+
+
+delta_rule = at_once(begin_delta_rule)  # outputs and final state

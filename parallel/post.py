@@ -20,6 +20,7 @@ from dnsp.kernels.triton_scan import make_clock
 
 from .symmetric import STATUS, Region
 from .transport import Message, Transport
+from .waits import WAITS
 
 SLOTS = 4  # of a rank: messages on their way, to whomever; at most RING
 GRAIN = 64  # words
@@ -130,7 +131,8 @@ class Post(Region):
     def follow(self, event: object) -> None:
         """The compute stream waits for what was done aside."""
         if isinstance(event, torch.cuda.Event):
-            torch.cuda.current_stream(self.device).wait_event(event)
+            with WAITS.counted():
+                torch.cuda.current_stream(self.device).wait_event(event)
 
 
 class _Aside:
@@ -155,7 +157,9 @@ class _Aside:
 
 
 def _load(device: torch.device) -> None:
-    """Every binary is loaded before anyone waits for a rank that still compiles: a message of this rank to itself."""
+    """Every binary is proven and loaded before anyone waits for a rank that still compiles: a message of this rank to
+    itself."""
+    triton_post.require(device)
     counter = torch.zeros(4, APART, dtype=torch.int32, device=device)
     ring, slots = (torch.zeros(n, dtype=torch.int32, device=device) for n in (RING, 64))
     clock = make_clock(1, device, 30.0)

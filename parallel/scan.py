@@ -8,24 +8,33 @@ of :class:`~dnsp.kernels.scan.LocalScan`; so neither the layout nor the transpor
     p2p     each interval waits for the state of the interval before it, folds its own segments and sends the state on:
             one state a hop. Where a document starts in an interval, what leaves it is sent before anything is awaited.
     gather  every rank gathers all summaries and folds the chain by itself: one collective, (M, U) of every segment.
+
+A pass is started and awaited (see ``kernels.scan.Scan``). On a GPU all of it runs on a stream of its own, before whose
+kernels others of this rank give way; the compute stream goes on with what needs no state, and follows that stream when
+the pass is awaited. Where the host carries messages (gloo), a pass is started as far as it goes without waiting for
+another rank (what is sent before anything is awaited is sent), and the rest is done when it is awaited.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dnsp.kernels.scan import LocalScan, fold, on_gpu, reverse_fold, stack_states
+from dnsp.kernels.scan import Coming, LocalScan, fold, on_gpu, reverse_fold
 
 from .errors import PlanError
 from .layout import Layout
 from .transport import Exchange, Message, Transport
+from .waits import WAITS
 
 Fold = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+Steps = Generator[None, None, Tensor | None]  # stops before each wait for another rank; returns the chain's end
 
 
 @dataclass(frozen=True)
@@ -50,13 +59,13 @@ class ParallelScan:
         continues_NB: Tensor | None,
         initial_BHKV: Tensor | None,
         want_final: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Coming:
         """``(incoming_NBHKV, final_BHKV)``; the final state on the rank with the last interval, elsewhere None."""
         if self.layout.ranks == 1:  # the same bits in one launch
             return LocalScan().forward(M_NBHKK, U_NBHKV, continues_NB, initial_BHKV, want_final)
         has_initial = initial_BHKV is not None
         chain = _Chain(self, M_NBHKK, U_NBHKV, continues_NB, fold, has_initial, want_final, backward=False)
-        return chain.run(initial_BHKV)
+        return chain.start(initial_BHKV)
 
     def reverse(
         self,
@@ -66,17 +75,41 @@ class ParallelScan:
         final_grad_BHKV: Tensor | None,
         has_initial: bool,
         want_final: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Coming:
         """``(outgoing_NBHKV, initial_grad_BHKV)``; the initial state's gradient on the rank that holds interval 0."""
         if self.layout.ranks == 1:
             return LocalScan().reverse(M_NBHKK, D_NBHKV, continues_NB, final_grad_BHKV, has_initial, want_final)
         chain = _Chain(self, M_NBHKK, D_NBHKV, continues_NB, reverse_fold, want_final, has_initial, backward=True)
-        return chain.run(final_grad_BHKV)
+        return chain.start(final_grad_BHKV)
 
 
 def in_layer(layer: int | None) -> str:
     """The words that follow an operation's name."""
     return "" if layer is None else f" of layer {layer}"
+
+
+@lru_cache
+def _side(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream that scans take; none on a CPU."""
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+
+class _Steps:
+    """A pass as far as it has gone; ``end``: what it returned."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps, self._over = steps, False
+        self.end: Tensor | None = None
+
+    def go(self, to_the_end: bool) -> None:
+        """On to the next wait for another rank, or to the end."""
+        while not self._over:
+            try:
+                next(self._steps)
+            except StopIteration as stop:
+                self.end, self._over = stop.value, True
+            if not to_the_end:
+                return
 
 
 class _Chain:
@@ -101,14 +134,42 @@ class _Chain:
         self._way = "backward" if backward else "forward"
         self.mine = scan.layout.indices(scan.rank)
         self.entering: list[Tensor | None] = [None] * len(U)
+        # The compute stream's memory, given back in its order: it follows before this, M or U is used again.
+        self.states = torch.empty_like(U, memory_format=torch.contiguous_format)
 
-    def run(self, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def start(self, start: Tensor | None) -> Coming:
+        steps, side, device = _Steps(self._steps(start)), _side(self.U.device), self.U.device
+        on_host = self.scan.kind != "peer" and (side is None or not self.scan.comm.sends_from_gpu())
+
+        def go(to_the_end: bool) -> None:
+            with torch.cuda.stream(side), nullcontext() if on_host else WAITS.aside():
+                steps.go(to_the_end)
+
+        if side is not None:
+            side.wait_stream(torch.cuda.current_stream(device))
+        go(not on_host)
+
+        def arrived() -> tuple[Tensor, Tensor | None]:
+            go(True)
+            if side is not None:
+                here = torch.cuda.current_stream(device)
+                with WAITS.counted():
+                    here.wait_stream(side)
+                if steps.end is not None:
+                    steps.end.record_stream(here)
+            return self.states, steps.end
+
+        return arrived
+
+    def _steps(self, start: Tensor | None) -> Steps:
         if self.scan.kind == "peer":
             return self._peer(start)
-        end = self._gather(start) if self.scan.kind == "gather" and self.scan.layout.ranks > 1 else self._hop(start)
-        return stack_states(self.entering, self.U), end
+        end = yield from self._gather(start) if self.scan.kind == "gather" else self._hop(start)
+        states = [torch.zeros_like(self.U[0]) if state is None else state for state in self.entering]
+        torch.stack(states, out=self.states)
+        return end
 
-    def _peer(self, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _peer(self, start: Tensor | None) -> Tensor | None:
         """A wait and a launch an interval; where a document starts in it, first what does not depend on what enters.
         States go from host to host by p2p."""
         if not on_gpu(self.U):
@@ -126,7 +187,6 @@ class _Chain:
         if memory is not None:
             memory.meet(self.U)
         tiles, each = triton_scan.tiles_of(self.U), self.scan.per_interval
-        entering = torch.empty_like(self.U, memory_format=torch.contiguous_format)
         state = start
 
         def through(first: int, last: int, goes_on: bool, **boxes: Any) -> Tensor:
@@ -134,7 +194,7 @@ class _Chain:
             _, leaving = triton_scan.fold(
                 self.M[part], self.U[part], None if boxes.get("inbox") else state,
                 None if self.continues is None else self.continues[part], last - first - (not goes_on), self.backward,
-                states_NBHKV=entering[part], clock=None if memory is None else memory.clock, **boxes,
+                states_NBHKV=self.states[part], clock=None if memory is None else memory.clock, **boxes,
             )  # fmt: skip
             return leaving
 
@@ -178,7 +238,7 @@ class _Chain:
             state = onward if leaving is None else leaving
         for exchange in under_way:
             exchange.wait()
-        return entering, state if self.want_end and self._owner(len(self.order) - 1) == self.scan.rank else None
+        return state if self.want_end and self._owner(len(self.order) - 1) == self.scan.rank else None
 
     def _neighbour(self, place: int) -> int | None:
         """The rank that holds a place; None where that is this one, or there is none."""
@@ -186,7 +246,7 @@ class _Chain:
             return None
         return self._owner(place)
 
-    def _hop(self, start: Tensor | None) -> Tensor | None:
+    def _hop(self, start: Tensor | None) -> Steps:
         state, under_way = start, []
         for place, interval in enumerate(self.order):
             if interval not in self.mine:
@@ -200,12 +260,15 @@ class _Chain:
             arriving = self._source(place)
             # Posted together, so that neither waits for the other where a transport takes its messages in order.
             under_way.append(self._exchange(self._target(place, leaving), arriving, interval))
+            if arriving:
+                yield
             under_way[-1].arrived()
             onward = self._through(segments, arriving[0][1] if arriving else state, goes_on)
             if leaving is None:
                 leaving = onward
                 under_way.append(self._exchange(self._target(place, leaving), [], interval))
             state = leaving
+        yield
         for exchange in under_way:
             exchange.wait()
         return state if self.want_end and self._owner(len(self.order) - 1) == self.scan.rank else None
@@ -242,9 +305,10 @@ class _Chain:
     def _what(self, interval: int) -> str:
         return f"the delta rule's hop at interval {interval} ({self._way}){in_layer(self.scan.layer)}"
 
-    def _gather(self, start: Tensor | None) -> Tensor | None:
+    def _gather(self, start: Tensor | None) -> Steps:
         width, each = self.M.shape[-1], self.scan.per_interval
         what = f"the delta rule's gather of summaries ({self._way}){in_layer(self.scan.layer)}"
+        yield
         packed = self.scan.comm.all_gather(torch.cat([self.M, self.U], dim=-1), what)
         state = self._shared(start, what) if self.has_start else None
         for place, interval in enumerate(self.order):

@@ -27,6 +27,7 @@ from dnsp.kernels.triton_scan import DEPTH, TILE, Inbox, Outbox
 from .errors import PeerLost, PlanError
 from .probe import places, refusal
 from .transport import Transport
+from .waits import WAITS
 
 MIB = 2**20
 LEFT, RIGHT = 0, 1
@@ -250,7 +251,8 @@ class Symmetric(Region):
         outbox = None if target is None else self.outbox(target)
         peer = source if source is not None else target
         if peer is not None:
-            triton_scan.wait(tiles, inbox, outbox, self.clock, self.where(what, source, target), peer)
+            with WAITS.counted():  # the stream's own time in it
+                triton_scan.wait(tiles, inbox, outbox, self.clock, self.where(what, source, target), peer)
         return inbox, outbox
 
     def _sides(self, peer: int) -> tuple[int, int]:

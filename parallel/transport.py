@@ -86,6 +86,10 @@ class Transport:
     def size(self) -> int:
         return len(self.ranks)
 
+    def sends_from_gpu(self) -> bool:
+        """Whether the group's backend sends tensors of a GPU itself."""
+        return "nccl" in backend_of(self.group)
+
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message], what: str) -> Exchange:
         """Starts sends and receives together; the order between two ranks is the order of the lists. Empty tensors
         are not sent, and must be empty on both sides."""
@@ -96,7 +100,7 @@ class Transport:
             return Exchange(self, [], [], [], what)
         self.calls += 1
         staged: list[tuple[Tensor, Tensor]] = []
-        if tensors[0].is_cuda and not self._sends_from_gpu():
+        if tensors[0].is_cuda and not self.sends_from_gpu():
             sends = [(peer, _on_host(tensor)) for peer, tensor in sends]
             staged = [(torch.empty_like(buffer, device="cpu", pin_memory=True), buffer) for _, buffer in receives]
             receives = [(peer, host) for (peer, _), (host, _) in zip(receives, staged, strict=True)]
@@ -179,10 +183,6 @@ class Transport:
         except RuntimeError as error:
             missing = None if peer is None else self.ranks[peer]
             raise PeerLost(self.ranks[self.rank], missing, what, _reason(error)) from error
-
-    def _sends_from_gpu(self) -> bool:
-        """Whether the group's backend sends tensors of a GPU itself."""
-        return "nccl" in backend_of(self.group)
 
 
 def backend_of(group: dist.ProcessGroup | None) -> str:

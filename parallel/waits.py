@@ -46,6 +46,15 @@ class Waits:
             else:
                 self._seconds += end - begin
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around waits of a stream that this rank's work does not stand still for; it awaits that stream later."""
+        was, self._inside = self._inside, True
+        try:
+            yield
+        finally:
+            self._inside = was
+
     def counting(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, counted."""
 

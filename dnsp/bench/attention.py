@@ -7,19 +7,16 @@ causal square is the work that P ranks share) over the ranks' time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dnsp.bench.ranks import Ranks, about, measure, middle
+from dnsp.bench.ranks import Ranks, check, measure, middle, new_table, publish
 from dnsp.bench.scan import ONE
 from dnsp.errors import UsageError
 from dnsp.parallel.attention import attention
@@ -48,33 +45,18 @@ def run(
 
     Raises: UsageError for what cannot be measured.
     """
-    for what, given, known in (("--layouts", layouts, KINDS), ("--transports", transports, ATTENTION_TRANSPORTS)):
-        for value in given:
-            if value not in known:
-                raise UsageError(f"{what} {value}: it is not one of {', '.join(known)}")
+    check(tokens, ranks, layouts, transports, ATTENTION_TRANSPORTS)
     if heads % key_heads:
         raise UsageError(f"--heads {heads} is no multiple of --key-heads {key_heads}")
     if document is not None and document < 1:
         raise UsageError(f"--document {document}: a document has at least one token")
-    for world in ranks:
-        if world < 2:
-            raise UsageError(f"--ranks {world}: one process is measured beside every number of ranks; give 2 or more")
-        for kind in layouts:
-            Layout(kind, world, tokens)
     shape = {"tokens": tokens, "heads": heads, "key_heads": key_heads, "document": document}
     request = {
         **shape, "layouts": list(layouts), "transports": list(transports), "widths": list(widths), "backend": backend,
         "steps": steps,
     }  # fmt: skip
-    worlds = measure("bench-attention-ranks", request, ranks)
-    console = Console(highlight=False)
-    for found in worlds:
-        for figures in found["widths"]:
-            console.print(table(found, figures, shape))
-        for note in found["notes"]:
-            console.print(f"  {note}", markup=False, soft_wrap=True)
-    if json_path is not None:
-        json_path.write_text(json.dumps({**about(), **shape, "worlds": worlds}, indent=2) + "\n")
+    worlds = measure("attention", request, ranks)
+    publish(worlds, lambda found: [table(found, figures, shape) for figures in found["widths"]], shape, json_path)
     return 0
 
 
@@ -85,9 +67,7 @@ def table(world: dict[str, Any], figures: dict[str, Any], shape: dict[str, Any])
         f"{world['ranks']} ranks, {shape['tokens']:,} tokens in all, {shape['heads']}/{shape['key_heads']} heads of "
         f"{figures['width']}, {figures['backend']}; {world['where']}"
     )
-    rows = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-    for column in ("", "forward, ms", "and backward, ms", "efficiency" if alone else "over one process"):
-        rows.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    rows = new_table(title, "forward, ms", "and backward, ms", "efficiency" if alone else "over one process")
     for way in figures["ways"]:
         ideal = figures["ways"][0]["both_ms"] / (world["ranks"] if alone else 1)
         share = ideal / way["both_ms"] if alone else way["both_ms"] / ideal
@@ -140,7 +120,10 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     starts = [list(range(0, tokens, request["document"] or tokens))]
     found = []
     for width in request["widths"]:
-        backend = ranks.comm.from_all(_backend(request, width, ranks.device))[0]
+        chosen = _backend(request, width, ranks.device, tokens // (2 * grid.world)) if ranks.first else None
+        backend, how = ranks.comm.from_all(chosen)[0]
+        if how:
+            notes.append(f"heads of {width}: {backend} ({how})")
         works: dict[str, Step | None] = {ONE: None}
         if ranks.first:
             one = local_plan(starts, tokens)
@@ -160,10 +143,12 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     return {**ranks.about, "widths": found, "notes": notes}
 
 
-def _backend(request: dict[str, Any], width: int, device: torch.device) -> str:
+def _backend(request: dict[str, Any], width: int, device: torch.device, tokens: int) -> tuple[str, str]:
+    """Its name, and in words how it came to be this one; ``tokens``: of the blocks that it is for."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     heads = Heads(device, dtype, request["heads"], request["key_heads"], width, width)
-    return choose(heads, request["backend"])[0].name
+    backend, how = choose(heads, request["backend"], tokens=tokens)
+    return backend.name, how
 
 
 def _with(plan: Plan, backend: str) -> Plan:

@@ -11,19 +11,24 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from dnsp import watchdog
 from dnsp.errors import UsageError
 from dnsp.launch.environment import find_environment
 from dnsp.launch.local import start_ranks
 from dnsp.parallel.grid import Grid, make_grid
+from dnsp.parallel.layout import KINDS, Layout
 from dnsp.parallel.transport import Transport
 
 TIMEOUT = 60.0  # seconds that a message may take
@@ -99,8 +104,55 @@ class Ranks:
         return max(1, torch.cuda.get_device_properties(self.device).multi_processor_count // self.sharing)
 
 
-def measure(command: str, request: dict[str, Any], worlds: Sequence[int]) -> list[dict[str, Any]]:
-    """Starts ``dnsp COMMAND FILE`` as so many ranks, once a world; what each world's rank 0 found.
+def check(
+    tokens: int,
+    worlds: Sequence[int],
+    layouts: Sequence[str],
+    transports: Sequence[str] = (),
+    known: Sequence[str] = (),
+) -> None:
+    """Refuses what cannot be measured. ``known``: of the transports.
+
+    Raises: UsageError, LayoutError.
+    """
+    for what, given, names in (("--layouts", layouts, KINDS), ("--transports", transports, known)):
+        for value in given:
+            if value not in names:
+                raise UsageError(f"{what} {value}: it is not one of {', '.join(names)}")
+    for world in worlds:
+        if world < 2:
+            raise UsageError(f"--ranks {world}: one process is measured beside every number of ranks; give 2 or more")
+        for kind in layouts:
+            Layout(kind, world, tokens)
+
+
+def publish(
+    worlds: Sequence[dict[str, Any]],
+    tables: Callable[[dict[str, Any]], Sequence[Table]],
+    report: dict[str, Any],
+    json_path: Path | None,
+) -> None:
+    """A world's tables and notes for people, and all figures behind a report's head for programs."""
+    console = Console(highlight=False)
+    for found in worlds:
+        for table in tables(found):
+            console.print(table)
+        for note in found["notes"]:
+            console.print(f"  {note}", markup=False, soft_wrap=True)
+    if json_path is not None:
+        json_path.write_text(json.dumps({**about(), **report, "worlds": worlds}, indent=2) + "\n")
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """Names on the left, figures on the right."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    for column in ("", *columns):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    return table
+
+
+def measure(what: str, request: dict[str, Any], worlds: Sequence[int]) -> list[dict[str, Any]]:
+    """Starts ``dnsp bench-rank WHAT FILE`` as so many ranks, once a world; what each world's rank 0 found.
 
     Raises: UsageError under a launcher, and where ranks failed (their words are on stderr).
     """
@@ -113,15 +165,16 @@ def measure(command: str, request: dict[str, Any], worlds: Sequence[int]) -> lis
         for world in worlds:
             file.write_text(json.dumps(request))
             with watchdog.room_for(world):
-                status = start_ranks([command, str(file)], world)
+                status = start_ranks(["bench-rank", what, str(file)], world)
             if status:
                 raise UsageError(f"{world} ranks could not be measured (status {status}); what they said stands above")
             found.append(json.loads(report.read_text()))
     return found
 
 
-def as_rank(file: Path, work: Callable[[dict[str, Any], Ranks], dict[str, Any]]) -> None:
-    """What a rank that :func:`measure` started does: ``work(request, ranks)``; rank 0 leaves the figures."""
+def as_rank(what: str, file: Path) -> None:
+    """What a rank that :func:`measure` started does: ``dnsp.bench.WHAT.rank_main``; rank 0 leaves the figures."""
+    work = import_module(f"dnsp.bench.{what}").rank_main
     environment = find_environment()
     watchdog.take_device(environment)
     watchdog.join(environment)

@@ -5,9 +5,12 @@
                   of being parallel, waiting hides. On a GPU each: efficiency = local shard / ranks
     local shard   T / P tokens by one rank alone: the ideal of a GPU each
     replay        each rank's work alone on the GPU, its launches as in the real scan, its messages already in its
-                  inbox; from these times and the hop the *makespan* that P GPUs would have:
+                  inbox; from these times and the hop the *makespan* that P GPUs would have, at the best of some segment
+                  lengths:
 
         a state leaves a place at   max(its rank is there, it left the place before + hop) + the fold's time
+
+                  while states travel, a rank does what needs none of them, and then waits
 
     hop           a flag seen by the waiting kernel minus the flag's raising, by the device's timer; one GPU only, for
                   two GPUs' timers differ
@@ -15,22 +18,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dnsp.bench.ranks import Ranks, about, measure, middle
+from dnsp.bench.ranks import Ranks, check, measure, middle, new_table, publish
 from dnsp.bench.scan_peers import missing, peers
-from dnsp.errors import UsageError
 from dnsp.kernels.delta_rule import delta_rule
+from dnsp.kernels.scan import Coming
 from dnsp.parallel.layout import CHUNK, KINDS, Layout
 from dnsp.parallel.plan import SCAN_TRANSPORTS, Plan, filling_segment_tokens, local_plan, make_plan
 from dnsp.parallel.probe import refusal
@@ -60,29 +60,13 @@ def run(
 
     Raises: UsageError for what cannot be measured.
     """
-    for what, given, known in (("--layouts", layouts, KINDS), ("--transports", transports, SCAN_TRANSPORTS)):
-        for value in given:
-            if value not in known:
-                raise UsageError(f"{what} {value}: it is not one of {', '.join(known)}")
-    for world in ranks:
-        if world < 2:
-            raise UsageError(f"--ranks {world}: one process is measured beside every number of ranks; give 2 or more")
-        for kind in layouts:
-            Layout(kind, world, tokens)
+    check(tokens, ranks, layouts, transports, SCAN_TRANSPORTS)
     shape = {"tokens": tokens, "heads": heads, "value_heads": value_heads, "width": width}
     request = {
         **shape, "layouts": list(layouts), "transports": list(transports), "segment_tokens": segment_tokens,
         "steps": steps,
     }  # fmt: skip
-    worlds = measure("bench-scan-ranks", request, ranks)
-    report = {**about(), **shape, "worlds": worlds}
-    console = Console(highlight=False)
-    for found in worlds:
-        console.print(table(found, shape))
-        for note in found["notes"]:
-            console.print(f"  {note}", markup=False, soft_wrap=True)
-    if json_path is not None:
-        json_path.write_text(json.dumps(report, indent=2) + "\n")
+    publish(measure("scan", request, ranks), lambda found: [table(found, shape)], shape, json_path)
     return 0
 
 
@@ -93,10 +77,8 @@ def table(world: dict[str, Any], shape: dict[str, Any]) -> Table:
         f"{world['ranks']} ranks, {shape['tokens']:,} tokens in all, {shape['heads']}/{shape['value_heads']} heads of "
         f"{shape['width']}, bf16, forward + backward; {world['where']}"
     )
-    rows = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-    columns = ["", "segment", "ms", "efficiency" if alone else "over one", "makespan", "over local", "hop, us"]
-    for column in columns:
-        rows.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    share = "efficiency" if alone else "over one"
+    rows = new_table(title, "segment", "ms", share, "makespan", "in segments of", "over local", "hop, us")
     one, local = world[ONE]["ms"], world[LOCAL]["ms"]
     rows.add_row(ONE, f"{world[ONE]['segment_tokens']:,}", f"{one:.3f}", "" if alone else "1.000")
     rows.add_row(LOCAL, f"{world[LOCAL]['segment_tokens']:,}", f"{local:.3f}", "100.0%" if alone else "")
@@ -108,6 +90,7 @@ def table(world: dict[str, Any], shape: dict[str, Any]) -> Table:
             f"{way['ms']:.3f}",
             f"{local / way['ms']:.1%}" if alone else f"{way['ms'] / one:.3f}",
             "" if makespan is None else f"{makespan:.3f}",
+            "" if makespan is None else f"{way['makespan_segment_tokens']:,}",
             "" if makespan is None else f"{makespan / local:.3f}",
             "" if hop is None else f"{hop:.1f}",
         )
@@ -157,8 +140,9 @@ def make_step(plan: Plan, request: dict[str, Any], device: torch.device, like: S
 
 
 class Replay:
-    """A rank's scan alone: the launches of the real one, on mail that has come and room that there is. ``folds``:
-    events around each interval's launches, of a forward scan and of the reverse one after it."""
+    """A rank's scan alone: the launches of the real one, on mail that has come and room that there is, in one stream.
+    ``folds``: events around each interval's launches, of a forward scan and of the reverse one after it;
+    ``awaited``: when each was."""
 
     def __init__(self, plan: Plan, U_shape: Sequence[int], device: torch.device) -> None:
         from dnsp.kernels import triton_scan
@@ -172,14 +156,15 @@ class Replay:
         self.inbox = inbox._replace(ready_C=far, free_C=torch.zeros_like(far))
         self.outbox = outbox._replace(free_C=far, ready_C=torch.zeros_like(far))
         self.folds: list[list[torch.cuda.Event]] = []
+        self.awaited: list[torch.cuda.Event] = []
 
-    def forward(self, M: Tensor, U: Tensor, continues: Tensor | None, initial: Any, want_final: bool) -> Any:
-        return self._pass(M, U, continues, backward=False), None
+    def forward(self, M: Tensor, U: Tensor, continues: Tensor | None, initial: Any, want_final: bool) -> Coming:
+        return self._pass(M, U, continues, backward=False)
 
-    def reverse(self, M: Tensor, D: Tensor, continues: Tensor | None, final: Any, has: bool, want: bool) -> Any:
-        return self._pass(M, D, continues, backward=True), None
+    def reverse(self, M: Tensor, D: Tensor, continues: Tensor | None, final: Any, has: bool, want: bool) -> Coming:
+        return self._pass(M, D, continues, backward=True)
 
-    def _pass(self, M: Tensor, U: Tensor, continues: Tensor | None, backward: bool) -> Tensor:
+    def _pass(self, M: Tensor, U: Tensor, continues: Tensor | None, backward: bool) -> Coming:
         from dnsp.kernels import triton_scan
 
         layout, rank, each = self.scan.layout, self.scan.rank, self.scan.per_interval
@@ -201,7 +186,12 @@ class Replay:
             )  # fmt: skip
             events.append(_event())
         self.folds.append(events)
-        return entering
+
+        def arrived() -> tuple[Tensor, None]:
+            self.awaited.append(_event())
+            return entering, None
+
+        return arrived
 
 
 def _event() -> torch.cuda.Event:
@@ -212,13 +202,15 @@ def _event() -> torch.cuda.Event:
 
 @dataclass
 class Work:
-    """What a rank does in a step, ms: before the forward scan, each interval's fold in it, between the scans, each
-    interval's fold in the reverse one, and after it."""
+    """What a rank does in a step, ms: before the forward scan, each interval's fold in it, what needs no state beside
+    it, between the scans, the same of the reverse one, and after it."""
 
     before: float
     forward: list[float]
+    beside_forward: float
     between: float
     reverse: list[float]
+    beside_reverse: float
     after: float
 
     @staticmethod
@@ -226,6 +218,7 @@ class Work:
         found: list[Work] = []
         for _ in range(repeats + 2):
             replay.folds.clear()
+            replay.awaited.clear()
             torch.cuda._sleep(AHEAD)  # the host comes to be ahead, and the device waits for nothing
             began = _event()
             step()
@@ -233,30 +226,38 @@ class Work:
             torch.cuda.synchronize()
             there, back = replay.folds
             folds = [[a.elapsed_time(b) for a, b in zip(p, p[1:], strict=False)] for p in (there, back)]
-            between = there[-1].elapsed_time(back[0])
-            found.append(Work(began.elapsed_time(there[0]), folds[0], between, folds[1], back[-1].elapsed_time(ended)))
+            beside = [p[-1].elapsed_time(at) for p, at in zip((there, back), replay.awaited, strict=True)]
+            between, after = replay.awaited[0].elapsed_time(back[0]), replay.awaited[1].elapsed_time(ended)
+            before = began.elapsed_time(there[0])
+            found.append(Work(before, folds[0], beside[0], between, folds[1], beside[1], after))
         found = found[2:]
         return Work(
             middle([w.before for w in found]),
             [middle(list(column)) for column in zip(*(w.forward for w in found), strict=True)],
+            middle([w.beside_forward for w in found]),
             middle([w.between for w in found]),
             [middle(list(column)) for column in zip(*(w.reverse for w in found), strict=True)],
+            middle([w.beside_reverse for w in found]),
             middle([w.after for w in found]),
         )
 
 
 def makespan(layout: Layout, works: Sequence[Work], hop_ms: float) -> float:
     """When the last of P GPUs ends a step, ms; every rank begins at 0."""
-    there = [work.before for work in works]  # when a rank's stream has come to its next interval
+    there = [work.before for work in works]  # when a rank has come to its next interval
     for backward in (False, True):
         left, owner_before = 0.0, -1
         folds = [list(work.reverse if backward else work.forward) for work in works]
+        beside = [work.beside_reverse if backward else work.beside_forward for work in works]
+        # A GPU does one thing at a time: what is beside the scan is done before the folds, or while states travel.
+        ready = [at + more + sum(own) for at, more, own in zip(there, beside, folds, strict=True)]
         order = range(layout.count)
         for interval in reversed(order) if backward else order:
             rank = layout.owner(interval)
             come = left + (hop_ms if owner_before not in (-1, rank) else 0.0)
             left = max(there[rank], come if owner_before >= 0 else 0.0) + folds[rank].pop(0)
             there[rank], owner_before = left, rank
+        there = [max(at, early) for at, early in zip(there, ready, strict=True)]
         if not backward:
             there = [at + work.between for at, work in zip(there, works, strict=True)]
     return max(at + work.after for at, work in zip(there, works, strict=True))
@@ -289,7 +290,9 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
     ways: list[dict[str, Any]] = []
     works: dict[str, Any] = {}
-    step: Step | None = None
+    some = Layout(request["layouts"][0], grid.world, tokens)
+    step = make_step(make_plan([[0]], some, grid), request, device)
+    replays: dict[str, dict[int, list[Work]]] = {}
     if ranks.first:
         works[ONE] = make_step(local_plan([[0]], tokens, alone[ONE]["segment_tokens"]), request, device)
     else:
@@ -297,6 +300,10 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     for kind in request["layouts"]:
         layout = Layout(kind, grid.world, tokens)
         segment = request["segment_tokens"] or _filling(layout, request, ranks.multiprocessors)
+        if "peer" in transports:
+            replays[kind] = _replays(layout, request, ranks, step)
+            if ranks.sharing == 1:
+                segment = _shortest(layout, replays[kind], HOP_US)[1]
         for transport in transports:
             plan = make_plan([[0]], layout, grid, segment, transport=transport)
             works[f"{kind}, {transport}"] = step = make_step(plan, request, device, step)
@@ -305,7 +312,7 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     others = {}
     if why_no_fla:
         notes.append(f"not beside fla: {why_no_fla}")
-    elif step is not None:
+    else:
         others = peers(request, ranks, step.inputs, step.do)
         works |= others
     times = ranks.turns(works, steps, REPEAT)
@@ -315,9 +322,13 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         if way["transport"] == "peer":
             hops = _hops(works[f"{way['layout']}, peer"], ranks)
             way["hop_us"] = middle(hops) if hops else None
-            assert step is not None
             hop_us = next((w["hop_us"] for w in ways if w.get("hop_us")), HOP_US)
-            way["makespan_ms"], way["work_ms"] = _replayed(way["layout"], request, ranks, hop_us / 1e3, step)
+            layout, found = Layout(way["layout"], grid.world, tokens), replays[way["layout"]]
+            way["makespan_ms"], way["makespan_segment_tokens"] = _shortest(layout, found, hop_us)
+            way["replays"] = {
+                segment: {"makespan_ms": makespan(layout, own, hop_us / 1e3), "work_ms": [vars(work) for work in own]}
+                for segment, own in found.items()
+            }
     beside = [{"name": name, "ms": middle(times[name])} for name in others]
     return {**ranks.about, "ways": ways, "notes": notes, "peers": beside, **alone}
 
@@ -358,23 +369,27 @@ def _hops(step: Step, ranks: Ranks) -> list[float]:
     return found
 
 
-def _replayed(
-    kind: str, request: dict[str, Any], ranks: Ranks, hop_ms: float, like: Step
-) -> tuple[float, list[dict[str, Any]]]:
-    """The makespan of a GPU each, and every rank's work; ranks one after another, a GPU's worth of segments."""
-    layout = Layout(kind, ranks.grid.world, request["tokens"])
+def _replays(layout: Layout, request: dict[str, Any], ranks: Ranks, like: Step) -> dict[int, list[Work]]:
+    """Every rank's work at several segment lengths: a GPU's worth of segments, and fewer, which make the chain of folds
+    shorter. Ranks one after another."""
     full = torch.cuda.get_device_properties(ranks.device).multi_processor_count
-    segment = request["segment_tokens"] or _filling(layout, request, full)
-    plan = make_plan([[0]], layout, ranks.grid, segment, transport="peer")
-    step = make_step(plan, request, ranks.device, like)
-    replay = Replay(plan, (1, request["value_heads"], request["width"], request["width"]), ranks.device)
-    step.scan = replay
-    mine: Work | None = None
-    for rank in range(ranks.grid.world):
+    filling = request["segment_tokens"] or _filling(layout, request, full)
+    tried = [filling] if request["segment_tokens"] else [n * filling for n in (1, 2, 4)]
+    found = {}
+    for segment in (n for n in tried if layout.interval_tokens % n == 0):
+        plan = make_plan([[0]], layout, ranks.grid, segment, transport="peer")
+        step = make_step(plan, request, ranks.device, like)
+        step.scan = Replay(plan, (1, request["value_heads"], request["width"], request["width"]), ranks.device)
+        mine: Work | None = None
+        for rank in range(ranks.grid.world):
+            ranks.wait()
+            if rank == ranks.grid.rank:
+                mine = Work.of(step, step.scan, request["steps"])
         ranks.wait()
-        if rank == ranks.grid.rank:
-            mine = Work.of(step, replay, request["steps"])
-    ranks.wait()
-    works = ranks.comm.from_all(mine)
-    return makespan(layout, works, hop_ms), [vars(work) for work in works]
+        found[segment] = ranks.comm.from_all(mine)
+    return found
 
+
+def _shortest(layout: Layout, replays: dict[int, list[Work]], hop_us: float) -> tuple[float, int]:
+    """The makespan, ms, and the segment length that has it."""
+    return min((makespan(layout, works, hop_us / 1e3), segment) for segment, works in replays.items())

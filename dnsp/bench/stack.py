@@ -7,24 +7,20 @@ the extra work of being parallel, on a GPU each efficiency is a P-th of one proc
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dnsp.bench.ranks import Ranks, about, measure, middle
+from dnsp.bench.ranks import Ranks, check, measure, middle, new_table, publish
 from dnsp.bench.scan import ONE
 from dnsp.bench.train import SHAPE
 from dnsp.choices import make_choices
 from dnsp.config import Config, override_tree, parse_config
-from dnsp.errors import UsageError
 from dnsp.model.decoder import Decoder
 from dnsp.parallel.layout import KINDS, Layout
 from dnsp.parallel.plan import Plan, local_plan, make_plan
@@ -48,20 +44,10 @@ def run(
     """
     settings = [*LAYERS, *overrides, f"data.sequence_length={tokens}"]
     config = parse_config(override_tree(SHAPE, settings), "dnsp bench stack")
-    for kind in layouts:
-        if kind not in KINDS:
-            raise UsageError(f"--layouts {kind}: it is not one of {', '.join(KINDS)}")
-        for world in ranks:
-            if world < 2:
-                raise UsageError(f"--ranks {world}: one process is measured beside any number of ranks; give 2 or more")
-            Layout(kind, world, tokens)
+    check(tokens, ranks, layouts)
     request = {"config": config.model_dump(mode="json"), "layouts": list(layouts), "steps": steps}
-    worlds = measure("bench-stack-ranks", request, ranks)
-    console = Console(highlight=False)
-    for found in worlds:
-        console.print(table(found, config))
-    if json_path is not None:
-        json_path.write_text(json.dumps({**about(), "tokens": tokens, "worlds": worlds}, indent=2) + "\n")
+    worlds = measure("stack", request, ranks)
+    publish(worlds, lambda found: [table(found, config)], {"tokens": tokens}, json_path)
     return 0
 
 
@@ -72,9 +58,7 @@ def table(world: dict[str, Any], config: Config) -> Table:
         f"{world['ranks']} ranks, {config.data.sequence_length:,} tokens in all, {', '.join(config.model.layers)} of "
         f"width {config.model.hidden_size:,}; {world['where']}"
     )
-    rows = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-    for column in ("", "ms", "efficiency" if alone else "over one process"):
-        rows.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    rows = new_table(title, "ms", "efficiency" if alone else "over one process")
     one = world["ways"][0]["ms"]
     for way in world["ways"]:
         share = f"{one / world['ranks'] / way['ms']:.1%}" if alone else f"{way['ms'] / one:.3f}"
@@ -103,7 +87,10 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """One world's figures."""
     config, grid, device = parse_config(request["config"], "dnsp bench stack"), ranks.grid, ranks.device
     length = config.data.sequence_length
-    choices = ranks.comm.from_all(make_choices(config, None, refusal(ranks.comm), bool(grid.near))[0])[0]
+    why_not = refusal(ranks.comm)
+    timed = Layout(request["layouts"][-1], grid.world, length)
+    chosen = make_choices(config, None, why_not, bool(grid.near), timed) if ranks.first else None
+    choices, how = ranks.comm.from_all(chosen)[0]
     torch.manual_seed(0)
     with device:
         model = Decoder(config.model).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -132,7 +119,8 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         works[f"{kind}, {choices.transport}"] = step(plan)
     times = ranks.turns(works, request["steps"])
     ways = [{"name": name, "ms": middle(times[name])} for name in works]
-    return {**ranks.about, "ways": ways, "choices": choices.to_dict()}
+    notes = [f"attention: {choices.attention_backend}" + (f" ({how})" if how else "")]
+    return {**ranks.about, "ways": ways, "choices": choices.to_dict(), "notes": notes}
 
 
 def _with(plan: Plan, backend: str) -> Plan:

@@ -6,7 +6,9 @@ A rank holds some intervals of a sequence; which ones, and whose documents, only
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -119,11 +121,11 @@ class DecoderLayer(nn.Module):
 class Trunk(nn.Module):
     """All but the output projection; a module of its own for the sake of checkpoints' names, ``model.*``."""
 
-    def __init__(self, config: ModelConfig, recompute: bool, tile: int | None) -> None:
+    def __init__(self, config: ModelConfig, recompute: bool, tile: int | None, made: Callable[[Any], Any]) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, kind, recompute, tile) for kind in config.layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.embed_tokens = made(nn.Embedding(config.vocab_size, config.hidden_size))
+        self.layers = nn.ModuleList(made(DecoderLayer(config, kind, recompute, tile)) for kind in config.layers)
+        self.norm = made(RMSNorm(config.hidden_size, config.rms_norm_eps))
 
 
 class Decoder(nn.Module):
@@ -135,6 +137,7 @@ class Decoder(nn.Module):
     ``activation_checkpointing`` recomputes every layer in the backward pass; scans, halos and attention are kept from
     the first pass (``dnsp.kernels.kept``). ``activation_offloading`` has what is kept wait in the host's memory.
     ``mlp_tile``: tokens that are in a feed-forward at once; None for all.
+    ``hollow``: the model has no weights yet (they are on the meta device); :meth:`fill` makes them, part by part.
     """
 
     def __init__(
@@ -144,27 +147,54 @@ class Decoder(nn.Module):
         *,
         activation_offloading: bool = False,
         mlp_tile: int | None = None,
+        hollow: bool = False,
     ) -> None:
         super().__init__()
+        # what a part's constructor draws is drawn here too, so that fill finds the generator where it would be
+        made = _emptied if hollow else _as_it_is
         self.config = config
         self.activation_checkpointing, self.activation_offloading = activation_checkpointing, activation_offloading
         self.autocast: torch.dtype | None = None
         self.rope_theta = config.rope_theta
-        self.model = Trunk(config, activation_checkpointing, mlp_tile)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-        self.reset_parameters()
+        self.hollow = hollow
+        self.model = Trunk(config, activation_checkpointing, mlp_tile, made)
+        self.lm_head = made(nn.Linear(config.hidden_size, config.vocab_size, bias=False))
+        self._tie()
+        if not hollow:
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws all weights anew, from torch's generator; the same seed gives every rank the same ones."""
+        for _, _, draw in self._parts():
+            draw()
+
+    def fill(self) -> Iterator[tuple[str, nn.Module]]:
+        """Makes a hollow model's weights on the CPU, those of a model that was never hollow to the last bit.
+
+        Yields ``(prefix of its parameters' names, module)`` for each part, drawn; a caller that gives up most of a part
+        before it asks for the next one never holds the whole model.
+        """
+        for prefix, part, draw in self._parts():
+            part.to_empty(device="cpu")
+            self._tie()
+            draw()
+            yield prefix, part
+        self.hollow = False
+
+    def _parts(self) -> Iterator[tuple[str, nn.Module, Callable[[], object]]]:
+        """Modules that together have every parameter once, in the order that they are drawn in, and what draws them."""
         std = self.config.initializer_range
-        nn.init.normal_(self.model.embed_tokens.weight, std=std)
-        for layer in self._layers():
-            layer.reset_parameters(std)
-        self.model.norm.reset_parameters()
+        embedding, norm, head = self.model.embed_tokens, self.model.norm, self.lm_head
+        yield "model.embed_tokens.", embedding, lambda: nn.init.normal_(embedding.weight, std=std)
+        for i, layer in enumerate(self._layers()):
+            yield f"model.layers.{i}.", layer, partial(layer.reset_parameters, std)
+        yield "model.norm.", norm, norm.reset_parameters
         if not self.config.tie_word_embeddings:
-            nn.init.normal_(self.lm_head.weight, std=std)
+            yield "lm_head.", head, lambda: nn.init.normal_(head.weight, std=std)
+
+    def _tie(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def set_rope_theta(self, theta: float) -> None:
         """The base of the rotary frequencies, which longer contexts raise; no parameter depends on it."""
@@ -236,9 +266,10 @@ class Decoder(nn.Module):
         The latter are what has one axis. Embeddings decay: tied, they are the output projection too.
         """
         trained = [p for p in self.parameters() if p.requires_grad]
+        axes = [len(getattr(p, "ds_shape", p.shape)) for p in trained]  # of the whole, where ZeRO 3 keeps a shard
         return [
-            {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+            {"params": [p for p, n in zip(trained, axes, strict=True) if n > 1], "weight_decay": weight_decay},
+            {"params": [p for p, n in zip(trained, axes, strict=True) if n <= 1], "weight_decay": 0.0},
         ]
 
     def _layers(self) -> list[DecoderLayer]:
@@ -254,6 +285,14 @@ class Decoder(nn.Module):
         if "attention" not in self.config.layers:
             return None
         return rotary_angles(position, self.rope_theta, self.config.rotary_dim, dtype)
+
+
+def _as_it_is(part: Any) -> Any:
+    return part
+
+
+def _emptied(part: Any) -> Any:
+    return part.to("meta")
 
 
 def _block_norm(config: ModelConfig, layer_norm: bool) -> nn.LayerNorm | RMSNorm:

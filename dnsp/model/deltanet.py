@@ -22,7 +22,7 @@ from dnsp.kernels.decode import delta_step, normaliser_step
 from dnsp.model.norm import RMSNorm, at_least_fp32
 from dnsp.model.rotary import Rotary
 from dnsp.model.state import LayerState
-from dnsp.parallel.delta_rule import delta_rule
+from dnsp.parallel.delta_rule import begin_delta_rule, delta_rule
 from dnsp.parallel.plan import Plan
 
 
@@ -112,24 +112,27 @@ class DeltaNet(nn.Module):
             v, beta, g = v * (-reset).exp().unsqueeze(-1).to(v.dtype), beta * reset.exp(), g + reset
         return v, g, beta
 
-    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+    def _output_gate(self, x: Tensor) -> Tensor | None:
+        return F.silu(self.g_proj(x)) if self.options.use_output_gate else None
+
+    def _output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         o = o.flatten(-2)
-        if self.options.use_output_gate:
-            o = o * F.silu(self.g_proj(x))
-        return self.out_proj(o)
+        return self.out_proj(o if gate is None else o * gate)
 
     def forward(self, x_BTD: Tensor, plan: Plan, rotary: Rotary | None, state: LayerState | None = None) -> Tensor:
         q, k, v = self._queries_keys_values(x_BTD)
         v, g, beta = self._gates(x_BTD, v, plan.position_BT)
         keep = state is not None
-        o, S = delta_rule(q, k, v, g, beta, plan=plan, scale=1.0, output_final_state=keep, rule=self.rule)
+        scan = begin_delta_rule(q, k, v, g, beta, plan=plan, scale=1.0, output_final_state=keep, rule=self.rule)
+        gate = self._output_gate(x_BTD)  # while states travel
+        o, S = scan.finish()
         key_sum = None
         if self.options.denominator:
             qD, key_sum = key_sum_product(q, k, plan, keep)
             o = variants.normalise_output(o, qD, self.options.denominator_eps)
         if state is not None:
             state.S_BHKV, state.key_sum_BHK = S, key_sum
-        return self._output(o, x_BTD)
+        return self._output(o, gate)
 
     def step(self, x_BD: Tensor, rotary: Rotary | None, state: LayerState) -> Tensor:
         """One token a row; the state is updated in place."""
@@ -142,7 +145,7 @@ class DeltaNet(nn.Module):
         o = delta_step(q, k, v, g, beta, state.S_BHKV, scale=1.0, rule=self.rule)
         if state.key_sum_BHK is not None:
             o = variants.normalise_output(o, normaliser_step(q, k, state.key_sum_BHK), self.options.denominator_eps)
-        return self._output(o, x_BD)
+        return self._output(o, self._output_gate(x_BD))
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LayerState:
         dtype = torch.promote_types(dtype, torch.float32)

@@ -15,7 +15,7 @@ from dnsp.kernels.decode import gated_delta_step
 from dnsp.model.norm import GatedRMSNorm
 from dnsp.model.rotary import Rotary
 from dnsp.model.state import LayerState, conv_tail
-from dnsp.parallel.delta_rule import delta_rule
+from dnsp.parallel.delta_rule import begin_delta_rule
 from dnsp.parallel.halo import causal_conv1d
 from dnsp.parallel.plan import Plan
 
@@ -62,8 +62,10 @@ class GatedDelta(nn.Module):
         g = variants.softplus_decay(self.in_proj_a(x), self.A_log, self.dt_bias)
         return g, variants.learned_beta(self.in_proj_b(x))
 
-    def _output(self, o: Tensor, x: Tensor) -> Tensor:
-        z = self.in_proj_z(x).unflatten(-1, (self.value_heads, self.value_dim))
+    def _output_gate(self, x: Tensor) -> Tensor:
+        return self.in_proj_z(x).unflatten(-1, (self.value_heads, self.value_dim))
+
+    def _output(self, o: Tensor, z: Tensor) -> Tensor:
         return self.out_proj(self.norm(o, z).flatten(-2))
 
     def forward(self, x_BTD: Tensor, plan: Plan, rotary: Rotary | None, state: LayerState | None = None) -> Tensor:
@@ -72,11 +74,13 @@ class GatedDelta(nn.Module):
         q, k, v = self._split(qkv)
         g, beta = self._gates(x_BTD)
         keep = state is not None
-        o, S = delta_rule(q, k, v, g, beta, plan=plan, scale=self.scale, output_final_state=keep, l2norm=True)
+        scan = begin_delta_rule(q, k, v, g, beta, plan=plan, scale=self.scale, output_final_state=keep, l2norm=True)
+        z = self._output_gate(x_BTD)  # while states travel
+        o, S = scan.finish()
         if state is not None:
             state.S_BHKV = S
             state.conv_tail_BWD = conv_tail(mixed, plan.position_BT, self.conv_width)
-        return self._output(o, x_BTD)
+        return self._output(o, z)
 
     def step(self, x_BD: Tensor, rotary: Rotary | None, state: LayerState) -> Tensor:
         """One token a row; the state is updated in place."""
@@ -92,7 +96,7 @@ class GatedDelta(nn.Module):
             dt_bias_H=self.dt_bias,
             scale=self.scale,
         )
-        return self._output(o, x_BD)
+        return self._output(o, self._output_gate(x_BD))
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LayerState:
         shape = (batch, self.value_heads, self.key_dim, self.value_dim)

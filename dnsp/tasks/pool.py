@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dnsp.errors import UsageError
+from dnsp.launch import mps
 from dnsp.launch.local import SUPERVISOR, cores
-from dnsp.tasks.mps import Mps
 from dnsp.tasks.queue import Queue, Request
 from dnsp.tasks.suite import Suite
 
@@ -162,11 +162,12 @@ def run(suite: Suite, request: Request, console: Console | None = None) -> int:
         for measurements in (True, False):
             if queue.stopping:
                 break
-            mps = Mps(queue.out, request.mps) if on_gpu and not measurements and count > len(groups) else None
-            try:
-                if mps is not None:
-                    console.print(mps.start(devices[0]), markup=False)
-                    environ = {**environ, **mps.environ}
+            sharing = on_gpu and not measurements and count > len(groups)
+            wanted = request.mps if sharing else False
+            with mps.asked_for(wanted, devices[0]) as (variables, words):
+                if sharing:
+                    console.print(words, markup=False)
+                    environ = {**environ, **variables}
                     # processes that share a GPU share its queues, too: with more than there are some do not start
                     environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(max(1, QUEUES // -(-count // len(groups)))))
                 # what is timed sees all devices: a prefill over ranks is among it
@@ -177,9 +178,6 @@ def run(suite: Suite, request: Request, console: Console | None = None) -> int:
                 ]
                 if queue.left(measurements):
                     _watch(queue, workers, deadline, console)
-            finally:
-                if mps is not None:
-                    mps.stop()
     finally:
         stop.restore()
         lock.release()

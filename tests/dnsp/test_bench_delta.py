@@ -326,6 +326,16 @@ def test_a_peer_beside_the_decode_step(
     assert "fla, layer step: eager: ModuleNotFoundError" in capsys.readouterr().out
 
 
+def test_decode_is_judged_by_the_faster_layout_of_states() -> None:
+    def row(name: str, step: str, **ratios: float) -> dict[str, Any]:
+        return {"name": name, "step": step, "ways": {"eager": {}, "graph": {}}, "ours_over_this": ratios}
+
+    rows = [row("dnsp, delta step", "delta"), row("dnsp, layer step", "layer")]
+    rows += [row("fla", "delta", eager=0.5, graph=0.9), row("fla, states [V, K]", "delta", eager=0.6, graph=1.1)]
+    found = decode.goals({"name": "one", "shape": {"batch": 1}, "sides": rows})
+    assert [(goal["found"], goal["holds"]) for goal in found] == [(0.6, True), (1.1, False)]
+
+
 def test_a_wrong_decode_step_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = decode._delta
 

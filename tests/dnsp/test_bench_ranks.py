@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dnsp.bench.scan import Work, makespan
+from dnsp.bench.scan import Work, _shortest, makespan, table
 from dnsp.cli import main
 from dnsp.parallel.layout import Layout
 
@@ -62,18 +62,46 @@ def test_refusals(arguments: list[str], words: str, capsys: pytest.CaptureFixtur
     assert words in capsys.readouterr().err
 
 
+def test_the_table_has_every_figure() -> None:
+    """What a world of a GPU reports, in the columns of its table."""
+    way = {
+        "layout": "zigzag", "transport": "peer", "segment_tokens": 1024, "ms": 3.3, "makespan_ms": 1.05,
+        "makespan_segment_tokens": 2048, "hop_us": 7.4,
+    }  # fmt: skip
+    world = {
+        "ranks": 8, "sharing": 8, "where": "8 on one GPU", "one process": {"ms": 3.0, "segment_tokens": 4096},
+        "local shard": {"ms": 1.0, "segment_tokens": 512}, "ways": [way], "peers": [],
+    }  # fmt: skip
+    rows = table(world, {"tokens": 131072, "heads": 16, "value_heads": 32, "width": 128})
+    cells = [list(column.cells)[-1] for column in rows.columns]
+    assert cells == ["zigzag, peer", "1,024", "3.300", "1.100", "1.050", "2,048", "1.050", "7.4"]
+
+
+def test_the_shortest_of_several_segment_lengths_counts() -> None:
+    layout = Layout("contiguous", 2, 512)
+    fast = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0) for _ in range(2)]
+    full = [Work(9.0, [4.0], 0.0, 19.0, [8.0], 0.0, 4.0) for _ in range(2)]  # more segments, a longer chain
+    assert _shortest(layout, {64: full, 256: fast}, 1000.0) == (43.0, 256)
+
+
 def test_the_makespan_is_that_of_a_chain() -> None:
     """Two ranks, hand-made times: the state is waited for where it comes late, and costs nothing where it is early."""
-    even = [Work(10.0, [1.0], 20.0, [2.0], 5.0) for _ in range(2)]
+    even = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0) for _ in range(2)]
     contiguous = Layout("contiguous", 2, 128)
     # forward: rank 0 leaves at 11, rank 1 at max(10, 12) + 1 = 13; reverse: rank 1 at 13 + 20 + 2 = 35, rank 0 at
     # max(31, 36) + 2 = 38
     assert makespan(contiguous, even, 1.0) == 38 + 5
-    early = [Work(1.0, [1.0], 20.0, [2.0], 5.0), Work(10.0, [1.0], 5.0, [2.0], 5.0)]
+    early = [Work(1.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0), Work(10.0, [1.0], 0.0, 5.0, [2.0], 0.0, 5.0)]
     assert makespan(contiguous, early, 1.0) == max(11 + 5 + 2 + 5, max(22, 19) + 2 + 5)
     # zigzag: rank 0 holds intervals 0 and 3, rank 1 holds 1 and 2; two hops there, two back
-    both = [Work(10.0, [1.0, 1.0], 20.0, [2.0, 2.0], 5.0) for _ in range(2)]
+    both = [Work(10.0, [1.0, 1.0], 0.0, 20.0, [2.0, 2.0], 0.0, 5.0) for _ in range(2)]
     there = [10 + 1, 11 + 1 + 1, 13 + 1, 14 + 1 + 1]  # intervals 0, 1, 2, 3
     back3 = there[3] + 20 + 2
     back2 = max(there[2] + 20, back3 + 1) + 2
     assert makespan(Layout("zigzag", 2, 256), both, 1.0) == back2 + 2 + 1 + 2 + 5
+    # eight ranks, seven hops there and back, hidden where there is as much to do beside them
+    layout, chain = Layout("contiguous", 8, 512), 10 + 8 * 1.0 + 7 * 1.0
+    waits = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 25.0)] * 8
+    assert makespan(layout, waits, 1.0) == chain + 20 + 8 * 2 + 7 + 25
+    hides = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 22.0, 3.0)] * 8
+    assert makespan(layout, hides, 1.0) == max(chain + 20 + 22 + 2, chain + 20 + 8 * 2 + 7) + 3

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+from unittest.mock import patch
 
+import pytest
+import torch
+
+from dnsp import watchdog
 from dnsp.choices import Choices, make_choices
 from dnsp.config import Config, parse_config
 from dnsp.errors import UsageError
+from dnsp.parallel import attention_backends
+from dnsp.parallel.attention import attention
 from dnsp.parallel.errors import PlanError
-from dnsp.parallel.grid import Grid
+from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
+from tests.ranks import run_ranks
 
 
 def config(**tree: dict) -> Config:
@@ -18,7 +25,9 @@ def config(**tree: dict) -> Config:
 
 
 def test_on_a_cpu() -> None:
-    assert make_choices(config()) == (Choices("flash_cpu", 0), "")
+    choices, how = make_choices(config())
+    assert choices == Choices("flash_cpu", 0)
+    assert how.startswith("there and back on 256 tokens: flash_cpu ") and ", plain " in how and how.endswith(" ms")
     assert make_choices(config(parallel={"attention_backend": "plain"})) == (Choices("plain", 0), "")
     assert make_choices(config(model={"pattern": ["gated_delta"]})) == (Choices("auto", 0), "")
     with pytest.raises(PlanError, match="attention_backend=cudnn: it is for cuda tensors, these are on cpu; use auto"):
@@ -32,11 +41,32 @@ def test_a_run_goes_on_with_what_it_had_where_that_works() -> None:
     assert make_choices(asked, Choices("plain").to_dict())[0].attention_backend == "flash_cpu"
 
 
+def chosen_by_ranks() -> tuple[Choices, str]:
+    """As a run does it, on ranks that would choose otherwise: on rank 0 alone torch's flash attention is slow."""
+    grid = make_grid(timeout=30)
+    times = {"flash_cpu": 2e-3, "plain": 1e-3} if grid.rank == 0 else {"flash_cpu": 1e-3, "plain": 2e-3}
+    layout = Layout("zigzag", grid.world, 512)
+    with patch.object(attention_backends, "_seconds", lambda name, heads, tokens: times[name]):
+        made = make_choices(config(), layout=layout) if grid.rank == 0 else None
+        choices, how = watchdog.from_first(made)
+    plan = make_plan([[0]], layout, grid, attention_backend=choices.attention_backend).agreed()
+    q, k, v = (torch.randn(1, plan.local_tokens, 2, 16, requires_grad=True) for _ in range(3))
+    attention(q, k, v, plan=plan).sum().backward()
+    return choices, how
+
+
+def test_rank_0_times_and_all_take_its_choice() -> None:
+    for choices, how in run_ranks(chosen_by_ranks, 2, timeout=60):
+        assert choices.attention_backend == "plain"
+        assert how == "there and back on 128 tokens: flash_cpu 2 ms, plain 1 ms"
+
+
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
     settings = config(engine={"dtype": "bf16"}, model={"head_dim": 64})
-    choices, why = make_choices(settings)
-    assert (choices.attention_backend, why) == ("cudnn", "") and choices.multiprocessors > 0
+    choices, how = make_choices(settings)
+    assert choices.attention_backend == "cudnn" and choices.multiprocessors > 0
+    assert "there and back on" in how and "cudnn " in how and "flash " in how
     assert make_choices(settings, Choices("flash", 7).to_dict())[0] == Choices("flash", 7)
     repeating = config(engine={"dtype": "bf16", "deterministic": True}, model={"head_dim": 64})
     assert make_choices(repeating)[0] == Choices("flash_deterministic", 132)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from tests.ranks import run_ranks
 TOLERANCE = {"gradient": 2e-5, "norm": 1e-5, "loss": 1e-6, "moments": 1e-6, "weights": 2e-4}
 PROBE = {"error": 5e-5, "seconds": 5.0}
 ROWS, TOKENS, VOCABULARY, CLIP, LR = 4, 512, 32, 0.05, 1e-2
+SLOW = 2.0  # seconds that a disk takes
 
 # stage, optimizer and parameters on the host, recomputation; ranks of a sequence group
 CASES = {
@@ -77,17 +80,20 @@ def make(config: Any, sequence: int) -> Any:
 
     grid = make_grid(sequence)
     torch.manual_seed(0)
-    model = Decoder(config.model, config.engine.activation_checkpointing)
+    model = Decoder(config.model, config.engine.activation_checkpointing, hollow=config.engine.zero_stage == 3)
     return Engine(model, config, grid, ROWS // grid.data_size)
 
 
 def take_step(engine: Any, lr: float = LR) -> dict[str, Any]:
-    """One step on the same rows whatever the grid: loss, gradients after the reduction, norm before the clipping."""
-    from dnsp.parallel.layout import Layout
+    """One step on the same rows whatever the grid: loss, gradients after the reduction, norm before the clipping.
+
+    ZeRO 1 and 3 have them zigzag, 0 and 2 contiguous.
+    """
+    from dnsp.parallel.layout import KINDS, Layout
     from dnsp.parallel.plan import make_plan
 
     grid = engine.grid
-    layout = Layout("zigzag", grid.sequence_size, TOKENS)
+    layout = Layout(KINDS[engine.stage % 2], grid.sequence_size, TOKENS)
     draw = torch.Generator().manual_seed(1)
     tokens_BT = torch.randint(0, VOCABULARY, (ROWS, TOKENS), generator=draw)
     targets_BT = torch.randint(0, VOCABULARY, (ROWS, TOKENS), generator=draw)
@@ -156,6 +162,8 @@ def all_cases(cases: list[Any], folder: str) -> list[dict[str, Any]]:
                 "probe": proven,
                 "probe changes nothing": same,
                 "saved": saved,
+                "memory": engine.memory(),
+                "parameters": sum(math.prod(shape) for shape in engine.shapes().values()),
                 "dtypes": {str(x.dtype) for f in engine.fragments() for x in f.tensors.values()},
             }
         )
@@ -171,8 +179,16 @@ def one_process() -> dict[str, Any]:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("world", sorted(CASES))
 def test_a_step_is_the_single_process_step_and_its_state_comes_back(world: int, tmp_path: Path) -> None:
+    from dnsp.fits import model_bytes
+
     (truth,) = run_ranks(one_process, 1)
-    for rank, cases in enumerate(run_ranks(all_cases, world, CASES[world], str(tmp_path), timeout=360)):
+    ranks = run_ranks(all_cases, world, CASES[world], str(tmp_path), timeout=360)
+    for number, (*options, _) in enumerate(CASES[world]):  # what doctor says that a rank keeps of the model
+        expected = model_bytes(ranks[0][number]["parameters"], settings(*options).engine, world)
+        for what in ranks[0][number]["memory"]:
+            together = sum(cases[number]["memory"][what] for cases in ranks)
+            assert together == world * (expected[what].device + expected[what].host), (world, options, what)
+    for rank, cases in enumerate(ranks):
         for options, found in zip(CASES[world], cases, strict=True):
             case = (world, rank, options)
             for name, want in truth["gradients"].items():
@@ -245,8 +261,54 @@ def skipping() -> bool:
     return same
 
 
+def waited_in_a_forward(stage: int) -> float:
+    """Seconds, in groups of one rank: nothing but ZeRO 3's weights is communicated."""
+    from dnsp.parallel.layout import Layout
+    from dnsp.parallel.plan import make_plan
+    from dnsp.parallel.waits import WAITS
+
+    engine = make(settings(stage), 1)
+    tokens = torch.zeros(1, TOKENS, dtype=torch.long)
+    plan = make_plan([[0]], Layout("zigzag", 1, TOKENS), engine.grid, 64)
+    WAITS.take()
+    WAITS.on = True
+    engine.deepspeed(tokens, tokens, plan)
+    WAITS.on = False
+    return WAITS.take()[0]
+
+
+def reduced_beside_the_backward(stage: int) -> int:
+    """Reductions that DeepSpeed has begun when the gradients of the first layer, the last to come, are there. As on a
+    GPU: that its stages 1 to 3 reduce from the backward's own hooks is what the generated ``overlap_comm`` asks for."""
+    from dnsp.deepspeed_json import deepspeed_config
+
+    assert deepspeed_config(settings(stage), 1, on_gpu=True)["zero_optimization"]["overlap_comm"]
+    small = {**SHARDED["zero_optimization"], "reduce_bucket_size": 4000, "overlap_comm": True}
+    engine = make(settings(stage, deepspeed={"zero_optimization": small}), 1)
+    method = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads" if stage == 3 else "reduce_ipg_grads"
+    reduce, counts = getattr(engine.optimizer, method), {"in all": 0, "before": 0, "early": 0}
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        counts["in all"] += 1
+        return reduce(*arguments, **options)
+
+    def the_forward_begins(*_: Any) -> None:  # of each micro-batch
+        counts["before"] = counts["in all"]
+
+    def the_backward_ends(_: torch.Tensor) -> None:
+        counts["early"] = counts["in all"] - counts["before"]
+
+    setattr(engine.optimizer, method, counted)
+    engine.deepspeed.register_forward_pre_hook(the_forward_begins)
+    engine.names["model.layers.0.input_layernorm.weight"].register_hook(the_backward_ends)
+    take_step(engine)
+    return counts["early"]
+
+
 def two_ranks() -> dict[str, Any]:
-    return {"broken": all_broken(), "bf16": in_bf16(), "skipping": skipping()}
+    waited = [waited_in_a_forward(stage) for stage in (1, 3)]
+    beside = [reduced_beside_the_backward(stage) for stage in (1, 2, 3)]
+    return {"broken": all_broken(), "bf16": in_bf16(), "skipping": skipping(), "waited": waited, "beside": beside}
 
 
 @pytest.mark.slow
@@ -264,3 +326,44 @@ def test_what_breaks_the_contract_is_refused_and_what_is_fp32_stays_so() -> None
         assert bf16["seen"] == dict.fromkeys(("A_log", "dt_bias", "norm"), "torch.float32")
         assert bf16["kept"] == {torch.float32} and bf16["error"] < PROBE["error"]
         assert found["skipping"]
+        assert found["waited"][0] == 0 < found["waited"][1]
+        assert min(found["beside"]) > 0, found["beside"]
+
+
+def saving(folder: str) -> dict[str, Any]:
+    """Two saves of a real engine on a disk that takes as long as it is told to, training going on beside the first."""
+    from dnsp import checkpoint
+    from dnsp.config import CheckpointConfig
+    from dnsp.saving import Saver
+
+    go_on, name = threading.Event(), "model.norm.weight"
+    engine = make(settings(1), 1)
+    take_step(engine)
+    before = whole(engine)["weights"][name]
+    saver = Saver(Path(folder), engine, CheckpointConfig())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "sync", lambda path: go_on.wait(60))
+        saver.save(1, {})  # the first, too, returns while nothing is written
+        unwritten = not go_on.is_set() and not checkpoint.checkpoints(saver.folder) and not saver.news()
+        take_step(engine)
+        threading.Timer(SLOW, go_on.set).start()
+        saver.save(2, {})
+        saver.wait()
+    first, second = checkpoint.checkpoints(saver.folder)
+    return {
+        "unwritten": unwritten,
+        "as it was": checkpoint.read(first).read("weights", name).equal(before),
+        "as it is": checkpoint.read(second).read("weights", name).equal(whole(engine)["weights"][name]),
+        "said": saver.news(),
+        "logged": [json.loads(line) for line in (saver.folder / "checkpoints.jsonl").read_text().splitlines()],
+    }
+
+
+def test_training_stands_still_for_the_copy_alone_and_for_the_save_before(tmp_path: Path) -> None:
+    (found,) = run_ranks(saving, 1, str(tmp_path))
+    assert found["unwritten"] and found["as it was"] and found["as it is"]
+    assert all("training stood still for" in line for line in found["said"]) and len(found["said"]) == 2
+    first, second = found["logged"]
+    assert first["write_s"] > SLOW > first["held_s"]  # what it waited for is not the writing
+    assert second["held_s"] >= second["waited_s"] > 0.9 * SLOW  # but a second save waits for the first, and counts that
+    assert "of them for the save before" in found["said"][1] and "of them" not in found["said"][0]

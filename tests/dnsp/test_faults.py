@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -171,11 +173,14 @@ def test_a_port_in_use(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert f"port {port}" in text and is_one_message(text), text
 
 
-def test_a_loss_that_is_not_finite(workplace: Path, dnsp: Dnsp) -> None:
-    done = dnsp("train", "tiny.yaml", "--ranks", 2, "run.dir=wild", "train.lr=1e30", cwd=workplace)
-    assert done.returncode == 1
-    assert is_one_message(done.stderr), done.stderr
-    assert "not finite at step" in done.stderr and "on rank" in done.stderr
+def test_a_loss_that_is_not_finite(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    assert main(["train", "tiny.yaml", "run.dir=wild", "train.lr=1e30"]) == 1
+    text = capsys.readouterr().err
+    assert is_one_message(text), text
+    assert "not finite at step" in text and "on rank 0" in text and "4 times in a row" in text, text
     assert not list((workplace / "wild").rglob("*.part"))
 
 
@@ -281,5 +286,13 @@ def test_a_rank_that_hangs_is_given_up(workplace: Path, start: Callable[..., sub
     _, stderr = process.communicate(timeout=LATER)
     assert process.returncode == 1
     assert is_one_message(stderr) and "rank 0 lost" in stderr, stderr
+    # who, where, in which step and layer, waiting for what; whose stack is there, and whose cannot be
+    place = r"rank 0 \(node \S+\) was at step \d+(, layer \d \(\w+\))?, in the \w+"
+    assert re.search(place, stderr) and "rank 1 left no stack: stopped or gone" in stderr, stderr
+    assert re.search(r"rank 0 lost (rank 1 during|a peer: )\S+", stderr), stderr
+    stacks = workplace / "hung" / "stacks"
+    assert "dnsp/train.py" in (stacks / "rank-00000.txt").read_text()
+    recorded = json.loads((stacks / "rank-00000.json").read_text())  # torch's flight recorder
+    assert recorded["entries"], recorded
     _, alive = psutil.wait_procs(ranks, timeout=5)
     assert not alive

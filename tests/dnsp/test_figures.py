@@ -21,6 +21,7 @@ from torch import nn
 from dnsp import figures
 from dnsp.figures import GPU, Figures, shares
 from dnsp.flops import step_flops
+from dnsp.launch.mps import shared_gpu
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.transport import Transport
 from dnsp.parallel.waits import WAITS, gather_rows
@@ -89,6 +90,46 @@ def test_waiting_for_a_rank_that_is_late_counts() -> None:
     assert late_one < punctual / 2
     assert [row[0] for row in rows] == [0.0, 1.0] and all(row[1] != row[1] for row in rows)
     assert [row[2] for row in rows] == [punctual, late_one] == [row[2] for row in others]
+
+
+def late_through_shared_memory() -> float:
+    """Rank 0 comes late with the state that rank 1 waits for, on the device; seconds that each rank's stream stood."""
+    from dnsp.parallel.delta_rule import delta_rule
+    from dnsp.parallel.grid import make_grid
+    from dnsp.parallel.layout import Layout
+    from dnsp.parallel.plan import make_plan
+    from dnsp.watchdog import queues
+
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(queues(2)))
+    rank = int(os.environ["RANK"])
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    grid = make_grid(2)
+    plan = make_plan([[0]], Layout("contiguous", 2, 2048), grid, 128, transport="peer").to("cuda").agreed()
+    q, k, v = (torch.randn(1, 1024, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (2, 2, 4))
+    g, beta = (torch.full((1, 1024, 4), value, device="cuda") for value in (-0.1, 0.5))
+    WAITS.cuda = WAITS.on = True
+    for late in (0.0, LATE):  # the first time kernels are proven and loaded
+        WAITS.take()
+        torch.cuda.synchronize()
+        grid.transport().barrier()
+        if rank == 0:
+            time.sleep(late)
+        with torch.no_grad():
+            delta_rule(q, k, v, g, beta, plan=plan, l2norm=True)
+        torch.cuda.synchronize()
+    seconds, spans = WAITS.take()
+    return seconds + sum(begin.elapsed_time(end) / 1e3 for begin, end in spans)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_waiting_on_the_device_for_a_state_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    with shared_gpu() as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        late_one, punctual = run_ranks(late_through_shared_memory, 2, timeout=280)
+    assert NOTICED < punctual < LATE + 5
+    assert late_one < punctual / 2
 
 
 def test_every_step_says_where_its_time_went(reference: Path, metrics: Callable[[Path], list[dict[str, Any]]]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dnsp import engine
+from dnsp import engine, fits
 from dnsp.cli import main
+from dnsp.config import EngineConfig
 
 
 def findings(workplace: Path, out: Path, *arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
@@ -27,6 +29,7 @@ def test_a_configuration_that_fits(workplace: Path, tmp_path: Path, capsys: pyte
     assert "configuration" in capsys.readouterr().out
 
 
+HUGE = ("model.hidden_size=65536", "model.intermediate_size=65536", "model.num_hidden_layers=8")
 # overrides, which row is missing, what it says, and the way out
 CANNOT = [
     (("--ranks", "3", "parallel.sequence=2"), "ranks", "parallel.sequence=2 does not divide 3 ranks", "multiple of 2"),
@@ -35,8 +38,8 @@ CANNOT = [
     (("data.sequence_length=100000000",), "data", "100,000,000", ""),
     (("data.tokenizer=./nowhere",), "tokenizer", "./nowhere", ""),
     (("init_from=run:nowhere",), "settings", "nowhere", ""),
-    (("model.hidden_size=65536", "model.num_hidden_layers=400"), "memory", "GiB", "take more ranks"),
-    (("model.hidden_size=65536", "model.num_hidden_layers=400"), "disk", "checkpoints of", "make room"),
+    (HUGE, "memory", "GiB", "take more ranks"),
+    (HUGE, "disk", "checkpoints of", "make room"),
 ]
 
 
@@ -48,6 +51,48 @@ def test_what_cannot_run(
     assert status == 1
     assert rows[row]["status"] == "missing"
     assert found in rows[row]["found"] + rows[row]["cure"] and cure in rows[row]["cure"] and rows[row]["cure"]
+
+
+LESS_GATHERED = "engine.deepspeed={zero_optimization: {stage3_max_live_parameters: 100000000}}"
+# GiB that are free for four ranks together, settings: the status, and the way out. 1.6 billion parameters are 6.0 GiB:
+# a rank keeps about 24 of them (weights, gradients, two moments), 16.9 at stage 1, 12.4 at 2, 11.6 at 3 (3.7 gathered)
+ROOMS = [
+    (110, (), "ok", ""),
+    (80, (), "missing", "engine.zero_stage=1 would fit"),
+    (60, (), "missing", "engine.zero_stage=2 would fit"),
+    (60, ("engine.zero_stage=2",), "ok", ""),
+    (53, ("engine.zero_stage=2",), "missing", "engine.zero_stage=3 would fit"),
+    (40, ("engine.zero_stage=3",), "missing", "take more ranks"),
+    (40, ("engine.zero_stage=3", LESS_GATHERED), "ok", ""),
+]
+
+
+@pytest.mark.parametrize(("free", "settings", "status", "cure"), ROOMS)
+def test_memory_by_stage(
+    workplace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free: float,
+    settings: tuple[str, ...],
+    status: str,
+    cure: str,
+) -> None:
+    monkeypatch.setattr(fits.psutil, "virtual_memory", lambda: SimpleNamespace(total=2**40, available=free * 2**30))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    wide = ("model.hidden_size=1024", "model.intermediate_size=65536", "model.num_hidden_layers=8")
+    four = ("--ranks", "4", "train.global_batch=4", "parallel.sequence=1")
+    _, rows = findings(workplace, tmp_path / "doctor.json", *four, *wide, *settings)
+    assert rows["memory"]["status"] == status and cure in rows["memory"]["cure"], rows["memory"]
+
+
+def test_what_is_away_is_on_the_host() -> None:
+    engine = EngineConfig(zero_stage=3, offload_optimizer=True, offload_parameters=True)
+    held = fits.model_bytes(10**9, engine, 8)
+    assert held["parameters"] == held["gradients"] == fits.Held(0, 0.5e9)
+    assert held["moments and master weights"] == fits.Held(0, 1.5e9)
+    assert held["gathered layers"] == fits.Held(4e9)  # what DeepSpeed leaves gathered, and that can be said to it
+    fewer = engine.model_copy(update={"deepspeed": {"zero_optimization": {"stage3_max_live_parameters": 10**8}}})
+    assert fits.model_bytes(10**9, fewer, 8)["gathered layers"] == fits.Held(0.4e9)
 
 
 def test_a_folder_that_holds_a_run(workplace: Path, tmp_path: Path) -> None:

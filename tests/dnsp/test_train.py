@@ -147,6 +147,16 @@ def test_context_grows_within_a_run_and_into_another(
     begun, before = metrics(workplace / "longer"), metrics(reference)
     assert begun[0]["step"] == 1
     assert begun[0]["loss"] < before[5]["loss"]  # it begins from what the other run has learned
+    # in shards too, where rank 0 alone reads it and no rank holds all of it
+    sharded = "engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"
+    done = dnsp(
+        *("train", "tiny.yaml", "--ranks", 2, "run.dir=longer-3", "init_from=run:reference", "engine.zero_stage=3"),
+        *(sharded, "data.sequence_length=1024", "train.steps=2", "model.rope_theta=1e5"),
+        cwd=workplace,
+    )
+    assert done.returncode == 0, done.stderr
+    sharded_losses, whole_losses = ([r["loss"] for r in metrics(workplace / n)] for n in ("longer-3", "longer"))
+    assert compared(sharded_losses, whole_losses) < TOLERANCE["zero 1"]
 
 
 @pytest.mark.gpu

@@ -148,6 +148,14 @@ def test_a_document_begun_before_token_0_reads_the_whole_halo():
     assert torch.equal(causal_conv1d(x[:, 10:], weight, bias, halo_BWD=x[:, 7:10]), y[:, 10:])
 
 
+@pytest.mark.parametrize("shape", [(0, 9, 6), (2, 0, 6), (2, 9, 0)])
+def test_nothing_in_nothing_out(shape):
+    x, weight = torch.zeros(shape, requires_grad=True), torch.randn(shape[2], 4, requires_grad=True)
+    y = causal_conv1d(x, weight)
+    dx, dweight = torch.autograd.grad(y.sum(), (x, weight))
+    assert y.shape == dx.shape == shape and not dweight.any()
+
+
 def test_silu_is_silu_to_the_ends_of_the_range():
     z = torch.tensor([-1e4, -100.0, -88.0, -3.0, 0.0, 3.0, 88.0, 1e4])
     assert torch.allclose(silu(z), F.silu(z.double()).float(), rtol=1e-6, atol=1e-38)  # flushed to zero below
@@ -162,9 +170,17 @@ def test_silu_is_silu_to_the_ends_of_the_range():
         (dict(doc_start_BT=torch.zeros(2, 5)), r"doc_start \[2, 5\].*\[2, 101\]"),
         (dict(weight_DW=torch.zeros(32, 4)), "32 filters for 33 channels"),
         (dict(bias_D=torch.zeros(4)), r"bias \[4\].*\[33\]"),
+        (dict(start=-3, halo_BWD=torch.zeros(2, 3, 33)), "start=-3.*from 0"),
+        (dict(start=3.0, halo_BWD=torch.zeros(2, 3, 33)), "start=3.0.*integer"),
+        (dict(doc_start_BT=torch.zeros(2, 101)), "doc_start is torch.float32.*int32 or int64"),
+        (dict(x_BTD=torch.zeros(2, 101, 33).int()), "x is torch.int32.*floating"),
+        (dict(weight_DW=torch.zeros(33, 4).int()), "weight is torch.int32.*floating"),
+        (dict(bias_D=torch.zeros(33).bool()), "bias is torch.bool.*floating"),
+        (dict(weight_DW=torch.zeros(33, 4, device="meta")), "weight is on meta, x on cpu"),
+        (dict(backend="cuda"), "backend='cuda'.*'triton'"),
     ],
 )
 def test_refusals(change, said):
     x, weight, bias = make()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, TypeError), match=said):
         causal_conv1d(**(dict(x_BTD=x, weight_DW=weight, bias_D=bias) | change))

@@ -134,6 +134,16 @@ def test_refusals():
         delta_step(q, k, v, g[:, :3], beta, torch.zeros(2, 4, 8, 6))
     with pytest.raises(TypeError, match="state is torch.bfloat16"):
         delta_step(q, k, v, g, beta, torch.zeros(2, 4, 8, 6, dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match="beta is torch.int64.*floating"):
+        delta_step(q, k, v, g, beta.long(), torch.zeros(2, 4, 8, 6))
+    with pytest.raises(ValueError, match=r"state\[2, 4, 8, 6\] has strides \[0, .*clone"):
+        delta_step(q, k, v, g, beta, torch.zeros(1, 4, 8, 6).expand(2, -1, -1, -1))
+    with pytest.raises(ValueError, match="K=0, V=6"):
+        delta_step(q[..., :0], k[..., :0], v, g, beta, torch.zeros(2, 4, 0, 6))
+    with pytest.raises(TypeError, match="tail is torch.int32.*floating"):
+        conv_step(torch.zeros(2, 5), torch.zeros(2, 3, 5).int(), torch.zeros(5, 4))
+    with pytest.raises(ValueError, match=r"key_sum\[2, 2, 4\]: expected \[B, H, K\] = \[2, 2, 8\]"):
+        normaliser_step(q, k, torch.zeros(2, 2, 4))
     for slots, words in (([1, 1], "live ones must differ"), ([0, 7], "below 7"), ([0, 1, 2], r"slots\[3\]")):
         with pytest.raises(ValueError, match=words):
             delta_step(q, k, v, g, beta, torch.zeros(7, 4, 8, 6), slots_B=torch.tensor(slots))

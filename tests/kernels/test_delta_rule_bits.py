@@ -54,7 +54,7 @@ class PieceScan:
                 state = fold(M[n], U[n], state, None if continues is None else continues[n])
         if self.right is not None:
             self.right.state = state
-        return stack_states(incoming, U), state if want_final and self.right is None else None
+        return lambda: (stack_states(incoming, U), state if want_final and self.right is None else None)
 
     def reverse(self, M, D, continues, final_grad, has_initial, want_final):
         grad, outgoing = final_grad if self.right is None else self.right.grad, []
@@ -64,7 +64,7 @@ class PieceScan:
                 grad = reverse_fold(M[n], D[n], grad, None if continues is None else continues[n])
         if self.left is not None:
             self.left.grad = grad
-        return stack_states(outgoing[::-1], D), grad if has_initial and self.left is None else None
+        return lambda: (stack_states(outgoing[::-1], D), grad if has_initial and self.left is None else None)
 
 
 def in_pieces(case: Case, dtype: torch.dtype, tokens: int, pieces: int) -> dict[str, Tensor]:

@@ -210,6 +210,18 @@ REFUSALS = [
     (dict(g=-G, check_inputs=True), ValueError, "> 0.*at most 0"),
     (dict(g=G * torch.nan, check_inputs=True), ValueError, "g holds.*not finite"),
     (dict(beta=BETA * torch.inf, check_inputs=True), ValueError, "beta holds.*not finite"),
+    (dict(k=K_ * torch.nan, check_inputs=True), ValueError, "k holds.*not finite"),
+    (dict(doc_start=torch.full((1, 100), 7).int(), check_inputs=True), ValueError, r"doc_start\[0, 0\]=7.*token, 0"),
+    (dict(doc_start=torch.arange(100)[None] // 9 * 8, check_inputs=True), ValueError, r"doc_start\[0, 9\]=8.* 0$"),
+    (dict(g=G.int()), TypeError, "g is torch.int32.*floating"),
+    (dict(beta=BETA > 0), TypeError, "beta is torch.bool.*floating"),
+    (dict(beta=None), TypeError, "beta is NoneType: give a tensor"),
+    (dict(initial_state=torch.zeros(1, 2, 8, 6).int()), TypeError, "initial_state is torch.int32.*floating"),
+    (dict(q=Q[..., :0], k=K_[..., :0]), ValueError, "K=0, V=6.*at least 1"),
+    (dict(v=V_[:, :, :0], g=G[..., :0], beta=BETA[..., :0]), ValueError, "HV=0.*multiple"),
+    (dict(segment_tokens=64.0), ValueError, "segment_tokens=64.0.*multiple of 64"),
+    (dict(cu_seqlens=[0, 100]), TypeError, "cu_seqlens is list.*integer bounds"),
+    (dict(cu_seqlens=bounds(0, 100).to(torch.uint8)), ValueError, "cu_seqlens.*uint8.*int32 or int64"),
 ]
 
 

@@ -83,5 +83,16 @@ def test_refusals():
     x, gate, weight, _ = tensors(torch.float32)
     with pytest.raises(ValueError, match=r"weight \[39\].*\[40\]"):
         rms_norm(x, weight[1:])
+    with pytest.raises(ValueError, match="gate is on meta, x on cpu"):
+        gated_rms_norm(x, gate.to("meta"), weight)
+    with pytest.raises(ValueError, match="weight is on meta, x on cpu"):
+        rms_norm(x, weight.to("meta"))
+    with pytest.raises(TypeError, match="gate is torch.int32.*floating"):
+        gated_rms_norm(x, gate.int(), weight)
+    for norm in (l2norm, lambda x: rms_norm(x, None)):
+        with pytest.raises(TypeError, match="x is torch.int32.*floating"):
+            norm(x.int())
+    with pytest.raises(ValueError, match=r"x\[\].*channels"):
+        rms_norm(torch.ones(()), None)
     with pytest.raises(ValueError, match="one gate a channel"):
         gated_rms_norm(x, gate[0], weight)

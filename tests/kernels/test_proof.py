@@ -26,7 +26,8 @@ from dnsp.kernels import chunk_triton, proof, proof_run, verdicts
 from dnsp.kernels.delta_rule import chunk_gated_delta_rule
 from dnsp.kernels.reference import Rule
 from dnsp.kernels.segments import Inputs
-from dnsp.kernels.verdicts import Fold, Launches, Signature, Toolchain, candidates
+from dnsp.kernels.signatures import AnySignature, Fold, Signature, from_json, to_json
+from dnsp.kernels.verdicts import Launches, Toolchain, candidates
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -103,7 +104,7 @@ def test_a_binary_that_is_not_proven_is_an_error(memory: Callable[[], None]) -> 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_inputs_are_laid_out_as_the_signature_says(name: str) -> None:
     signature = SIGNATURES[name]
-    assert verdicts.from_json(json.loads(json.dumps(verdicts.to_json(signature)))) == signature
+    assert from_json(json.loads(json.dumps(to_json(signature)))) == signature
     for case in proof_run.CASES:
         made = proof_run.make_inputs(signature, case, CPU)
         x = Inputs(
@@ -116,7 +117,7 @@ def test_inputs_are_laid_out_as_the_signature_says(name: str) -> None:
 
 def test_a_fold_is_a_signature_too() -> None:
     fold = Fold(64, 128)
-    assert verdicts.from_json(json.loads(json.dumps(verdicts.to_json(fold)))) == fold
+    assert from_json(json.loads(json.dumps(to_json(fold)))) == fold
 
 
 # Verdicts, with children that compute nothing.
@@ -164,7 +165,7 @@ def children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: Callable[[
     return made
 
 
-def establish(signature: Signature | Fold = SIGNATURES["model"], **options: bool) -> verdicts.Verdict:
+def establish(signature: AnySignature = SIGNATURES["model"], **options: bool) -> verdicts.Verdict:
     return proof.establish(CPU, signature, **options)
 
 
@@ -192,7 +193,7 @@ def test_whatever_decides_the_binaries_is_proven_anew(
     changes: list[Callable[[], Any]] = [
         lambda: None,
         lambda: monkeypatch.setattr(proof, "toolchain", lambda device: H200._replace(identity="another Triton")),
-        lambda: monkeypatch.setattr(verdicts, "_sources", lambda: {"keys_kernel": "another text"}),
+        lambda: monkeypatch.setattr(verdicts, "_sources", lambda kind: {"keys_kernel": "another text"}),
         lambda: monkeypatch.setitem(chunk_triton.LAUNCHES, "keys", replace(chunk_triton.LAUNCHES["keys"], warps=2)),
     ]
     for n, change in enumerate(changes, 1):
@@ -239,7 +240,7 @@ def test_tables_are_tried_in_their_order_and_the_first_right_one_is_used(
     verdict = establish()
     assert children.asked == TABLES[:3] and verdict.table == TABLES[2]
     assert verdict.refused[TABLES[0]] == "dk is off by 8.8e-01" and "signal 6" in verdict.refused[TABLES[1]]
-    assert proof._tables[CPU, SIGNATURES["model"]] == candidates()[TABLES[2]]
+    assert proof._tables[CPU, Signature, SIGNATURES["model"]] == candidates()[TABLES[2]]
     assert "refused: dk is off by 8.8e-01" in caplog.text and f"{TABLES[2]} are proven" in caplog.text
     memory()
     assert establish().refused == verdict.refused and len(children.asked) == 3
@@ -391,7 +392,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from dnsp.kernels import chunk_triton, proof, proof_run, triton_scan
 from dnsp.kernels.segments import Inputs, Segments
-from dnsp.kernels.verdicts import candidates, Signature
+from dnsp.kernels.signatures import Signature
+from dnsp.kernels.verdicts import candidates
 from tests.kernels.test_proof import SIGNATURES
 
 
@@ -431,7 +433,7 @@ for B, T, tokens, off in ((2, 436, 128, 0), (1, 1000, 1024, 1), (3, 64, 64, 1)):
         M, U = chunk_triton.summarise(p, yes, yes)
         do = torch.zeros(B, 2, T, 16, dtype=s.dtype).transpose(1, 2)
         D = chunk_triton.summarise_backward(p, do, yes)
-        chunk_triton.apply(p, U), chunk_triton.apply_backward(p, U, do, D)
+        chunk_triton.apply(p, U), chunk_triton.apply_backward(p, U, do, lambda: D)
         passes = torch.ones(len(part) * B + 1, dtype=torch.bool)[off:][: len(part) * B].view(len(part), B)
         triton_scan.fold(M, U, None, passes, 1, False)
     found.append(mode.hashes)

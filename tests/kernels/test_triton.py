@@ -22,6 +22,7 @@ from dnsp.kernels.delta_rule import chunk_gated_delta_rule, delta_rule
 from dnsp.kernels.reference import Rule
 from dnsp.kernels.scan import LocalScan, fold, reverse_fold
 from dnsp.kernels.segments import Inputs, Segments
+from dnsp.kernels.verdicts import IN_GLUON
 from tests.kernels.cases import Case, errors, segments, truth
 
 # |error| / |truth|, per tensor, in the worst row of the batch: of outputs and states, of gradients.
@@ -108,7 +109,7 @@ def test_interpreted_slow():
 # Bytes of local memory a thread, the more of Triton 3.6's and 3.7's; still more means that a change spills registers.
 SPILLED = {
     100: {"summarise": 48, "apply": 552, "keep": 256, "reverse_summary": 32, "reverse": 504, "pairs": 48},
-    90: {"reverse": 64, "queries": 56},
+    90: {"prepare_pairs": 8, "reverse": 64, "queries": 56, "backward": 56},
     80: {"apply": 408, "reverse_summary": 448, "reverse": 6176, "queries": 176},  # reverse with 3.6: 616
 }
 # The tensor cores' instructions; blocks of 16 rows, which *invert* multiplies, are below a warp group's size.
@@ -130,7 +131,7 @@ def test_compiles_everywhere(use, capability):
 def check_compiled(use: str, capability: int) -> None:
     from tests.kernels.triton_compile import compiled
 
-    if use == "backward" and capability != 90:
+    if use in IN_GLUON and capability != 90:
         pytest.skip("written for Hopper")
     binary = compiled(use, capability)
     assert binary.spilled <= SPILLED[capability].get(use, 0)
@@ -237,7 +238,7 @@ def test_bits_on_gpu():
         M, U = chunk_triton.summarise(p, yes, yes)
         state = torch.ones_like(U) / 8
         D = chunk_triton.summarise_backward(p, do[:, part], yes)
-        o, grads = chunk_triton.apply(p, state), chunk_triton.apply_backward(p, state, do[:, part], state)
+        o, grads = chunk_triton.apply(p, state), chunk_triton.apply_backward(p, state, do[:, part], lambda: state)
         return M, U, D, o, grads.q, grads.k, grads.v, grads.g, grads.beta
 
     whole = passes(starts)
@@ -256,8 +257,8 @@ def test_fold_on_gpu(has_first):
     M[:, 1][~continues[:, 1]] = torch.nan  # never read
     start = first if has_first else None
     for together, alone, order in (
-        (LocalScan().forward(M, U, continues, start, True), fold, range(N)),
-        (LocalScan().reverse(M, U, continues, start, True, True), reverse_fold, reversed(range(N))),
+        (LocalScan().forward(M, U, continues, start, True)(), fold, range(N)),
+        (LocalScan().reverse(M, U, continues, start, True, True)(), reverse_fold, reversed(range(N))),
     ):
         state, exact = start, None if start is None else start.double()
         for n in order:

@@ -26,6 +26,8 @@ from dnsp.kernels.decode import conv_step, delta_step, gated_delta_step
 from dnsp.kernels.reference import Rule, recurrence
 from tests.kernels.triton_compile import Compiled
 
+pytestmark = pytest.mark.usefixtures("unasked")
+
 # |error| / |truth| of what is rounded to the dtype on its way; the state of delta_step alone is not.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 STATE = 2e-6
@@ -235,7 +237,7 @@ def test_compiles_without_spills(use, capability):
     constants = {
         **{"D": 8192, "W": 4, "BW": 4, "BD": triton_decode.CHANNELS, "SILU": True, "HAS_BIAS": False},
         **{"H": 16, "G": 2, "K": K, "V": K, "BK": K, "BV": columns, "ERASE": True, "HAS_G": True, "PREVIOUS": False},
-        **{"NORM": True, "GATES": gated, "HAS_SLOTS": gated},
+        **{"NORM": True, "GATES": gated, "HAS_SLOTS": gated, "READ": "", "WRITE": ""},
     }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     fp32 = ("state", "A_log", "dt_bias", *(() if gated else ("g", "beta")))

@@ -20,6 +20,8 @@ from torch import Tensor
 from dnsp.kernels.conv import causal_conv1d
 from dnsp.kernels.norm import gated_rms_norm
 
+pytestmark = pytest.mark.usefixtures("unasked")
+
 # |error| / |truth| of each tensor
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 

@@ -18,6 +18,7 @@ from dnsp.kernels import (
     gluon_backward,
     gluon_chunk,
     gluon_prepare,
+    gluon_reverse,
     gluon_states,
     triton_gradients,
     triton_prepare,
@@ -34,6 +35,7 @@ KERNELS = {
     "summarise": triton_states.states_kernel,
     "apply": triton_states.states_kernel,
     "keep": triton_states.states_kernel,
+    "whole_reverse": gluon_reverse.whole_reverse_kernel,
     "reverse_summary": triton_reverse.reverse_kernel,
     "reverse": triton_reverse.reverse_kernel,
     "pairs": triton_gradients.pairs_kernel,
@@ -75,7 +77,7 @@ def compiled(use: str, capability: int, *, K: int = 128, V: int = 128, H: int = 
     """The kernel as ``chunk_triton`` launches it for bf16 operands, decay and normalised keys, no documents."""
     kernel, launch = KERNELS[use], LAUNCHES[use]
     constants: dict[str, Any] = {
-        **{"H": H, "G": G, "K": K, "V": V, "BV": min(V, launch.columns), "BK": min(K, 64)},
+        **{"H": H, "G": G, "HEADS": G, "K": K, "V": V, "BV": min(V, launch.columns), "BK": min(K, 64)},
         **{"sqt": H * K, "sqh": K, "skt": H * K, "skh": K, "svt": H * G * V, "svh": V, "sot": H * G * V, "soh": V},
         **{"sgt": H * G, "sgh": 1, "sbt": H * G, "sbh": 1, "DOT": "tf32", "STAGES": launch.stages},
         **{"ERASE": True, "HAS_G": True, "HAS_DOC": False, "PREVIOUS": False, "NORM": True},

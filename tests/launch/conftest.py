@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.launch.daemons import Slurm, Ssh, missing_for_slurm, missing_for_ssh
+from tests.launch.documents import documented
 from tests.ranks import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare(str(folder / "text.jsonl"), folder / "text", "bytes")
     tree = {**CONFIG, "data": {**CONFIG["data"], "sources": [{"path": str(folder / "text")}]}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "launch").symlink_to(ROOT / "launch")  # commands are given where the repository is
     return folder
 
 
@@ -79,8 +81,8 @@ def whole_losses(folder: Path, launched: Callable[..., Any]) -> Callable[[int], 
 
     def losses(steps: int) -> list[float]:
         if len(done) < steps:
-            python = (sys.executable, "-m", "dnsp", "train", "tiny.yaml", "--ranks", "2")
-            finished = launched(*python, f"run.dir=whole-{steps}", f"train.steps={steps}")
+            command = documented("README.md", "dnsp train CONFIG --ranks", {"--ranks 8": "--ranks 2"})
+            finished = launched("sh", "-c", f"{command} run.dir=whole-{steps} train.steps={steps}")
             assert finished.returncode == 0, finished.stderr
             done[:] = read_losses(folder / f"whole-{steps}")
         return done[:steps]

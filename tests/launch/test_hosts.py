@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -92,13 +89,13 @@ def test_a_host_with_another_version(reached: None, monkeypatch: pytest.MonkeyPa
     assert status == "missing" and "here 99.0" in found and "install dnsp 99.0" in cure
 
 
-def test_too_few_and_uneven_slots(reached: None, folder: Path, launched: Callable[..., Any]) -> None:
-    assert rows_of([Host(HOSTS[0], 2)], 4)["hostfile"][:2] == ("missing", "1 host, 2 slots, fewer than the 4 ranks")
+def test_too_few_and_uneven_slots(reached: None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fewer = ("hostfile", "missing", "1 host, 2 slots, fewer than the 4 ranks")
+    assert next(examine([Host(HOSTS[0], 2)], 4))[:3] == fewer
+    monkeypatch.chdir(folder)
     (folder / "uneven").write_text(f"{HOSTS[0]} slots=2\n{HOSTS[1]} slots=1\n")
-    doctor = (sys.executable, "-m", "dnsp", "doctor", "tiny.yaml", "--hostfile", "uneven", "--json", "uneven.json")
-    done = launched(*doctor, PATH=os.environ["PATH"])
-    assert done.returncode == 1, done.stderr
-    findings = {f["name"]: f for f in json.loads((folder / "uneven.json").read_text())["findings"]}
+    assert main(["doctor", "tiny.yaml", "--hostfile", "uneven", "--json", "uneven.json"]) == 1
+    findings = {f["name"]: f for f in json.loads(Path("uneven.json").read_text())["findings"]}
     assert findings["hostfile"]["status"] == "missing"
     assert findings["hostfile"]["found"] == f"uneven slots: {HOSTS[1]} slots=1, {HOSTS[0]} slots=2"
     # three slots are a sequence group of three, which a zigzag of 256 tokens cannot be cut into

@@ -14,6 +14,7 @@ import pytest
 
 from dnsp.launch.local import free_port
 from tests.launch.daemons import HOSTS, Ssh
+from tests.launch.documents import documented
 
 SCRIPTS = Path(sys.executable).parent
 
@@ -25,13 +26,14 @@ WholeLosses = Callable[[int], list[float]]
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_torchrun(folder: Path, launched: Launched) -> None:
-    torchrun = (str(SCRIPTS / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "dnsp")
-    done = launched(*torchrun, "train", "tiny.yaml", "run.dir=torchrun")
+    torchrun = documented("README.md", "torchrun", {"node 8": "node 2"}) + " run.dir=torchrun"
+    port = {"PET_MASTER_PORT": str(free_port())}  # torchrun's own, which another torchrun here may have
+    done = launched("sh", "-c", torchrun, **port)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run folder: torchrun") == 1
     assert "placement: 2 ranks on 1 node, 1 sequence group of 2, all inside a node" in done.stdout
     # a refusal is said once, whatever torchrun says around it
-    done = launched(*torchrun, "train", "tiny.yaml", "run.dir=torchrun")
+    done = launched("sh", "-c", torchrun, **port)
     assert done.returncode != 0
     assert done.stderr.count("error: torchrun holds a run already") == 1
 
@@ -47,9 +49,8 @@ def test_torchrun_starts_two_nodes_again(
 ) -> None:
     """A rank is killed; torchrun starts the ranks of both nodes again, and the run resumes without being told."""
     run, rendezvous = folder / "restarted", f"127.0.0.1:{free_port()}"
-    torchrun = (str(SCRIPTS / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3")
-    torchrun = (*torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous, "--rdzv-id", "restarted")
-    command = (*torchrun, "-m", "dnsp", "train", "tiny.yaml", "run.dir=restarted", "checkpoint.every=4")
+    smaller = {"node 8": "node 1", "node1:29400": rendezvous, "runs/mine": "restarted", "every=100": "every=4"}
+    command = documented("docs/clusters.md", "torchrun", smaller).split()
     logs = [folder / f"agent-{node}.log" for node in (0, 1)]
     agents = []
     try:
@@ -107,20 +108,23 @@ def test_deepspeed_over_ssh(
     whole_losses: WholeLosses,
 ) -> None:
     """Two hosts, one rank each, by the hostfile; what doctor says of the file before."""
-    (folder / "hostfile").write_text("# two names of this host\n" + "".join(f"{host} slots=1\n" for host in HOSTS))
+    (folder / "hosts").write_text("# two names of this host\n" + "".join(f"{host} slots=1\n" for host in HOSTS))
     # what ranks on other hosts shall have in their environment beside Python's own variables
     (folder / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=lo\n")
     path = ssh.path(environ)
-    doctor = (sys.executable, "-m", "dnsp", "doctor", "tiny.yaml", "--hostfile", "hostfile", "--json", "doctor.json")
-    done = launched(*doctor, PATH=path)
+    hosts = {"launch/hostfile.example": "hosts"}
+    doctor = documented("docs/clusters.md", "dnsp doctor", hosts)
+    deepspeed = documented("README.md", "deepspeed", hosts)
+    assert deepspeed == documented("docs/clusters.md", "deepspeed", hosts)
+    done = launched("sh", "-c", doctor, PATH=path)
     assert done.returncode == 0, done.stdout + done.stderr
-    deepspeed = (str(SCRIPTS / "deepspeed"), "--hostfile", "hostfile", "--master_port", str(free_port()))
-    deepspeed = (*deepspeed, "--master_addr", HOSTS[0])
-    done = launched(*deepspeed, "--module", "dnsp", "train", "tiny.yaml", "run.dir=hosts", PATH=path)
+    # the first host's own address is not one that the loopback hosts of this test reach
+    ours = f"deepspeed --master_port {free_port()} --master_addr {HOSTS[0]}"
+    done = launched("sh", "-c", deepspeed.replace("deepspeed", ours, 1) + " run.dir=over-ssh", PATH=path)
     assert done.returncode == 0, done.stderr + done.stdout
-    assert done.stdout.count("run folder: hosts") == 1
+    assert done.stdout.count("run folder: over-ssh") == 1
     assert "placement: 2 ranks on 2 nodes, 1 sequence group of 2, 0 inside a node" in done.stdout
-    assert losses(folder / "hosts") == whole_losses(2)
+    assert losses(folder / "over-ssh") == whole_losses(2)
 
 
 @pytest.mark.slow

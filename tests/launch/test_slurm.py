@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.launch.daemons import NODES, Slurm
+from tests.launch.documents import documented
 
 ROOT = Path(__file__).resolve().parents[2]
 WHERE = """
@@ -23,6 +24,15 @@ said = json.dumps([os.environ["SLURM_PROCID"], place.node_name, place.rank, plac
                    place.nodes, place.master_address, place.placed(2).rank])
 sys.stdout.write(said + "\\n")
 """
+
+SMALL = "--parsable --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1"  # over what the script asks of a node
+
+
+def sbatch(options: str) -> str:
+    """The README's command on two nodes."""
+    command = documented("README.md", "sbatch", {"--nodes 8": "--nodes 2"})
+    assert command == documented("docs/clusters.md", "sbatch", {"--nodes 8": "--nodes 2"}).partition(" [")[0]
+    return command.replace("sbatch", f"sbatch {options}", 1).replace("launch/", f"{ROOT}/launch/")
 
 
 @pytest.mark.slow
@@ -57,10 +67,8 @@ def test_a_job_makes_way_and_resumes_by_itself(
 ) -> None:
     """Preempted once, out of time once, finished in the third start: the losses are those of an uninterrupted run."""
     out = folder / "job.log"
-    options = ("--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
-    options = (*options, "--signal=B:USR1@120", "--time=10", f"--output={out}", f"--chdir={folder}")
-    script = (str(ROOT / "launch" / "slurm.sbatch"), "tiny.yaml", "train.steps=100000", "eval.sequences=1")
-    job = slurm.call("sbatch", *options, *script, check=True).strip()
+    options = f"{SMALL} --signal=B:USR1@120 --time=10 --output={out} --chdir={folder}"
+    job = slurm.call("sh", "-c", f"{sbatch(options)} train.steps=100000 eval.sequences=1", check=True).strip()
     run = folder / "runs" / f"dnsp-{job}"
 
     def said() -> str:
@@ -115,13 +123,12 @@ def test_a_job_makes_way_and_resumes_by_itself(
 @pytest.mark.timeout(300)
 def test_a_job_that_is_done_or_refused_ends(slurm: Slurm, folder: Path, wait_for: Callable[..., Any]) -> None:
     """Exit status of the ranks is the job's; a refusal is read in its output."""
-    options = ("--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--wait")
     for overrides, state, line in (
         ((), "COMPLETED", "run folder: runs/dnsp-"),
         (("parallel.sequence=3",), "FAILED", "error: parallel.sequence=3 does not divide 2 ranks"),
     ):
         out = folder / f"{state}.log"
-        script = (str(ROOT / "launch" / "slurm.sbatch"), "tiny.yaml", *overrides)
-        job = slurm.call("sbatch", *options, f"--output={out}", f"--chdir={folder}", *script, timeout=200).strip()
+        command = sbatch(f"{SMALL} --wait --output={out} --chdir={folder}")
+        job = slurm.call("sh", "-c", " ".join((command, *overrides)), timeout=200).strip()
         assert slurm.job(job)["JobState"] == state, out.read_text()
         assert line in out.read_text()

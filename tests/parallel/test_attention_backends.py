@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from dnsp.parallel import attention_backends as backends
+from dnsp.parallel import flash
 from dnsp.parallel.attention import attention
 from dnsp.parallel.attention_backends import BACKENDS, Backend, Edges, Heads, choose, unusable
 from dnsp.parallel.errors import PlanError
@@ -104,9 +106,147 @@ def test_on_a_cpu(name: str, block: str, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("block", GPU_BLOCKS)
-@pytest.mark.parametrize("name", ["cudnn", "flash", "flash_deterministic"])
+@pytest.mark.parametrize("name", ["cudnn", *(n + twin for n in flash.VERSIONS for twin in ("", "_deterministic"))])
 def test_on_a_gpu(name: str, block: str, dtype: torch.dtype) -> None:
+    H, G, D, *_ = GPU_BLOCKS[block]
+    reason = unusable(name, Heads(torch.device("cuda", 0), dtype, H, G, D, D))
+    if reason and name.startswith("flash_attn"):
+        pytest.skip(reason)
     check(BACKENDS[name], GPU_BLOCKS[block], dtype, "cuda")
+
+
+# The packages, played by plain matrix products behind signatures like theirs. What they compute shows on a GPU alone.
+
+
+def squares(starts: Tensor | None) -> Edges:
+    return () if starts is None else tuple(starts.tolist())
+
+
+def swapped(*tensors: Tensor) -> list[Tensor]:
+    """Tokens before heads, or back; ``[T, H, D]`` are documents side by side."""
+    return [x.transpose(1, 2) if x.dim() == 4 else x.unsqueeze(0).transpose(1, 2) for x in tensors]
+
+
+def played_forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, causal: bool, scale: float) -> Any:
+    edges = squares(starts) or ((0, q.shape[1]) if causal else ())
+    o, lse = BACKENDS["plain"].forward(*swapped(q, k, v), edges, scale)
+    o = o.transpose(1, 2).contiguous()
+    return (o, lse) if starts is None else (o[0], lse[0])
+
+
+def played_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, starts: Tensor | None, causal: bool,
+    scale: float,
+) -> list[Tensor]:  # fmt: skip
+    edges = squares(starts) or ((0, q.shape[1]) if causal else ())
+    assert lse.is_contiguous()
+    lse = lse if starts is None else lse.unsqueeze(0)
+    grads = BACKENDS["plain"].backward(*swapped(do, q, k, v, o), lse, edges, scale)
+    return [grad.transpose(1, 2) if starts is None else grad.transpose(1, 2)[0] for grad in grads]
+
+
+class Version2:
+    @staticmethod
+    def _flash_attn_forward(
+        q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+        return_softmax,
+    ):  # fmt: skip
+        return (*played_forward(q, k, v, None, causal, softmax_scale), None, None)
+
+    @staticmethod
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+        block_table=None, leftpad_k=None, seqused_k=None,
+    ):  # fmt: skip
+        return (*played_forward(q, k, v, cu_seqlens_q, causal, softmax_scale), None, None)
+
+    @staticmethod
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
+        window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # fmt: skip
+        found = played_backward(dout, q, k, v, out, softmax_lse, None, causal, softmax_scale)
+        for grad, y in zip((dq, dk, dv), found, strict=True):
+            grad.copy_(y)
+
+    @staticmethod
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+        rng_state=None,
+    ):  # fmt: skip
+        found = played_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, causal, softmax_scale)
+        for grad, y in zip((dq, dk, dv), found, strict=True):
+            grad.copy_(y)
+
+
+class Version3:
+    @staticmethod
+    def _flash_attn_forward(
+        q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,
+        cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
+        softmax_scale=None, causal=False,
+    ):  # fmt: skip
+        assert (cu_seqlens_q is None) == (max_seqlen_q is None)
+        return (*played_forward(q, k, v, cu_seqlens_q, causal, softmax_scale), None, None)
+
+    @staticmethod
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0,
+    ):  # fmt: skip
+        assert (cu_seqlens_q is None) == (max_seqlen_q is None)
+        found = played_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, is_causal, softmax_scale)
+        for grad, y in zip((dq, dk, dv), found, strict=True):
+            grad.copy_(y)
+
+
+class Version4:
+    @staticmethod
+    def _flash_attn_fwd(
+        q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None,
+        max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None, causal=False, return_lse=False,
+    ):  # fmt: skip
+        assert return_lse
+        return (*played_forward(q, k, v, cu_seqlens_q, causal, softmax_scale), None, None, None)
+
+    @staticmethod
+    def _flash_attn_bwd(
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, cu_seqlens_q=None, cu_seqlens_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, deterministic=False,
+    ):  # fmt: skip
+        return tuple(played_backward(dout, q, k, v, out, lse, cu_seqlens_q, causal, softmax_scale))
+
+
+PACKAGES = {"flash_attn_2": Version2, "flash_attn_3": Version3, "flash_attn_4": Version4}
+
+
+@pytest.mark.parametrize("twin", ["", "_deterministic"])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_is_called_as_it_wants_it(
+    name: str, block: str, twin: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash, "import_module", lambda module: PACKAGES[name])
+    monkeypatch.setattr(flash, "_starts", lambda edges, device: torch.tensor(edges, dtype=torch.int32))
+    check(BACKENDS[name + twin], BLOCKS[block], torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_that_is_not_there_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def import_module(module: str) -> None:
+        raise ImportError(f"No module named {module!r}")
+
+    monkeypatch.setattr(flash, "import_module", import_module)
+    words = unusable.__wrapped__(name, GPU)
+    package = {"flash_attn_2": "flash-attn"}.get(name, name.replace("_", "-"))
+    assert words == (
+        f"it needs the package {package}, which cannot be imported here (No module named "
+        f"{flash.VERSIONS[name].module!r})"
+    )
+    assert backends._order(GPU, False, 1) == ["cudnn", "flash", "plain"]
 
 
 @pytest.mark.gpu
@@ -162,7 +302,7 @@ def test_a_gpu_takes_cudnn_and_repeatable_bits_where_they_are_asked_for() -> Non
 def test_calls_fit_torchs_operators(name: str, block: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arguments, shapes and layouts, without a device: torch knows what its operators would return."""
     bounds = torch.empty(len(GPU_BLOCKS[block][5]), dtype=torch.int32, device=META)
-    monkeypatch.setattr(backends, "_starts", lambda edges, device: bounds)
+    monkeypatch.setattr(flash, "_starts", lambda edges, device: bounds)
     H, G, D, S, U, edges = GPU_BLOCKS[block]
     q, do, k, v = (
         torch.empty(1, 3 * tokens, n, D, dtype=torch.bfloat16, device=META)[:, tokens : 2 * tokens].transpose(1, 2)
@@ -232,3 +372,32 @@ def test_a_proof_finds_wrong_numbers_and_failures() -> None:
         raise RuntimeError("no engine\nmore words")
 
     assert backends._failed_proof(replace(plain, forward=fail), heads) == "no engine"  # type: ignore[arg-type]
+
+
+def test_the_fastest_is_taken_where_it_is_so_by_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"cudnn": 1.0, "flash": 0.95, "flash_deterministic": 3.0, "flash_attn_4_deterministic": 2.0}
+    monkeypatch.setattr(backends, "unusable", lambda name, heads: None if name in times else "it is not there")
+    monkeypatch.setattr(backends, "_seconds", lambda name, heads, tokens: times[name])
+    monkeypatch.setattr(flash.Version, "missing", lambda self: None if self.package == "flash-attn-4" else "not there")
+    backend, words = choose(GPU, tokens=2**20)
+    assert backend is BACKENDS["cudnn"]  # 0.95 may be noise
+    assert words.startswith("there and back on 16,384 tokens: cudnn 1e+03 ms, flash 950 ms; flash_attn_4: it is not")
+    times["flash"] = 0.5
+    assert choose(GPU, tokens=4096)[0] is BACKENDS["flash"]
+    assert choose(GPU)[0] is BACKENDS["cudnn"]  # nothing is timed
+    assert choose(GPU, deterministic=True, tokens=4096)[0] is BACKENDS["flash_attn_4_deterministic"]
+    assert choose(GPU, deterministic=True)[0] is BACKENDS["flash_deterministic"]
+
+
+def test_a_twin_must_repeat_its_bits() -> None:
+    def unsteady(*x: Any) -> Any:
+        dq, dk, dv = BACKENDS["plain"].backward(*x)
+        return dq * (1 + 1e-3 * float(torch.rand(()))), dk, dv
+
+    backend = replace(BACKENDS["plain"], name="flash_deterministic", backward=unsteady)
+    assert backends._failed_proof(backend, replace(CPU, dtype=torch.float32)) == "its backward does not repeat its bits"
+    assert backends._failed_proof(replace(backend, name="flash"), CPU) is None
+
+
+def test_times_are_of_a_device() -> None:
+    assert all(0 < backends._seconds(name, replace(CPU, value_width=16), 64) < 10 for name in ("flash_cpu", "plain"))

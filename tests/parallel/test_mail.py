@@ -97,12 +97,12 @@ def on_every_rank(folder: str, a_host: int) -> tuple[int, list[str]]:
                 time.sleep(0.2 * mine.random())
             initial = state if has_initial else None
             wanted = [
-                one.scan.forward(M, U, one.segments.continues_NB, initial, want_final),
-                one.scan.reverse(M, U, one.segments.continues_NB, initial, has_initial, want_final),
+                one.scan.forward(M, U, one.segments.continues_NB, initial, want_final)(),
+                one.scan.reverse(M, U, one.segments.continues_NB, initial, has_initial, want_final)(),
             ]
             found = [
-                plan.scan.forward(M[held], U[held], plan.segments.continues_NB, initial, want_final),
-                plan.scan.reverse(M[held], U[held], plan.segments.continues_NB, initial, has_initial, want_final),
+                plan.scan.forward(M[held], U[held], plan.segments.continues_NB, initial, want_final)(),
+                plan.scan.reverse(M[held], U[held], plan.segments.continues_NB, initial, has_initial, want_final)(),
             ]
             ends = plan.holds_last, 0 in plan.intervals[0]
             for way, (states, last), (all_states, truth), here in zip("><", found, wanted, ends, strict=True):

@@ -21,7 +21,7 @@ from dnsp.kernels.scan import LocalScan
 from dnsp.launch.mps import shared_gpu
 from dnsp.parallel import symmetric
 from dnsp.parallel.attention import attention
-from dnsp.parallel.delta_rule import delta_rule
+from dnsp.parallel.delta_rule import begin_delta_rule, delta_rule
 from dnsp.parallel.errors import PeerLost, PlanError
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.halo import causal_conv1d
@@ -135,8 +135,8 @@ class Problem:
         self.starts = [[0, *sorted(draw.sample(range(1, 64 * N), draw.randint(0, 3) if cut else 0))] for _ in range(B)]
         one = local_plan(self.starts, 64 * N, 64).to("cuda")
         self.continues = one.segments.continues_NB
-        self.forward = LocalScan().forward(self.M, self.U, self.continues, None, False)[0]
-        self.reverse = LocalScan().reverse(self.M, self.U, self.continues, None, False, False)[0]
+        self.forward = LocalScan().forward(self.M, self.U, self.continues, None, False)()[0]
+        self.reverse = LocalScan().reverse(self.M, self.U, self.continues, None, False, False)()[0]
 
     def plan(self, grid: Grid, transport: str = "peer") -> Plan:
         return make_plan(self.starts, self.layout, grid, 64, transport=transport).to("cuda")
@@ -151,8 +151,8 @@ class Problem:
 
     @staticmethod
     def wrong_of(plan: Plan, M: Tensor, U: Tensor, forward: Tensor, reverse: Tensor) -> Tensor:
-        there, _ = plan.scan.forward(M, U, plan.segments.continues_NB, None, False)
-        back, _ = plan.scan.reverse(M, U, plan.segments.continues_NB, None, False, False)
+        there, _ = plan.scan.forward(M, U, plan.segments.continues_NB, None, False)()
+        back, _ = plan.scan.reverse(M, U, plan.segments.continues_NB, None, False, False)()
         return (there != forward).any() | (back != reverse).any()
 
 
@@ -289,9 +289,9 @@ def with_a_stalled_rank(kind: str, backward: bool) -> tuple[str, int | None, flo
     try:
         for _ in range(2 if backward else 1):
             if backward:
-                plan.scan.reverse(M, U, plan.segments.continues_NB, None, False, False)
+                plan.scan.reverse(M, U, plan.segments.continues_NB, None, False, False)()
             else:
-                plan.scan.forward(M, U, plan.segments.continues_NB, None, False)
+                plan.scan.forward(M, U, plan.segments.continues_NB, None, False)()
         torch.cuda.synchronize()
         symmetric.check_all()
     except PeerLost as lost:
@@ -346,3 +346,44 @@ def test_refusals() -> None:
         assert "disagree about the plan: documents is 2 documents" in found["documents"], found
 
 
+# What needs no state is computed while states travel: a rank's stream is free until it asks for them.
+
+
+def overlap_cases() -> dict[str, bool]:
+    """Each sender is held up, by hosts alone, until its receiver's GPU has done what lies between begin and finish."""
+    grid = on_gpu(20.0)
+    comm, first, found = grid.transport(), grid.rank == 0, {}
+    given = leaves(False)
+    names = ("q", "k", "v", "g", "beta")
+
+    def work_is_done() -> None:
+        torch.cuda.current_stream().synchronize()
+        comm.barrier()
+
+    for transport in TRANSPORTS:
+        layout = Layout("contiguous", grid.world, TOKENS)
+        plan = make_plan([[0]], layout, grid, SEGMENT, transport=transport).to("cuda")
+        results = []
+        for held in (False, True):
+            mine = [plan.local(given[name]).clone().requires_grad_() for name in names]
+            weight = drawn(V, V, seed=40, dtype=torch.bfloat16).requires_grad_()
+            if held and first:
+                comm.barrier()  # forward: the second rank has computed its gate
+                weight.register_hook(lambda grad: work_is_done())
+            scan = begin_delta_rule(*mine, plan=plan, l2norm=True)
+            gate = mine[2] @ weight
+            if held and not first:
+                work_is_done()
+            o, _ = scan.finish()
+            if held and not first:  # backward: the first rank has computed its gate's gradient
+                o.register_hook(lambda grad: comm.barrier())
+            (o * gate).sum().backward()
+            results.append([o.detach(), weight.grad, *(x.grad for x in mine)])
+        symmetric.check_all()
+        found[transport] = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    return found
+
+
+def test_a_rank_works_while_states_travel() -> None:
+    for found in run_ranks(overlap_cases, 2, timeout=300):
+        assert found == dict.fromkeys(TRANSPORTS, True)

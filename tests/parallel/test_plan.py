@@ -79,6 +79,22 @@ def test_only_needed_keys_travel() -> None:
     assert not make_plan([[0, 256, 512, 768]], layout, Grid(4, 1, 4)).crosses
 
 
+def test_under_zigzag_a_round_is_one_rectangle() -> None:
+    """Queries of both intervals over the earlier ranks' first one, or those of the last over both of later ranks'."""
+    layout = Layout("zigzag", 4, 1024)
+    for rank in range(4):
+        own, *others = make_plan([[0]], layout, Grid(4, rank, 4)).rounds
+        assert [(block.query, block.causal) for block in own.blocks] == [
+            ((0, 128), True), ((128, 256), True), ((128, 256), False)
+        ]  # fmt: skip
+        for work in others:
+            ((row, query, piece, key, causal),) = work.blocks
+            earlier = work.owner < rank
+            assert (row, piece, causal) == (0, 0, False)
+            assert (query, key) == (((0, 256), (0, 128)) if earlier else ((128, 256), (0, 256)))
+            assert work.pieces == (key,)
+
+
 def test_default_segments_depend_on_the_cut_alone() -> None:
     assert local_plan([[0, 5]], 200).segments.tokens == 256
     sizes = {make_plan([[0, 7]], Layout("zigzag", 2, 1024), Grid(2, rank, 2)).segments.tokens for rank in range(2)}

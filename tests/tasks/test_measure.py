@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,11 @@ from dnsp.config import Config, parse_config
 from dnsp.data.batch import batch
 from dnsp.data.mix import open_data
 from dnsp.data.prepare import prepare
-from dnsp.errors import UsageError
 from dnsp.generate import generate
 from dnsp.model.decoder import Decoder
 from dnsp.parallel.plan import local_plan
 from dnsp.tasks.chunks import chunk
 from dnsp.tasks.measure import measure
-from dnsp.tasks.mps import CONTROL, Mps
 from dnsp.tasks.pitfalls import write
 from dnsp.tasks.speed import _model, alone, decode, memory
 from dnsp.tasks.suite import model_tree
@@ -146,11 +143,3 @@ def test_the_memory_of_the_pitfalls_is_the_delta_rule() -> None:
     k_BTHK, v_BTHV = k[None, :, None], v[None, :, None]
     _, state = recurrence(k_BTHK, k_BTHK, v_BTHV, None, beta, scale=1.0)
     assert torch.allclose(write(k, v, 0.1), state[0, 0], rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.skipif(shutil.which(CONTROL) is not None, reason="MPS is there")
-def test_without_mps(tmp_path: Path) -> None:
-    assert "take turns" in Mps(tmp_path, None).start("0")
-    with pytest.raises(UsageError, match="--mps: nvidia-cuda-mps-control is not on the PATH; leave --mps out"):
-        Mps(tmp_path, True).start("0")
-    assert "not asked for" in Mps(tmp_path, False).start("0")
