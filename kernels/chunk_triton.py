@@ -7,13 +7,15 @@
     backward  reverse and gradients in one, where the GPU is a Hopper                 (gluon_backward)
 
 Nothing here waits for the device, and no launch depends on how many segments are here: not on T, not on N.
+
+Long because a pass' launch, the constants it is given and the table that they come from are read together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -28,16 +30,17 @@ from .gluon_prepare import prepare_pairs_kernel
 from .gluon_reverse import whole_reverse_kernel
 from .gluon_states import whole_states_kernel
 from .segments import CHUNK, Gradients, Inputs
-from .signatures import strides as signature_strides
+from .signatures import Signature
 from .triton_gradients import PARTS, gates_kernel, group_kernel, keys_kernel, pairs_kernel, queries_kernel
 from .triton_prepare import ROWS, invert_kernel, prepare_kernel
 from .triton_reverse import reverse_kernel
 from .triton_states import states_kernel
-from .verdicts import Launches
+from .verdicts import IN_GLUON, Launches
 
 WIDTHS = (16, 32, 64, 128, 256)  # of K and V
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GATES = 8  # chunks of a program that adds up dbeta and dg
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -74,18 +77,108 @@ LAUNCHES = {
 }
 
 
+STATES = "summarise", "apply", "keep"
+KERNELS = {
+    **{"prepare_pairs": prepare_pairs_kernel, "prepare": prepare_kernel, "invert": invert_kernel},
+    **{f"whole {use}": whole_states_kernel for use in STATES},
+    **dict.fromkeys(STATES, states_kernel),
+    **{"whole_reverse": whole_reverse_kernel} | dict.fromkeys(("reverse_summary", "reverse"), reverse_kernel),
+    **{"pairs": pairs_kernel, "queries": queries_kernel, "keys": keys_kernel},
+    **{"backward": backward_kernel, "group": group_kernel, "gates": gates_kernel},
+}
+
+
+class Kernels:
+    """What a signature decides of the launches on a device; worked out once, for launches are many."""
+
+    def __init__(self, s: Signature, launches: Launches, device: torch.device) -> None:
+        self.launches = launches
+        self.signature = s
+        self.constants = {use: _constants(use, s, launches) for use in KERNELS}
+        rule = s.rule.erase and s.rule.error_decay != "previous"
+        fits = s.K == s.V == WIDTH.value and rule and s.dtype != torch.float32 and _is_hopper(device)
+        # Whether a pass has its kernel for Hopper here.
+        self.in_gluon = {use: fits and launches[use].warps == LAUNCHES[use].warps for use in IN_GLUON}
+
+
+def _constants(use: str, s: Signature, launches: Launches) -> dict[str, Any]:
+    """Constants and options of a kernel's launch."""
+    G = s.HV // s.H
+    values: dict[str, Any] = {
+        **{"H": s.H, "HV": s.HV, "G": G, "HEADS": triton.next_power_of_2(G), "K": s.K, "V": s.V},
+        **{"HAS_G": s.g is not None, "HAS_DOC": s.documents is not None, "NORM": s.normalise},
+        **{"ERASE": s.rule.erase, "PREVIOUS": s.rule.error_decay == "previous"},
+        **{"SUMMARY": "summar" in use, "OUTPUT": use.endswith("apply"), "KEEP": use.endswith("keep")},
+        **{"BK": min(s.K, 64), "CHUNKS": GATES},
+        # How products of fp32 operands are formed; those of bf16 and fp16 have one way.
+        "DOT": "tf32x3" if s.dtype == torch.float32 else "tf32",
+    }
+    named = "whole_states" if use.startswith("whole ") else use
+    options: dict[str, int | None] = {}
+    if named in launches:
+        how = _launch(launches[named], s)
+        values |= {"BV": min(s.V, how.columns, s.K if use == "summarise" else s.V), "STAGES": how.stages}
+        options = how.options
+    if named in (*IN_GLUON, "group"):
+        how = launches[named]
+        options = {"num_warps": how.warps}
+        if how.registers is not None:
+            options["maxnreg"] = how.registers
+    return {name: values[name] for name in KERNELS[use].arg_names if name in values} | options
+
+
+def _launch(how: Launch, s: Signature) -> Launch:
+    """The launch of a kernel at these widths."""
+    if min(s.K, s.V) < 64:  # a warp group's matrix instructions gave wrong numbers there: two warps use others
+        how = replace(how, warps=min(how.warps, 2), registers=None)
+    elif max(s.K, s.V) < 128:
+        how = replace(how, warps=min(how.warps, 4), registers=None)
+    # Loads are fetched ahead where a multiprocessor's shared memory holds them.
+    return how if max(s.K, s.V) * s.dtype.itemsize <= 256 else replace(how, stages=1, registers=None)
+
+
+@lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+_kernels: dict[tuple[torch.device, Signature], Kernels] = {}
+
+
+def _kernels_for(x: Inputs) -> Kernels:
+    """Those that are proven for these inputs."""
+    signature, device = Signature.of(x), x.v.device
+    launches, found = proof.require(device, signature), _kernels.get((device, signature))
+    if found is None or found.launches is not launches:
+        found = _kernels[device, signature] = Kernels(signature, launches, device)
+    return found
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Pass 1's results, and the arguments that passes 2 to 4 share."""
 
     x: Inputs
+    kernels: Kernels
     A: Tensor
     P: Tensor
     rows: Tensor
     through: Tensor
     bound: Tensor
-    chunks: int
-    launches: Launches
+    sizes: tuple[int, ...]  # T, NC, segment_chunks, B, N
+    strides_qk: tuple[int, ...]
+    strides_v: tuple[int, ...]
+    strides_o: tuple[int, ...]  # of outputs and their gradients, which lie without gaps
+
+    @cached_property
+    def fetched(self) -> tuple[Any, ...]:
+        """Chunks of q and k and the tiles A and P, as the kernels for Hopper fetch them."""
+        return tokens_of(self.x.q), tokens_of(self.x.k), tiles_of(self.A), tiles_of(self.P)
+
+    @cached_property
+    def fetched_v(self) -> Any:
+        """Chunks of v, which pass 1 does not need."""
+        return tokens_of(self.x.v)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -94,65 +187,10 @@ class Prepared:
         return self.A, self.P, self.rows, self.through, self.bound
 
     @property
-    def value_heads(self) -> int:
-        return self.x.v.shape[0] * self.x.v.shape[2]
-
-    @property
     def state_shape(self) -> tuple[int, ...]:
         """[N, B, HV, K, V]"""
-        return len(self.x.segments), self.x.v.shape[0], self.x.v.shape[2], self.x.k.shape[3], self.x.v.shape[3]
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        s = self.x.segments
-        return self.x.v.shape[1], self.chunks, s.tokens // CHUNK, self.x.v.shape[0], len(s)
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        return _shape(self.x) | {"V": self.x.v.shape[3], "ERASE": self.x.rule.erase, "DOT": _dot(self.x)}
-
-
-def _shape(x: Inputs) -> dict[str, int]:
-    H, K = x.k.shape[2:]
-    return {"H": H, "G": x.v.shape[2] // H, "K": K}
-
-
-def _flags(x: Inputs) -> dict[str, bool]:
-    return {
-        "HAS_G": x.g is not None,
-        "HAS_DOC": x.doc_start is not None,
-        "ERASE": x.rule.erase,
-        "PREVIOUS": x.rule.error_decay == "previous",
-        "NORM": x.normalise_qk,
-    }
-
-
-def _dot(x: Inputs) -> str:
-    """How products of fp32 operands are formed; those of bf16 and fp16 have one way."""
-    return "tf32x3" if x.v.dtype == torch.float32 else "tf32"
-
-
-def _launch(launches: Launches, use: str, x: Inputs) -> Launch:
-    """The launch of a kernel at these widths."""
-    how, K, V = launches[use], x.k.shape[3], x.v.shape[3]
-    if min(K, V) < 64:  # a warp group's matrix instructions gave wrong numbers there: two warps use others
-        how = replace(how, warps=min(how.warps, 2), registers=None)
-    elif max(K, V) < 128:
-        how = replace(how, warps=min(how.warps, 4), registers=None)
-    # Loads are fetched ahead where a multiprocessor's shared memory holds them.
-    return how if max(K, V) * x.k.element_size() <= 256 else replace(how, stages=1, registers=None)
-
-
-def _constants(use: str, p: Prepared) -> dict[str, Any]:
-    """The constants of a pass 4 kernel."""
-    x, V = p.x, p.x.v.shape[3]
-    how = _launch(p.launches, use, x)
-    return _shape(x) | {"V": V, "BV": min(V, how.columns), "DOT": _dot(x), "STAGES": how.stages} | how.options
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Of the batch, tokens and heads; the last two are constants of a binary, as its signature has them."""
-    return x.stride(0), *signature_strides(x)
+        s = self.kernels.signature
+        return self.sizes[4], self.sizes[3], s.HV, s.K, s.V
 
 
 @lru_cache(maxsize=256)
@@ -167,9 +205,12 @@ def _documents(x: Inputs) -> Tensor:
 
 def _aligned(x: Tensor) -> Tensor:
     """x as the kernels read it, 16 bytes at a time: its last axis contiguous, the others in steps of 16 numbers."""
-    apart = all(stride % 16 == 0 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1)
-    fits = apart and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+    batch, tokens, heads, last = x.stride()
+    if last == 1 and x.data_ptr() % 16 == 0:
+        apart = zip((batch, tokens, heads), x.shape, strict=False)
+        if not (batch | tokens | heads) % 16 or all(stride % 16 == 0 for stride, size in apart if size > 1):
+            return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _gradient(do_BTHV: Tensor) -> Tensor:
@@ -197,57 +238,49 @@ def refuse(k: Tensor, v: Tensor) -> None:
         )
 
 
-@lru_cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
-def _in_gluon(x: Inputs, launches: Launches, use: str) -> bool:
-    """Whether a pass has its kernel for Hopper here."""
-    widths = x.k.shape[3] == x.v.shape[3] == WIDTH.value
-    rule = x.rule.erase and x.rule.error_decay != "previous"
-    wanted = launches[use].warps == LAUNCHES[use].warps
-    return wanted and widths and rule and x.v.dtype != torch.float32 and _is_hopper(x.v.device)
-
-
 def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
     """Pass 1 over all chunks, or its tensors from an earlier call; what the other functions start from."""
-    x = replace(x, q=_aligned(x.q), k=_aligned(x.k), v=_aligned(x.v))
-    B, T, HV, _ = x.v.shape
-    NC, device, launches = -(-T // CHUNK), x.v.device, proof.require(x)
+    q, k, v = _aligned(x.q), _aligned(x.k), _aligned(x.v)
+    if q is not x.q or k is not x.k or v is not x.v:
+        x = replace(x, q=q, k=k, v=v)
+    kernels, segments = _kernels_for(x), x.segments
+    s, (B, T, HV, V), device = kernels.signature, v.shape, v.device
+    NC = -(-T // CHUNK)
+    shared = (
+        (T, NC, segments.tokens // CHUNK, B, len(segments.starts)),
+        (q.stride(0), *s.q, k.stride(0), *s.k),
+        (v.stride(0), *s.v),
+        (T * HV * V, HV * V, V if HV > 1 else 0),
+    )
     if tensors is not None:
         A, P, rows, through, bound = tensors
-        return Prepared(x, A, P, rows, through, bound, NC, launches)
-    tiles = (B * HV, NC, CHUNK, CHUNK)
-    A, P = (torch.empty(tiles, dtype=x.v.dtype, device=device) for _ in range(2))
-    rows = torch.empty(B * HV, NC, len(ROWS), CHUNK, dtype=torch.float32, device=device)
-    through, bound = (torch.empty(B * HV, NC, dtype=torch.float32, device=device) for _ in range(2))
-    g = x.beta if x.g is None else x.g
-    doc = _documents(x)
-    starts = _on_device(x.segments.starts, torch.int64, device)
-    sizes = T, NC, x.segments.tokens // CHUNK, x.scale
-    if _in_gluon(x, launches, "prepare_pairs"):
-        flags = _flags(x)
+        return Prepared(x, kernels, A, P, rows, through, bound, *shared)
+    A = torch.empty((B * HV, NC, CHUNK, CHUNK), dtype=s.dtype, device=device)
+    P = torch.empty_like(A)
+    rows = torch.empty((B * HV, NC, len(ROWS), CHUNK), dtype=torch.float32, device=device)
+    through = torch.empty((B * HV, NC), dtype=torch.float32, device=device)
+    bound = torch.empty_like(through)
+    p = Prepared(x, kernels, A, P, rows, through, bound, *shared)
+    g, strides_g = (x.beta, s.beta) if x.g is None or s.g is None else (x.g, s.g)
+    gates = g, x.beta, _documents(x), _on_device(segments.starts, torch.int64, device)
+    sizes = T, NC, segments.tokens // CHUNK, x.scale
+    strides = g.stride(0), *strides_g, x.beta.stride(0), *s.beta
+    if kernels.in_gluon["prepare_pairs"]:
+        q_chunks, k_chunks, A_tiles, P_tiles = p.fetched
         proof.launch(
-            prepare_pairs_kernel, (B * x.k.shape[2], NC),
-            tokens_of(x.q), tokens_of(x.k), tiles_of(P), tiles_of(A), g, x.beta, doc, starts, rows, through, bound,
-            *sizes, *_strides(g), *_strides(x.beta),
-            H=x.k.shape[2], G=HV // x.k.shape[2], HEADS=triton.next_power_of_2(HV // x.k.shape[2]),
-            **{name: flags[name] for name in ("HAS_G", "HAS_DOC", "NORM")},
-            num_warps=launches["prepare_pairs"].warps, maxnreg=launches["prepare_pairs"].registers,
+            prepare_pairs_kernel, (B * s.H, NC),
+            q_chunks, k_chunks, P_tiles, A_tiles, *gates, rows, through, bound, *sizes, *strides,
+            **kernels.constants["prepare_pairs"],
         )  # fmt: skip
-        return Prepared(x, A, P, rows, through, bound, NC, launches)
-    N = torch.empty(tiles if x.rule.erase else 0, dtype=torch.float32, device=device)
+        return p
+    N = torch.empty((B * HV, NC, CHUNK, CHUNK) if s.rule.erase else 0, dtype=torch.float32, device=device)
     proof.launch(
         prepare_kernel, (B * HV, NC),
-        x.q, x.k, g, x.beta, doc, starts, N, P, rows, through, bound, *sizes,
-        *_strides(x.q), *_strides(x.k), *_strides(g), *_strides(x.beta),
-        **_shape(x), **_flags(x), DOT=_dot(x), **_launch(launches, "prepare", x).options,
+        q, k, *gates, N, P, rows, through, bound, *sizes, *p.strides_qk, *strides, **kernels.constants["prepare"],
     )  # fmt: skip
-    if x.rule.erase:
-        invert = launches["invert"].options
-        proof.launch(invert_kernel, (B * HV * NC,), N, A, 16, DOT=_dot(x), **invert)
-    return Prepared(x, A, P, rows, through, bound, NC, launches)
+    if s.rule.erase:
+        proof.launch(invert_kernel, (B * HV * NC,), N, A, 16, **kernels.constants["invert"])
+    return p
 
 
 def _forward(
@@ -256,32 +289,28 @@ def _forward(
     M: Tensor | None = None, U: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Pass 2 over some value heads of all rows (all unless told), for one of its uses."""
-    x, launch = p.x, _launch(p.launches, use, p.x)
-    K, V = x.k.shape[3], x.v.shape[3]
-    heads = slice(0, p.value_heads) if heads is None else heads
-    unused = x.v
-    if _in_gluon(x, p.launches, "whole_states"):
-        v = tokens_of(x.v)
+    x, v = p.x, p.x.v
+    B, _, HV, V = v.shape
+    first, last = (0, B * HV) if heads is None else (heads.start, heads.stop)
+    if p.kernels.in_gluon["whole_states"]:
+        v_chunks = p.fetched_v
         proof.launch(
-            whole_states_kernel, (len(x.segments), heads.stop - heads.start, 2 if use == "summarise" else 1),
-            tokens_of(x.q), tokens_of(x.k), v, tiles_of(p.A), tiles_of(p.P), scales_of(p.rows, 256),
-            v if o is None else tokens_of(o), *(v if y is None else tiles_of(y) for y in (states, errors)),
-            p.through, p.bound,
-            *(unused if y is None else y for y in (need, incoming, M, U)), *p.sizes, heads.start,
-            H=x.k.shape[2], G=x.v.shape[2] // x.k.shape[2], HAS_DOC=x.doc_start is not None,
-            SUMMARY=use == "summarise", OUTPUT=use == "apply", KEEP=use == "keep",
-            num_warps=p.launches["whole_states"].warps,
+            whole_states_kernel, (p.sizes[4], last - first, 2 if use == "summarise" else 1),
+            *p.fetched[:2], v_chunks, *p.fetched[2:], scales_of(p.rows, 256),
+            v_chunks if o is None else tokens_of(o),
+            *(v_chunks if y is None else tiles_of(y) for y in (states, errors)), p.through, p.bound,
+            *(v if y is None else y for y in (need, incoming, M, U)), *p.sizes, first,
+            **p.kernels.constants[f"whole {use}"],
         )  # fmt: skip
         return
-    BV = min(V, K, launch.columns) if use == "summarise" else min(V, launch.columns)
-    blocks = V // BV + (K // BV if use == "summarise" else 0)
+    constants, strides_v = p.kernels.constants[use], p.strides_v
+    blocks = (V + (x.k.shape[3] if use == "summarise" else 0)) // constants["BV"]
     proof.launch(
-        states_kernel, (blocks, len(x.segments), heads.stop - heads.start),
-        x.q, x.k, x.v, p.A, p.P, p.rows, p.through, p.bound,
-        *(unused if y is None else y for y in (need, incoming, o, states, errors, M, U)),
-        *p.sizes, heads.start, *_strides(x.q), *_strides(x.k), *_strides(x.v), *_strides(unused if o is None else o),
-        **p.shape, BV=BV, SUMMARY=use == "summarise", OUTPUT=use == "apply", KEEP=use == "keep",
-        **launch.options,
+        states_kernel, (blocks, p.sizes[4], last - first),
+        x.q, x.k, v, p.A, p.P, p.rows, p.through, p.bound,
+        *(v if y is None else y for y in (need, incoming, o, states, errors, M, U)),
+        *p.sizes, first, *p.strides_qk, *strides_v, *(strides_v if o is None else p.strides_o),
+        **constants,
     )  # fmt: skip
 
 
@@ -290,17 +319,15 @@ def _reverse(
     outgoing: Tensor | None = None, d_states: Tensor | None = None, dv: Tensor | None = None, D: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Pass 3, as :func:`_forward`."""
-    x, launch = p.x, _launch(p.launches, use, p.x)
-    V = x.v.shape[3]
-    BV = min(V, launch.columns)
-    heads = slice(0, p.value_heads) if heads is None else heads
-    unused = x.v
+    x, constants, v = p.x, p.kernels.constants[use], p.x.v
+    B, _, HV, V = v.shape
+    first, last = (0, B * HV) if heads is None else (heads.start, heads.stop)
     proof.launch(
-        reverse_kernel, (V // BV, len(x.segments), heads.stop - heads.start),
+        reverse_kernel, (V // constants["BV"], p.sizes[4], last - first),
         x.q, x.k, do, p.A, p.P, p.rows, p.through, p.bound,
-        *(unused if y is None else y for y in (need, outgoing, d_states, dv, D)),
-        *p.sizes, heads.start, *_strides(x.q), *_strides(x.k), *_strides(do), *_strides(unused if dv is None else dv),
-        **p.shape, BV=BV, SUMMARY=use == "reverse_summary", **launch.options,
+        *(v if y is None else y for y in (need, outgoing, d_states, dv, D)),
+        *p.sizes, first, *p.strides_qk, *p.strides_o, *(p.strides_v if dv is None else p.strides_o),
+        **constants,
     )  # fmt: skip
 
 
@@ -310,11 +337,11 @@ def summarise(p: Prepared, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -
     Returns:
         ``M [N, B, HV, K, K]`` and ``U [N, B, HV, K, V]``, fp32.
     """
-    N, B, HV, K, V = p.state_shape
-    M = torch.empty(N, B, HV, K, K, dtype=torch.float32, device=p.rows.device)
-    U = torch.empty(N, B, HV, K, V, dtype=torch.float32, device=p.rows.device)
-    if any(need_M) or any(need_U):
-        need = _on_device(tuple(zip(need_U, need_M, strict=True)), torch.int32, p.rows.device)
+    (N, B, HV, K, V), device = p.state_shape, p.rows.device
+    M = torch.empty((N, B, HV, K, K), dtype=torch.float32, device=device)
+    U = torch.empty((N, B, HV, K, V), dtype=torch.float32, device=device)
+    if True in need_M or True in need_U:
+        need = _on_device(tuple(zip(need_U, need_M, strict=True)), torch.int32, device)
         _forward(p, "summarise", need=need, M=M, U=U)
     return M, U
 
@@ -330,19 +357,18 @@ def summarise_backward(p: Prepared, do_BTHV: Tensor, need_D: tuple[bool, ...]) -
     """``D [N, B, HV, K, V]``: the gradient of the state that enters each segment, were that of the state which
     leaves it zero."""
     D = torch.empty(p.state_shape, dtype=torch.float32, device=p.rows.device)
-    if not any(need_D):
+    if True not in need_D:
         return D
-    x, do = p.x, _gradient(do_BTHV)
+    do, (_, B, HV, _, _) = _gradient(do_BTHV), p.state_shape
     need = _on_device(need_D, torch.int32, p.rows.device)
-    if not _in_gluon(x, p.launches, "whole_reverse"):
+    if not p.kernels.in_gluon["whole_reverse"]:
         _reverse(p, do, "reverse_summary", need=need, D=D)
         return D
-    H = x.k.shape[2]
+    q_chunks, k_chunks, A_tiles, P_tiles = p.fetched
     proof.launch(
-        whole_reverse_kernel, (len(x.segments), p.value_heads),
-        tokens_of(x.q), tokens_of(x.k), tokens_of(do), tiles_of(p.A), tiles_of(p.P), scales_of(p.rows, 256),
-        p.rows, p.through, p.bound, need, D, *p.sizes, 0,
-        H=H, G=x.v.shape[2] // H, HAS_DOC=x.doc_start is not None, num_warps=p.launches["whole_reverse"].warps,
+        whole_reverse_kernel, (p.sizes[4], B * HV),
+        q_chunks, k_chunks, tokens_of(do), A_tiles, P_tiles, scales_of(p.rows, 256),
+        p.rows, p.through, p.bound, need, D, *p.sizes, 0, **p.kernels.constants["whole_reverse"],
     )  # fmt: skip
     return D
 
@@ -354,89 +380,94 @@ def _reverse_and_gradients(
     """Passes 3 and 4 over some value heads of all rows: dq, dk and dv, and ``parts`` of dbeta and dg. Between the
     passes lie the states' gradients and the tiles of the pairs."""
     (d_states, tiles), (dq, dk, dv) = between, grads
-    x, flags, K = p.x, _flags(p.x), p.x.k.shape[3]
-    T, G = x.v.shape[1], x.v.shape[2] // x.k.shape[2]
+    x, constants = p.x, p.kernels.constants
+    T, NC, _, B, _ = p.sizes
+    G = x.v.shape[2] // x.k.shape[2]
+    value_heads, key_heads = heads.stop - heads.start, (heads.stop - heads.start) // G
+    strides_qk, strides_o = p.strides_qk, p.strides_o
     _reverse(p, do, "reverse", heads, outgoing=outgoing, d_states=d_states, dv=dv)
-    sizes = T, p.chunks, x.v.shape[0], heads.start
+    sizes = T, NC, B, heads.start
     proof.launch(
-        pairs_kernel, (p.chunks, heads.stop - heads.start),
+        pairs_kernel, (NC, value_heads),
         x.q, x.k, do, dv, _documents(x), p.rows, errors, tiles, parts, *sizes, x.scale,
-        *_strides(x.q), *_strides(x.k), *_strides(do), *_strides(dv),
-        **{name: flag for name, flag in flags.items() if name != "NORM"},
-        BK=min(K, 64), **_constants("pairs", p),
+        *strides_qk, *strides_o, *strides_o, **constants["pairs"],
     )  # fmt: skip
     proof.launch(
-        queries_kernel, (p.chunks, (heads.stop - heads.start) // G),
-        x.q, x.k, do, p.rows, states, tiles, parts, dq, *sizes, G,
-        *_strides(x.q), *_strides(x.k), *_strides(do),
-        HAS_G=flags["HAS_G"], NORM=flags["NORM"], **_constants("queries", p),
+        queries_kernel, (NC, key_heads),
+        x.q, x.k, do, p.rows, states, tiles, parts, dq, *sizes, G, *strides_qk, *strides_o, **constants["queries"],
     )  # fmt: skip
     proof.launch(
-        keys_kernel, (p.chunks, (heads.stop - heads.start) // G),
+        keys_kernel, (NC, key_heads),
         x.q, x.k, p.rows, states, errors, d_states, dv, tiles, parts, dk,
-        *sizes, G, *_strides(x.q), *_strides(x.k), *_strides(dv),
-        **{name: flags[name] for name in ("HAS_G", "ERASE", "NORM")}, **_constants("keys", p),
+        *sizes, G, *strides_qk, *strides_o, **constants["keys"],
+    )  # fmt: skip
+
+
+def _fetched(
+    p: Prepared, do: Tensor, states: Tensor, errors: Tensor, between: tuple[Tensor, Tensor], dv: Tensor
+) -> tuple[Any, ...]:
+    """What the one kernel of passes 3 and 4 reads and writes by descriptors, the same for all heads."""
+    q_chunks, k_chunks, A_tiles, P_tiles = p.fetched
+    return (
+        q_chunks, k_chunks, tokens_of(do), tiles_of(states), tiles_of(errors), A_tiles, P_tiles, tokens_of(dv),
+        *map(tiles_of, between), scales_of(p.rows, 512),
     )  # fmt: skip
 
 
 def _backward(
-    p: Prepared, do: Tensor, outgoing: Tensor, heads: slice, states: Tensor, errors: Tensor,
-    between: tuple[Tensor, Tensor], parts: Tensor, grads: tuple[Tensor, Tensor, Tensor],
+    p: Prepared, fetched: tuple[Any, ...], outgoing: Tensor, heads: slice, between: tuple[Tensor, Tensor],
+    parts: Tensor, dq: Tensor, dk: Tensor,
 ) -> None:  # fmt: skip
     """The same in one kernel, and a second one that sums the value heads' dq and dk, which lie between them."""
-    (dq_parts, dk_parts), (dq, dk, dv) = between, grads
-    x, flags = p.x, _flags(p.x)
-    H, K = x.k.shape[2:]
-    G = x.v.shape[2] // H
+    x, constants = p.x, p.kernels.constants
+    G = x.v.shape[2] // x.k.shape[2]
     T, NC, segment_chunks, B, N = p.sizes
     proof.launch(
         backward_kernel, (N, heads.stop - heads.start),
-        tokens_of(x.q), tokens_of(x.k), tokens_of(do), tiles_of(states), tiles_of(errors), tiles_of(p.A), tiles_of(p.P),
-        tokens_of(dv), tiles_of(dq_parts), tiles_of(dk_parts), scales_of(p.rows, 512), p.rows, p.through, _documents(x),
-        outgoing, parts,
-        T, NC, segment_chunks, B, heads.start, x.scale,
-        H=H, G=G, HAS_G=flags["HAS_G"], HAS_DOC=flags["HAS_DOC"], num_warps=p.launches["backward"].warps,
+        *fetched, p.rows, p.through, _documents(x), outgoing, parts,
+        T, NC, segment_chunks, B, heads.start, x.scale, **constants["backward"],
     )  # fmt: skip
     proof.launch(
         group_kernel, (NC, (heads.stop - heads.start) // G, 2),
-        x.q, x.k, p.rows, dq_parts, dk_parts, dq, dk, T, NC, heads.start, *_strides(x.q), *_strides(x.k),
-        H=H, G=G, K=K, NORM=flags["NORM"], num_warps=p.launches["group"].warps,
+        x.q, x.k, p.rows, *between, dq, dk, T, NC, heads.start, *p.strides_qk, **constants["group"],
     )  # fmt: skip
 
 
 def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, coming: Callable[[], Tensor]) -> Gradients:
     """Gradients of the inputs; arguments as of :func:`.chunk_torch.apply_backward`."""
-    x, do = p.x, _gradient(do_BTHV)
+    x, do, NC = p.x, _gradient(do_BTHV), p.sizes[1]
     incoming, outgoing = incoming_NBHKV.contiguous(), None
     B, T, H, K = x.k.shape
     HV, V = x.v.shape[2:]
-    G, flags = HV // H, _flags(x)
-    like: dict[str, Any] = {"dtype": x.v.dtype, "device": x.v.device}
-    dq, dk = (torch.empty(B, T, H, K, **like) for _ in range(2))
-    dv = torch.empty(B, T, HV, V, **like)
-    dg = None if x.g is None else torch.empty(B, T, HV, dtype=x.g.dtype, device=x.v.device)
-    dbeta = torch.empty(B, T, HV, dtype=x.beta.dtype, device=x.v.device)
+    G, device = HV // H, x.v.device
+    like: dict[str, Any] = {"dtype": x.v.dtype, "device": device}
+    dq, dk, dv = (torch.empty(shape, **like) for shape in ((B, T, H, K), (B, T, H, K), (B, T, HV, V)))
+    dg = None if x.g is None else torch.empty((B, T, HV), dtype=x.g.dtype, device=device)
+    dbeta = torch.empty((B, T, HV), dtype=x.beta.dtype, device=device)
 
     # The states kept of a chunk are K / 64 times the size of its v: for all heads together that would be the most of
     # the backward pass's memory. It takes the heads in groups whose states are as large as v.
     together = -(-B * H * CHUNK // max(K, CHUNK))
-    chunks = together * G, p.chunks
-    states, errors = torch.empty(*chunks, V, K, **like), torch.empty(*chunks, CHUNK, V, **like)
-    parts = torch.empty(*chunks, len(PARTS), CHUNK, dtype=torch.float32, device=x.v.device)
-    if _in_gluon(x, p.launches, "backward"):
-        gradients, shapes = _backward, ((CHUNK, K), (CHUNK, K))
-    else:
-        gradients, shapes = _reverse_and_gradients, ((V, K), (2 * CHUNK, CHUNK))
-    between = torch.empty(*chunks, *shapes[0], **like), torch.empty(*chunks, *shapes[1], **like)
+    chunks = together * G, NC
+    states, errors = torch.empty((*chunks, V, K), **like), torch.empty((*chunks, CHUNK, V), **like)
+    parts = torch.empty((*chunks, len(PARTS), CHUNK), dtype=torch.float32, device=device)
+    one = p.kernels.in_gluon["backward"]
+    shapes = ((CHUNK, K), (CHUNK, K)) if one else ((V, K), (2 * CHUNK, CHUNK))
+    between = torch.empty((*chunks, *shapes[0]), **like), torch.empty((*chunks, *shapes[1]), **like)
+    fetched: tuple[Any, ...] = ()
     for first in range(0, B * H, together):
         last = min(first + together, B * H)
         heads = slice(first * G, last * G)
         _forward(p, "keep", heads, incoming=incoming, states=states, errors=errors)
         outgoing = coming().contiguous() if outgoing is None else outgoing  # behind what does not need it
-        gradients(p, do, outgoing, heads, states, errors, between, parts, (dq, dk, dv))
+        if one:
+            fetched = fetched or _fetched(p, do, states, errors, between, dv)
+            _backward(p, fetched, outgoing, heads, between, parts, dq, dk)
+        else:
+            _reverse_and_gradients(p, do, outgoing, heads, states, errors, between, parts, (dq, dk, dv))
         proof.launch(
-            gates_kernel, (-(-p.chunks // GATES), heads.stop - heads.start),
-            p.rows, p.through, parts, dbeta if dg is None else dg, dbeta, T, p.chunks, heads.start,
-            HV=HV, CHUNKS=GATES, **{name: flags[name] for name in ("HAS_G", "ERASE", "PREVIOUS")},
+            gates_kernel, (-(-NC // GATES), heads.stop - heads.start),
+            p.rows, p.through, parts, dbeta if dg is None else dg, dbeta, T, NC, heads.start,
+            **p.kernels.constants["gates"],
         )  # fmt: skip
     return Gradients(dq, dk, dv, dg, dbeta)

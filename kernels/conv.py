@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import operators
 from .checks import check_floating
 from .segments import kernels_for_program
 
@@ -95,10 +96,7 @@ class _CausalConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, halo, doc_start)
         ctx.start, ctx.activation, ctx.backend = start, activation, backend
         if backend == "triton":
-            from . import triton_conv
-
-            with torch.cuda.device_of(x):  # Triton launches on the current one
-                return triton_conv.forward(x, weight, bias, halo, doc_start, start, activation == "silu")
+            return operators.conv(x, weight, bias, halo, doc_start, start, activation == "silu")
         width, y = weight.shape[1], torch.empty_like(x)
         extended, taps = _with_halo(x, halo, width), _taps(doc_start, start, width)
         for a, b in _blocks(x):
@@ -111,11 +109,8 @@ class _CausalConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, halo, doc_start = ctx.saved_tensors
         if ctx.backend == "triton":
-            from . import triton_conv
-
-            with torch.cuda.device_of(x):
-                silu = ctx.activation == "silu"
-                grads = triton_conv.backward(dy, x, weight, bias, halo, doc_start, ctx.start, silu)
+            silu = ctx.activation == "silu"
+            grads = operators.conv_backward(dy, x, weight, bias, halo, doc_start, ctx.start, silu)
             return *grads, None, None, None, None
         width = weight.shape[1]
         extended, taps = _with_halo(x, halo, width), _taps(doc_start, ctx.start, width)

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import variants
+from . import operators, variants
 from .checks import check_floating
 from .conv import Activation, convolve, silu
 from .norm import l2norm as normalise
@@ -51,7 +51,7 @@ def conv_step(
         floats = {"x": x_BD, "tail": tail_BWD, "weight": weight_DW}
         floats |= {} if bias_D is None else {"bias": bias_D}
         triton_decode.refuse({"W": weight_DW.shape[1]}, floats, {"tail": tail_BWD}, WAY_OUT)
-        return triton_decode.conv_step(x_BD, tail_BWD, weight_DW, bias_D, activation == "silu", slots_B)
+        return operators.conv_step(x_BD, tail_BWD, weight_DW, bias_D, activation == "silu", slots_B)
     if slots_B is None:
         return _conv_step(x_BD, tail_BWD, weight_DW, bias_D, activation)
     y, live, rows = torch.zeros_like(x_BD), slots_B >= 0, slots_B[slots_B >= 0]
@@ -107,7 +107,7 @@ def delta_step(
         floats = {"q": q_BHK, "k": k_BHK, "v": v_BHV, "beta": beta_BH} | ({} if g_BH is None else {"g": g_BH})
         widths = {"K": q_BHK.shape[-1], "V": v_BHV.shape[-1]}
         triton_decode.refuse(widths, floats, {"state": state_BHKV}, WAY_OUT)
-        return triton_decode.delta_step(q_BHK, k_BHK, v_BHV, g_BH, beta_BH, state_BHKV, scale, rule, l2norm, slots_B)
+        return operators.delta_step(q_BHK, k_BHK, v_BHV, g_BH, beta_BH, state_BHKV, scale, rule, l2norm, slots_B)
     if slots_B is None:
         return _delta_step(q_BHK, k_BHK, v_BHV, g_BH, beta_BH, state_BHKV, scale, rule, l2norm)
     o, live, rows = torch.zeros_like(v_BHV), slots_B >= 0, slots_B[slots_B >= 0]
@@ -212,9 +212,9 @@ def gated_delta_step(
     floats |= {"a": a_BH, "b": b_BH, "A_log": A_log_H, "dt_bias": dt_bias_H}
     in_place = {"tail": tail_BWD, "state": state_BHKV}
     triton_decode.refuse({"W": weight_DW.shape[1], "K": K, "V": V}, floats, in_place, WAY_OUT)
-    q, k, v = heads(triton_decode.conv_step(mixed_BD, tail_BWD, weight_DW, None, True, slots_B))
+    q, k, v = heads(operators.conv_step(mixed_BD, tail_BWD, weight_DW, None, True, slots_B))
     scale = K**-0.5 if scale is None else scale
-    return triton_decode.delta_step(
+    return operators.delta_step(
         q, k, v, a_BH, b_BH, state_BHKV, scale, variants.DELTA, True, slots_B, gates=(A_log_H, dt_bias_H)
     )
 

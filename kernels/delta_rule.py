@@ -9,6 +9,8 @@ passes.py). The scan is handed in: :class:`~dnsp.kernels.scan.LocalScan` here, o
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,7 @@ from .checks import check_cu_seqlens, check_floating, check_shapes, check_values
 from .passes import Backend, Call, UnderWay, at_once, begin
 from .reference import Rule, recurrence
 from .scan import LocalScan, Scan
-from .segments import CHUNK, Segments, check_segment_tokens, kernels_for_program
+from .segments import CHUNK, Segments, cached, check_segment_tokens, kernels_for_program
 
 __all__ = [
     "Rule",
@@ -78,25 +80,39 @@ def begin_delta_rule(
         ValueError, TypeError: shapes, dtypes or devices that do not fit, naming the value and the rule.
     """
     check_shapes(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT)
-    T, held = v_BTHV.shape[1], sum(segments.length(n) for n in range(len(segments)))
+    T, held, continues = v_BTHV.shape[1], segments.held, segments.continues_NB
     if held != T:
         raise ValueError(f"T={T}, but the local segments hold {held} tokens; pass the tokens of whole segments")
-    has_initial = initial_state_BHKV is not None
-    backend = _backend(backend, v_BTHV)
-    width = v_BTHV.shape[3]
-    if backend == "triton":
-        from . import chunk_triton
-
-        if width == 1:  # the normaliser's sum of keys: the narrowest kernel, its other columns zero
-            v_BTHV = F.pad(v_BTHV, (0, chunk_triton.WIDTHS[0] - 1))
-            if initial_state_BHKV is not None:
-                initial_state_BHKV = F.pad(initial_state_BHKV, (0, chunk_triton.WIDTHS[0] - 1))
-        chunk_triton.refuse(k_BTHK, v_BTHV)
+    if continues is not None and continues.device != v_BTHV.device:
+        raise ValueError(f"continues_NB is on {continues.device}, v on {v_BTHV.device}: move all to one device")
+    has_initial, backend = initial_state_BHKV is not None, _backend(backend, v_BTHV)
     call = Call(segments, scan, scale, rule, normalise_qk, has_initial, output_final_state, backend)
-    return begin(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT, call, width)
+    return _begin(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT, call)
 
 
 delta_rule = at_once(begin_delta_rule)  # outputs and final state
+
+
+def _begin(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    initial: Tensor | None,
+    doc_start: Tensor | None,
+    call: Call,
+) -> UnderWay:
+    """The rule on tensors that fit each other, where there are kernels for them."""
+    width = v.shape[3]
+    if call.backend == "triton":
+        from . import chunk_triton
+
+        if width == 1:  # the normaliser's sum of keys: the narrowest kernel, its other columns zero
+            v = F.pad(v, (0, chunk_triton.WIDTHS[0] - 1))
+            initial = None if initial is None else F.pad(initial, (0, chunk_triton.WIDTHS[0] - 1))
+        chunk_triton.refuse(k, v)
+    return begin(q, k, v, g, beta, initial, doc_start, call, width)
 
 
 def _backend(asked: str | None, v: Tensor) -> Backend:
@@ -151,7 +167,7 @@ def chunk_gated_delta_rule(
     Raises:
         ValueError, TypeError: naming the argument, its value, the rule and the way out.
     """
-    check_shapes(q, k, v, g, beta, None, doc_start)
+    check_shapes(q, k, v, g, beta, None if cu_seqlens is not None else initial_state, doc_start)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if cu_seqlens is not None:
         if doc_start is not None:
@@ -173,32 +189,33 @@ def chunk_gated_delta_rule(
         return torch.zeros_like(v), state.to(_state_dtype(v)) if output_final_state else None
     if cu_seqlens is not None:
         doc_start = document_starts(cu_seqlens, T)
-    tokens = _segment_tokens(v, _backend(backend, v)) if segment_tokens is None else segment_tokens
+    backend = _backend(backend, v)
+    tokens = _segment_tokens(v, backend) if segment_tokens is None else segment_tokens
     check_segment_tokens(tokens)
-    starts = tuple(range(0, T, tokens))
     if doc_start is not None and initial_state is not None:  # the first document goes on from the initial state
         doc_start = torch.where(doc_start == 0, -1, doc_start)
     continues = None
-    if doc_start is not None and len(starts) > 1:
+    if doc_start is not None and tokens < T:
         first = torch.arange(0, T, tokens, device=doc_start.device)  # made there: a copy would wait for the device
-        continues = (doc_start[:, (first + tokens).clamp(max=T) - 1] < first).T
+        last = doc_start[:, tokens - 1 :: tokens]
+        last = last if T % tokens == 0 else torch.cat([last, doc_start[:, -1:]], 1)
+        continues = (last < first).T
     elif doc_start is not None and (initial_state is not None or output_final_state):
         continues = (doc_start[:, -1:] < 0).T
-    return delta_rule(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        scale=scale,
-        segments=Segments(tokens, starts, T, continues),
-        scan=LocalScan(),
-        doc_start_BT=doc_start,
-        initial_state_BHKV=initial_state,
-        output_final_state=output_final_state,
-        normalise_qk=use_qk_l2norm_in_kernel,
-        backend=backend,
-    )
+    segments, has_initial = _whole(tokens, T), initial_state is not None
+    if continues is not None:
+        segments = replace(segments, continues_NB=continues)
+    call = Call(segments, _LOCAL, scale, _RULE, use_qk_l2norm_in_kernel, has_initial, output_final_state, backend)
+    return _begin(q, k, v, g, beta, initial_state, doc_start, call).finish()
+
+
+_LOCAL, _RULE = LocalScan(), Rule()
+
+
+@cached
+def _whole(tokens: int, T: int) -> Segments:
+    """All segments of a sequence."""
+    return Segments(tokens, tuple(range(0, T, tokens)), T)
 
 
 def _segment_tokens(v: Tensor, backend: Backend) -> int:
@@ -208,9 +225,14 @@ def _segment_tokens(v: Tensor, backend: Backend) -> int:
     segments = 1
     if backend == "triton" and v.is_cuda:
         programs = B * HV * max(1, V // 64)
-        segments = 4 * torch.cuda.get_device_properties(v.device).multi_processor_count // programs
+        segments = 4 * _multiprocessors(v.device) // programs
         segments = max(1, min(segments, chunks // 16))  # a segment costs a state's worth of work: 16 chunks pay for it
     return -(-chunks // segments) * CHUNK
+
+
+@cached
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def fused_recurrent_gated_delta_rule(
@@ -264,7 +286,7 @@ def _state_dtype(v: Tensor) -> torch.dtype:
 def document_starts(cu_seqlens: Tensor, T: int) -> Tensor:
     """``[1, T]``: the first token of each token's document, from its ``[N + 1]`` bounds; no synchronisation."""
     t = torch.arange(T, device=cu_seqlens.device)
-    return cu_seqlens[torch.searchsorted(cu_seqlens, t, right=True) - 1][None].to(torch.int32)
+    return cu_seqlens[torch.searchsorted(cu_seqlens[1:], t, right=True)][None].to(torch.int32)
 
 
 def _by_document(

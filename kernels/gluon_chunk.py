@@ -20,25 +20,33 @@ TOKENS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 4))  # the same, of a chunk 
 SCALES = gl.constexpr(gl.NVMMASharedLayout(0, 32, 2))  # of rows of scales, [1, 256] or [1, 512]
 
 
-def tokens_of(x_BTHK: Tensor) -> TensorDescriptor:
+class Described(TensorDescriptor):
+    """A descriptor of memory that is known to fit: its own checks take longer than all else about it."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def tokens_of(x_BTHK: Tensor) -> Described:
     """By which a chunk of a head is fetched, with zeros behind the last token."""
-    if any(stride == 0 < size - 1 for stride, size in zip(x_BTHK.stride(), x_BTHK.shape, strict=True)):
+    B, T, H, width = shape = x_BTHK.shape
+    strides = x_BTHK.stride()
+    if 0 in strides and any(stride == 0 < size - 1 for stride, size in zip(strides, shape, strict=True)):
         x_BTHK = x_BTHK.contiguous()
-    width = x_BTHK.shape[3]
-    strides = [stride if size > 1 else width for stride, size in zip(x_BTHK.stride()[:3], x_BTHK.shape, strict=False)]
-    return TensorDescriptor(x_BTHK, list(x_BTHK.shape), [*strides, 1], [1, 64, 1, width], TOKENS.value)
+        strides = x_BTHK.stride()
+    apart = [strides[0] if B > 1 else width, strides[1] if T > 1 else width, strides[2] if H > 1 else width, 1]
+    return Described(x_BTHK, [B, T, H, width], apart, [1, 64, 1, width], TOKENS.value)
 
 
-def tiles_of(x: Tensor) -> TensorDescriptor:
+def tiles_of(x: Tensor) -> Described:
     """By which one of x's matrices, its last two axes, is fetched."""
-    rows, columns = x.shape[-2:]
-    return TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], [rows, columns], TILE.value)
+    *_, rows, columns = x.shape
+    return Described(x, [x.numel() // columns, columns], [columns, 1], [rows, columns], TILE.value)
 
 
-def scales_of(rows: Tensor, count: int) -> TensorDescriptor:
+def scales_of(rows: Tensor, count: int) -> Described:
     """By which the first ``count`` of a chunk's 512 scales are fetched."""
-    chunks = rows.numel() // 512
-    return TensorDescriptor(rows, [chunks, 512], [512, 1], [1, count], SCALES.value)
+    return Described(rows, [rows.numel() // 512, 512], [512, 1], [1, count], SCALES.value)
 
 
 @gluon.jit

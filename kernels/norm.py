@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import operators
 from .checks import check_floating
 from .segments import kernels_for_program
 
@@ -75,21 +76,15 @@ class _GatedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-        from . import triton_norm
-
         ctx.save_for_backward(x, gate, weight)
         ctx.eps = eps
-        with torch.cuda.device_of(x):  # Triton launches on the current one
-            return triton_norm.forward(x, gate, weight, eps)
+        return operators.gated_norm(x, gate, weight, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        from . import triton_norm
-
         x, gate, weight = ctx.saved_tensors
-        with torch.cuda.device_of(x):
-            return *triton_norm.backward(dy, x, gate, weight, ctx.eps), None
+        return *operators.gated_norm_backward(dy, x, gate, weight, ctx.eps), None
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:

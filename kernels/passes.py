@@ -10,14 +10,15 @@ It is two nodes of autograd's graph, so that a state may travel while something 
     o, final = under_way.finish()
 
 Autograd runs what is ready from the last made to the first. So what lies between the two in the forward pass has its
-gradients computed between them in the backward pass, too, while dS travels.
+gradients computed between them in the backward pass, too, while dS travels. Where all segments are here (LocalScan) it
+is one node, which torch.compile can follow.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, ParamSpec
@@ -26,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import chunk_torch, kept
+from . import chunk_torch, kept, operators
 from .reference import Rule
-from .scan import Coming, Scan
-from .segments import Inputs, Segments
+from .scan import Coming, LocalScan, Scan
+from .segments import Inputs, Needs, Segments
 
 Backend = Literal["torch", "triton"]
 P = ParamSpec("P")
@@ -63,10 +64,16 @@ class Call:
         x = Inputs(q, k, v, g, beta, doc_start, self.segments, self.scale, self.rule, self.normalise_qk)
         if self.backend == "torch":
             return chunk_torch, x, ()
+        if operators.followed(v):
+            followed = operators.prepare(x, prepared or None)
+            return operators, followed, followed.tensors
         from . import chunk_triton
 
         p = chunk_triton.prepare(x, prepared or None)
         return chunk_triton, p, p.tensors
+
+    def needs(self) -> Needs:
+        return self.segments.needs(self.has_initial, self.want_final)
 
 
 @dataclass
@@ -83,13 +90,12 @@ class _Between:
 class UnderWay:
     """A delta rule whose scan has set out. ``finish`` once."""
 
-    _ticket: Tensor  # the edge between the two nodes; no numbers
-    _between: _Between
+    _awaited: Callable[[], tuple[Tensor, Tensor | None]]
     _width: int  # of the values, as they were given
 
     def finish(self) -> tuple[Tensor, Tensor | None]:
         """Outputs ``[B, T, HV, V]`` in v's dtype, and the final state ``[B, HV, K, V]`` where it was asked for."""
-        o, final = _Finish.apply(self._ticket, self._between)
+        o, final = self._awaited()
         if self._width != o.shape[-1]:
             o, final = o[..., : self._width], None if final is None else final[..., : self._width]
         return o, final
@@ -107,8 +113,16 @@ def begin(
     width: int,
 ) -> UnderWay:
     """Everything up to the scan; ``width``: of the values before they were padded."""
+    tensors = q, k, v, g, beta, initial, doc_start
+    if isinstance(call.scan, LocalScan):
+        results = _AtOnce.apply(*tensors, call)
+        return UnderWay(lambda: results, width)
     between = _Between(call)
-    return UnderWay(_Begin.apply(q, k, v, g, beta, initial, doc_start, between), between, width)
+    if torch.compiler.is_compiling():  # which cannot follow what communicates
+        ticket = torch.compiler.disable(_Begin.apply)(*tensors, between)
+        return UnderWay(lambda: torch.compiler.disable(_Finish.apply)(ticket, between), width)
+    ticket = _Begin.apply(*tensors, between)
+    return UnderWay(lambda: _Finish.apply(ticket, between), width)
 
 
 def at_once(starts: Callable[P, UnderWay]) -> Callable[P, tuple[Tensor, Tensor | None]]:
@@ -121,11 +135,69 @@ def at_once(starts: Callable[P, UnderWay]) -> Callable[P, tuple[Tensor, Tensor |
     return call
 
 
+_NOTHING = nullcontext()
+
+
+def _as_given(like: Tensor) -> AbstractContextManager[None]:
+    """Out of autocast, whose matrix products would be bf16, and on the tensor's device, since Triton launches on the
+    current one; nothing is entered, and no time spent, where nothing is to change."""
+    device = like.device
+    if torch.is_autocast_enabled(device.type):
+        return _entered(like)
+    return _entered(like) if device.type == "cuda" and device.index != torch.cuda.current_device() else _NOTHING
+
+
 @contextmanager
-def _as_given(like: Tensor) -> Iterator[None]:
-    """Autocast's matrix products would be bf16; Triton launches on the current device."""
+def _entered(like: Tensor) -> Iterator[None]:
     with torch.autocast(like.device.type, enabled=False), torch.cuda.device_of(like):
         yield
+
+
+class _AtOnce(torch.autograd.Function):
+    """The same in one node, where all segments are here and nothing travels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        beta: Tensor,
+        initial: Tensor | None,
+        doc_start: Tensor | None,
+        call: Call,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        with _as_given(v):
+            chunks, x, prepared = call.passes(q, k, v, g, beta, doc_start)
+
+            def summarise_and_scan() -> tuple[Tensor, Tensor, Tensor | None]:
+                M, U = chunks.summarise(x, call.needs().M, call.needs().U)
+                start = None if initial is None else initial.to(U.dtype)
+                return M, *call.scan.forward(M, U, call.segments.continues_NB, start, call.want_final)()
+
+            M, incoming, final = kept.once(summarise_and_scan)
+            ctx.save_for_backward(q, k, v, g, beta, doc_start, *prepared, M, incoming)
+            ctx.call, ctx.initial_dtype = call, None if initial is None else initial.dtype
+            return chunks.apply(x, incoming), final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
+        *tensors, M, incoming = ctx.saved_tensors
+        call: Call = ctx.call
+        with _as_given(M):
+            chunks, x, _ = call.passes(*tensors)
+            do = torch.zeros_like(tensors[2]) if do is None else do
+            D = chunks.summarise_backward(x, do, call.needs().D)
+            dfinal = None if dfinal is None else dfinal.to(M.dtype)
+            continues = call.segments.continues_NB
+            outgoing, dinitial = call.scan.reverse(M, D, continues, dfinal, call.has_initial, call.want_final)()
+            grads = chunks.apply_backward(x, incoming, do, lambda: outgoing)
+            if dinitial is not None and ctx.initial_dtype is not None:
+                dinitial = dinitial.to(ctx.initial_dtype)
+        return grads.q, grads.k, grads.v, grads.g, grads.beta, dinitial, None, None
 
 
 class _Begin(torch.autograd.Function):
@@ -148,10 +220,7 @@ class _Begin(torch.autograd.Function):
             chunks, x, prepared = call.passes(q, k, v, g, beta, doc_start)
 
             def summarise_and_set_out() -> None:
-                each = range(len(segments))
-                need_M = tuple(segments.needs_M(n, call.has_initial, call.want_final) for n in each)
-                need_U = tuple(segments.goes_on(n, call.want_final) for n in each)
-                M, U = chunks.summarise(x, need_M, need_U)
+                M, U = chunks.summarise(x, call.needs().M, call.needs().U)
                 start = None if initial is None else initial.to(U.dtype)
                 between.scan = M, call.scan.forward(M, U, segments.continues_NB, start, call.want_final)
 
@@ -209,8 +278,7 @@ class _Finish(torch.autograd.Function):
         with _as_given(M):
             chunks, x, _ = call.passes(*tensors)
             do = torch.zeros_like(tensors[2]) if do is None else do
-            need_D = tuple(segments.comes_in(n, call.has_initial) for n in range(len(segments)))
-            D = chunks.summarise_backward(x, do, need_D)
+            D = chunks.summarise_backward(x, do, call.needs().D)
             dfinal = None if dfinal is None else dfinal.to(M.dtype)
             coming = call.scan.reverse(M, D, segments.continues_NB, dfinal, call.has_initial, call.want_final)
         ctx.between.backward = chunks, x, incoming, do, coming

@@ -3,11 +3,11 @@
 Triton compiles some launch configurations to wrong code, without a word. So the passes ask before they launch, and
 every launch is looked at after:
 
-    launches = proof.require(x)                     once a call, before its first launch: the table of launches that is
+    launches = proof.require(device, signature)     once a call, before its first launch: the table of launches that is
                                                     proven for these inputs (in chunk_triton: prepare, kept in Prepared)
     proof.require_kernels(x.device, Conv(...))      the same for kernels that have one launch, by what decides a binary
     proof.launch(kernel, grid, *args, **constants)  in place of kernel[grid](*args, **constants): raises where the
-                                                    binary it ran is not among the proven ones
+                                                    binary it ran is not among the proven ones (by :mod:`.launcher`)
 
 What decides the binaries of a call is its signature (:mod:`.signatures`). One that this process has not met is looked
 up in a folder of verdicts, one file for each signature, toolchain (GPU, Triton, ptxas, settings of the compiler) and
@@ -36,8 +36,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import verdicts
-from .segments import Inputs
+from . import launcher, verdicts
 from .signatures import AnySignature, Fold, Signature, to_json
 from .verdicts import Launches, Toolchain, Verdict, candidates, to_try, toolchain
 
@@ -91,7 +90,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if _mode is not None:
         _mode.launch(kernel, grid, args, constants)
         return
-    binary = kernel[grid](*args, **constants)
+    launcher.launch(kernel, grid, args, constants, _check)
+
+
+def _check(kernel: Any, binary: Any, constants: dict[str, Any]) -> None:
     if binary is not None and binary.hash not in _proven:  # None: interpreted
         raise UnprovenError(
             f"{kernel.__name__} was launched as a binary that is not proven ({binary.hash[:16]}, {constants}). Inputs "
@@ -100,18 +102,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         )
 
 
-def require(x: Inputs) -> Launches:
-    """The launches that are proven for these inputs, which are as the kernels get them; proves them where need be.
+def require(device: torch.device, signature: Signature) -> Launches:
+    """The launches that are proven for inputs of this signature, as the kernels get them; proves them where need be.
 
     Raises: UnprovenError, where no table is right on this device, or a first call comes while a graph is captured.
     """
     if _mode is not None:
-        _mode.meet(Signature.of(x))
+        _mode.meet(signature)
         return _mode.table
-    if not x.v.is_cuda:  # interpreted
+    if device.type != "cuda":  # interpreted
         return candidates()["as tuned"]
-    signature = Signature.of(x)
-    return _tables.get((x.v.device, Signature, signature)) or _first_time(x.v.device, signature)
+    return _tables.get((device, Signature, signature)) or _first_time(device, signature)
 
 
 def require_kernels(device: torch.device, signature: AnySignature) -> None:

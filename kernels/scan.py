@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import operators
 from .segments import kernels_for_program
 
 Coming = Callable[[], tuple[Tensor, Tensor | None]]  # awaits a pass that was started; called once
@@ -86,9 +87,7 @@ def on_gpu(U: Tensor) -> bool:
 
 
 def _one_segment(M: Tensor, U: Tensor, S: Tensor, continues: Tensor | None, reverse: bool) -> Tensor:
-    from . import triton_scan
-
-    return triton_scan.fold(M[None], U[None], S, None if continues is None else continues[None], 1, reverse)[1]
+    return operators.fold(M[None], U[None], S, None if continues is None else continues[None], 1, reverse)[1]
 
 
 def stack_states(states: list[Tensor | None], like_NBHKV: Tensor) -> Tensor:
@@ -108,10 +107,8 @@ class LocalScan:
         want_final: bool,
     ) -> Coming:
         if on_gpu(U_NBHKV):
-            from . import triton_scan
-
             steps = len(U_NBHKV) - (not want_final)
-            incoming_NBHKV, final = triton_scan.fold(M_NBHKK, U_NBHKV, initial_BHKV, continues_NB, steps, False)
+            incoming_NBHKV, final = operators.fold(M_NBHKK, U_NBHKV, initial_BHKV, continues_NB, steps, False)
             return lambda: (incoming_NBHKV, final if want_final else None)
         state, incoming, last = initial_BHKV, [], len(U_NBHKV) - 1
         for n in range(len(U_NBHKV)):
@@ -132,12 +129,8 @@ class LocalScan:
     ) -> Coming:
         del want_final  # all is here: a missing final gradient is a zero one
         if on_gpu(D_NBHKV):
-            from . import triton_scan
-
             steps = len(D_NBHKV) - (not has_initial)
-            outgoing_NBHKV, first = triton_scan.fold(
-                M_NBHKK, D_NBHKV, final_grad_BHKV, continues_NB, steps, reverse=True
-            )
+            outgoing_NBHKV, first = operators.fold(M_NBHKK, D_NBHKV, final_grad_BHKV, continues_NB, steps, True)
             return lambda: (outgoing_NBHKV, first if has_initial else None)
         grad, outgoing = final_grad_BHKV, []
         for n in reversed(range(len(D_NBHKV))):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,18 @@ from torch import Tensor
 from .reference import Rule
 
 CHUNK = 64
+T = TypeVar("T")
+
+
+def cached(fn: Callable[..., T]) -> Callable[..., T]:
+    """An lru_cache of 256 results; torch.compile, which traces the function itself, need not warn of that."""
+    quick = lru_cache(maxsize=256)(fn)
+
+    @wraps(fn)
+    def call(*args: Any) -> T:
+        return fn(*args) if torch.compiler.is_compiling() else quick(*args)
+
+    return call
 
 
 def kernels_for_program() -> str | None:
@@ -43,28 +57,43 @@ class Segments:
     def __len__(self) -> int:
         return len(self.starts)
 
+    @property
+    def held(self) -> int:
+        """Tokens of all local segments."""
+        return _held(self.tokens, self.starts, self.total)
+
     def length(self, n: int) -> int:
         """Tokens of local segment n."""
         return min(self.tokens, self.total - self.starts[n])
 
-    def is_first(self, n: int) -> bool:
-        return self.starts[n] == 0
+    def needs(self, has_initial: bool, want_final: bool) -> Needs:
+        """What of each local segment's summary is needed."""
+        return _needs(self.tokens, self.starts, self.total, self.open, has_initial, want_final)
 
-    def is_last(self, n: int) -> bool:
-        return self.starts[n] + self.tokens >= self.total
 
-    def comes_in(self, n: int, has_initial: bool) -> bool:
-        """Whether the state that enters segment n may be other than zero; then its gradient, D, is needed."""
-        return has_initial or not self.is_first(n)
+class Needs(NamedTuple):
+    """Of each segment: whether M is needed, where a state comes in and goes on, the same in the forward and the
+    backward pass; U, where anyone wants the state that leaves it; D, the gradient of the state that enters it, where
+    that may be other than zero."""
 
-    def goes_on(self, n: int, want_final: bool) -> bool:
-        """Whether anyone wants the state that leaves segment n; then U is needed."""
-        return want_final or not self.is_last(n)
+    M: tuple[bool, ...]
+    U: tuple[bool, ...]
+    D: tuple[bool, ...]
 
-    def needs_M(self, n: int, has_initial: bool, want_final: bool) -> bool:
-        """M is used where a state comes in and goes on; the same in the forward and the backward pass."""
-        passes = self.open is None or self.open[n]
-        return passes and self.comes_in(n, has_initial) and self.goes_on(n, want_final)
+
+@cached
+def _needs(
+    tokens: int, starts: tuple[int, ...], total: int, open: tuple[bool, ...] | None, has_initial: bool, want_final: bool
+) -> Needs:
+    comes_in = tuple(has_initial or start > 0 for start in starts)
+    goes_on = tuple(want_final or start + tokens < total for start in starts)
+    passes = open or (True,) * len(starts)
+    return Needs(tuple(map(all, zip(comes_in, goes_on, passes, strict=True))), goes_on, comes_in)
+
+
+@cached
+def _held(tokens: int, starts: tuple[int, ...], total: int) -> int:
+    return sum(min(tokens, total - start) for start in starts)
 
 
 def check_segment_tokens(tokens: int) -> None:

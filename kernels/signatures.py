@@ -39,12 +39,12 @@ class Signature(NamedTuple):
     @staticmethod
     def of(x: Inputs) -> Signature:
         """Of inputs as the kernels are given them."""
-        (H, K), (HV, V) = x.k.shape[2:], x.v.shape[2:]
+        (_, _, H, K), (_, _, HV, V) = x.k.shape, x.v.shape
         g, doc = x.g, x.doc_start
         return Signature(
-            x.v.dtype, H, HV, K, V, strides(x.q), strides(x.k), strides(x.v), strides(x.beta), x.beta.dtype,
-            None if g is None else strides(g), None if g is None else g.dtype, None if doc is None else doc.dtype,
-            x.rule, x.normalise_qk,
+            x.v.dtype, H, HV, K, V, strides(x.q, H), strides(x.k, H), strides(x.v, HV), strides(x.beta, HV),
+            x.beta.dtype, None if g is None else strides(g, HV), None if g is None else g.dtype,
+            None if doc is None else doc.dtype, x.rule, x.normalise_qk,
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -190,9 +190,10 @@ def from_json(values: dict[str, Any]) -> AnySignature:
     return KINDS[values["kind"]](**{name: read(x) for name, x in values.items() if name != "kind"})
 
 
-def strides(x: Tensor) -> tuple[int, int]:
+def strides(x: Tensor, heads: int) -> tuple[int, int]:
     """Of tokens and heads; where there is one head its stride is nobody's, and 0."""
-    return x.stride(1), x.stride(2) if x.shape[2] > 1 else 0
+    along = x.stride()
+    return along[1], along[2] if heads > 1 else 0
 
 
 def aligned(x: Tensor) -> Tensor:

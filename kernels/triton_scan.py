@@ -232,10 +232,11 @@ def fold(
     """
     N, B, HV, K, V = U_NBHKV.shape
     M_NBHKK, U_NBHKV = M_NBHKK.contiguous(), U_NBHKV.contiguous()
-    states = torch.empty_like(U_NBHKV) if states_NBHKV is None else states_NBHKV
-    last = torch.empty_like(U_NBHKV[0])
+    like, device = U_NBHKV.dtype, U_NBHKV.device
+    states = torch.empty((N, B, HV, K, V), dtype=like, device=device) if states_NBHKV is None else states_NBHKV
+    last = torch.empty((B, HV, K, V), dtype=like, device=device)
     proof.require_fold(U_NBHKV)
-    counts, times = _no_mail(U_NBHKV.device)
+    counts, times = _no_mail(device)
     mail = inbox or outbox
     proof.launch(
         fold_kernel, (V // COLUMNS, B * HV),

@@ -240,3 +240,9 @@ def test_packed_rows_are_refused():
 def test_tokens_beside_the_segments_are_refused():
     with pytest.raises(ValueError, match="T=100.*hold 64 tokens"):
         delta_rule(*make(), scale=1.0, segments=Segments(64, (0,), 128), scan=LocalScan())
+
+
+def test_documents_elsewhere_are_refused():
+    segments = Segments(64, (0, 64), 100, torch.ones(2, 1, dtype=torch.bool, device="meta"))
+    with pytest.raises(ValueError, match="continues_NB is on meta, v on cpu"):
+        delta_rule(*make(), scale=1.0, segments=segments, scan=LocalScan())
