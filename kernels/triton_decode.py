@@ -89,10 +89,7 @@ def delta_step_kernel(
     whole: tl.constexpr = (K == BK) and (V % BV == 0)
     qt = tl.load(q + b * sqb + (hv // G) * K + ck, mask=k_inside, other=0.0)
     kt = tl.load(k + b * skb + (hv // G) * K + ck, mask=k_inside, other=0.0)
-    if whole:
-        S = tl.load(at)
-    else:
-        S = tl.load(at, mask=k_inside[:, None] & v_inside[None, :], other=0.0)
+    S = tl.load(at) if whole else tl.load(at, mask=k_inside[:, None] & v_inside[None, :], other=0.0)
     error = tl.load(v + b * svb + hv * V + cv, mask=v_inside, other=0.0).to(tl.float32)
     strength = tl.load(beta + b * sbb + hv).to(tl.float32)
     if HAS_G:
