@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -53,15 +55,21 @@ def test_autocast_gradients() -> None:
 def test_gates_and_states_are_fp32(how: str, monkeypatch) -> None:
     """The delta rule's operands as the layers hand them over: q, k, v in bf16; g, beta and what comes back in fp32."""
     seen = []
-    for module in (dnsp.model.gated_delta, dnsp.model.deltanet):
-        inner = module.delta_rule
+    for module, name in (
+        (dnsp.model.gated_delta, "begin_delta_rule"),
+        (dnsp.model.deltanet, "begin_delta_rule"),
+        (dnsp.model.deltanet, "delta_rule"),
+    ):
+        inner = getattr(module, name)
 
-        def watch(q, k, v, g, beta, inner=inner, **settings):
-            o, S = inner(q, k, v, g, beta, **settings)
-            seen.append(([t.dtype for t in (q, k, v)], [t.dtype for t in (g, beta) if t is not None], S.dtype))
-            return o, S
+        def watch(q, k, v, g, beta, inner=inner, name=name, **settings):
+            given = [t.dtype for t in (q, k, v)], [t.dtype for t in (g, beta) if t is not None]
+            found = inner(q, k, v, g, beta, **settings)
+            o, S = found.finish() if name == "begin_delta_rule" else found
+            seen.append((*given, S.dtype))
+            return SimpleNamespace(finish=lambda: (o, S)) if name == "begin_delta_rule" else (o, S)
 
-        monkeypatch.setattr(module, "delta_rule", watch)
+        monkeypatch.setattr(module, name, watch)
     model = decoder() if how == "autocast" else decoder().bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         hidden, states = model.prefill(tokens(), local_plan(STARTS, TOKENS))
