@@ -195,6 +195,7 @@ def test_a_run_on_a_gpu(
     mine, exact = metrics(workplace / name), metrics(workplace / "gpu-plain")
     assert len(mine) == 12 and all(record["peak_gib"] > 0 for record in mine)
     assert mine[-1]["loss"] < 0.8 * mine[0]["loss"]
-    assert compared([r["loss"] for r in mine], [r["loss"] for r in exact]) < 0.05
+    losses = [r["loss"] for r in mine], [r["loss"] for r in exact]
+    assert compared(*losses) < 0.05, losses
     done = dnsp("eval", name, cwd=workplace, timeout=120)
     assert done.returncode == 0, done.stderr
