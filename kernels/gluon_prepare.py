@@ -108,11 +108,13 @@ def prepare_pairs_kernel(
     ih = local % H
     q_at = gl.allocate_shared_memory(dtype, [64, W], tile)
     k_at = gl.allocate_shared_memory(dtype, [64, W], tile)
-    # The multiplied q and k make room for a value head's tiles.
-    P_at = q_at.slice(0, 32)._reinterpret(dtype, [64, 64], tile)
-    A_at = q_at.slice(32, 32)._reinterpret(dtype, [64, 64], tile)
-    D_at = k_at.slice(0, 32)._reinterpret(gl.float32, [64, 32], wide)  # the inverse's diagonal blocks of 32
-    N_at = k_at.slice(32, 32)._reinterpret(gl.float32, [2, 32, 32], wide)  # N's below them, transposed: the second
+    # The multiplied q and k make room for a value head's tiles. (Not by slices of them: a row lies in two panels.)
+    tiles = q_at._reinterpret(dtype, [2, 64, 64], tile)
+    P_at = tiles.index(0)
+    A_at = tiles.index(1)
+    halves = k_at._reinterpret(gl.float32, [2, 64, 32], wide)
+    D_at = halves.index(0)  # the inverse's diagonal blocks of 32
+    N_at = halves.index(1)._reinterpret(gl.float32, [2, 32, 32], wide)  # N's below them, transposed: the second
     D_turned = gl.allocate_shared_memory(gl.float32, [2, 32, 32], wide)
     small_at = gl.allocate_shared_memory(gl.float32, [64, 16], narrow)  # the diagonal blocks of 16
     small_turned = gl.allocate_shared_memory(gl.float32, [64, 16], narrow)

@@ -185,4 +185,5 @@ def test_the_figures_of_a_gpu(workplace: Path, dnsp: Callable[..., Any]) -> None
         assert record["power_w"] > 10 and record["sm_clock_mhz"] > 100 and record["temperature_c"] > 10
         phases = ("data_s", "forward_s", "backward_s", "communication_s", "optimizer_s")
         assert all(record[phase] >= 0 for phase in phases) and record["forward_s"] > 0 and record["backward_s"] > 0
-        assert sum(record[phase] for phase in phases) < 1.5 * record["step_s"]
+        inside = [phase for phase in phases if phase != "optimizer_s"]  # which is that of the step before
+        assert sum(record[phase] for phase in inside) < 1.5 * record["step_s"]

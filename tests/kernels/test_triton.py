@@ -291,6 +291,26 @@ def test_no_synchronisation_and_graph_capture():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("documents", [False, True])
+def test_bits_repeat_while_memory_is_busy(documents: bool) -> None:
+    """Copies on another stream make the kernels' own late: what overtakes one of them shows in the bits."""
+    inputs = random(2**15, H=16, HV=32)
+    starts = torch.tensor([0, 700, 705, *range(3000, 2**15, 3001), 2**15], device="cuda", dtype=torch.int32)
+    bounds = {"cu_seqlens": starts} if documents else {}
+    do = torch.randn_like(inputs[2])
+    aside, block = torch.cuda.Stream(), torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    expected = with_gradients(inputs, do, **bounds)
+    torch.cuda.synchronize()
+    for _ in range(20):
+        with torch.cuda.stream(aside):
+            for _ in range(8):
+                block.view(2, -1)[0].copy_(block.view(2, -1)[1])
+        found = with_gradients(inputs, do, **bounds)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
 def test_beyond_32_bit_offsets():
     """2^32 elements of v: the last tokens are those of a run restarted from the state before them."""
     inputs = random(2**20, H=16, HV=32, decay=-0.02)
