@@ -160,9 +160,11 @@ def limit_of(signature: AnySignature, name: str) -> float:
     if isinstance(signature, Post):
         return 0.0
     narrow = isinstance(signature, Signature) and min(signature.K, signature.V) < 64
-    if isinstance(signature, Norm):  # rounded three times, as transformers' module is, and a row may hang on one number
-        return max(max(LIMITS[dtype][name.startswith("d")], 1.5 * torch.finfo(dtype).eps) for dtype in _rounded(signature))
-    return max(LIMITS[dtype][name.startswith("d")] for dtype in _rounded(signature)) * (NARROW if narrow else 1.0)
+    dtypes = _rounded(signature)
+    limit = max(LIMITS[dtype][name.startswith("d")] for dtype in dtypes) * (NARROW if narrow else 1.0)
+    if isinstance(signature, Norm):  # it rounds three times, as transformers' module does; a row may hang on one number
+        limit = max(limit, *(1.5 * torch.finfo(dtype).eps for dtype in dtypes))
+    return limit
 
 
 def _rounded(signature: AnySignature) -> list[torch.dtype]:
