@@ -136,7 +136,27 @@ def _attention(config: Config, before: str | None, tokens: int) -> tuple[str, st
     model, settings, repeat = config.model, config.parallel, config.engine.deterministic
     if "attention" not in model.layers:
         return settings.attention_backend, ""
-    heads = Heads(
+    heads = _heads(config)
+    keeps = before and settings.attention_backend == "auto" and not (repeat and before in REPEATABLE)
+    if before and keeps and unusable(before, heads) is None:
+        return before, ""
+    # Where bits are to repeat, the same one is taken in every run, not the faster of two.
+    backend, why = choose(heads, settings.attention_backend, repeat, 0 if repeat else tokens)
+    return backend.name, why
+
+
+def confirm(choices: Choices, config: Config) -> None:
+    """Prove on this rank what rank 0 has chosen, before other ranks wait for it.
+
+    Raises: PlanError where it cannot be used here.
+    """
+    if "attention" in config.model.layers:
+        choose(_heads(config), choices.attention_backend, config.engine.deterministic)
+
+
+def _heads(config: Config) -> Heads:
+    model = config.model
+    return Heads(
         torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
         torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32,
         model.num_attention_heads,
@@ -144,11 +164,6 @@ def _attention(config: Config, before: str | None, tokens: int) -> tuple[str, st
         model.head_dim,
         model.head_dim,
     )
-    keeps = before and settings.attention_backend == "auto" and not (repeat and before in REPEATABLE)
-    if before and keeps and unusable(before, heads) is None:
-        return before, ""
-    backend, why = choose(heads, settings.attention_backend, repeat, tokens)
-    return backend.name, why
 
 
 def reserve(choices: Choices, config: Config, grid: Grid, length: int) -> int:

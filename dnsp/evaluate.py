@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from dnsp import checkpoint, watchdog
-from dnsp.choices import Choices, make_choices, reserve
+from dnsp.choices import Choices, confirm, make_choices, reserve
 from dnsp.config import Config, override_tree, parse_config
 from dnsp.data.batch import batch
 from dnsp.data.mix import Mixture, open_data
@@ -72,6 +72,7 @@ def evaluate(
         sums[buckets:-1] += torch.bincount(bucket, minlength=buckets)
         sums[-1] += tokenizer.count_bytes(part.targets_BT.flatten()[predicted].numpy())
     sums = watchdog.total(sums.to(device), grid).cpu()
+    watchdog.check_peers()  # of the last forward pass too
     nats, counts = sums[:buckets], sums[buckets:-1]
     return {
         "loss": float(nats.sum() / counts.sum()),
@@ -129,6 +130,8 @@ def evaluate_run(run: Path, overrides: Sequence[str], environment: Environment) 
         first = environment.rank == 0
         made = make_choices(config, before, why_not_peer, bool(grid.near), layout) if first else None
     choices, _ = watchdog.from_first(made)
+    with watchdog.agreed():
+        confirm(choices, config)
     reserve(choices, config, grid, grid_length)
     figures = evaluate(model, data, load_tokenizer(config.data.tokenizer), config, grid, grid_length, choices)
     watchdog.leave()

@@ -21,7 +21,7 @@ from dnsp.begin import (
     open_folder,
     starting_point,
 )
-from dnsp.choices import Choices, make_choices, reserve
+from dnsp.choices import Choices, confirm, make_choices, reserve
 from dnsp.config import Config
 from dnsp.data.batch import batch, micro_batches
 from dnsp.data.mix import Cursor, Step, open_data
@@ -121,6 +121,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         layout = Layout(config.parallel.layout, grid.sequence_size, stages[0].sequence_length)
         chosen = make_choices(config, before, why_not_peer, bool(grid.near), layout) if first else None
     choices, why = watchdog.from_first(chosen)
+    with watchdog.agreed():
+        confirm(choices, config)
     shared = reserve(choices, config, grid, max(stage.sequence_length for stage in stages))
     folder = open_folder(config, identity, name, first)
     watch.folder = watch.stalls.folder = folder

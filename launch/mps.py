@@ -71,9 +71,9 @@ def shared_gpu() -> Iterator[dict[str, str]]:
     when the block ends.
     """
     daemon = Daemon()
-    if NAMED not in os.environ:
-        daemon.start()
     try:
+        if NAMED not in os.environ:
+            daemon.start()
         yield daemon.variables
     finally:
         daemon.stop()
@@ -94,10 +94,10 @@ def asked_for(wanted: bool | None, device: str) -> Iterator[tuple[dict[str, str]
         yield {}, f"MPS: the daemon of {NAMED}, which is not ours, is used"
         return
     daemon = Daemon()
-    why_not = daemon.start(device)
-    if why_not and wanted:
-        raise LaunchError(f"--mps: {why_not}; leave --mps out, and {turns}")
     try:
+        why_not = daemon.start(device)
+        if why_not and wanted:
+            raise LaunchError(f"--mps: {why_not}; leave --mps out, and {turns}")
         yield daemon.variables, f"MPS: {why_not}; {turns}" if why_not else "MPS: the processes share the GPU"
     finally:
         daemon.stop()

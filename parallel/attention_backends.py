@@ -99,7 +99,13 @@ def choose(heads: Heads, asked: str = "auto", deterministic: bool = False, token
     best = usable[0]
     if len(usable) > 1:
         tokens = min(tokens, LONGEST[heads.device.type])
-        times = {backend.name: _seconds(backend.name, heads, tokens) for backend in usable}
+        times: dict[str, float] = {}
+        for backend in usable:
+            try:
+                times[backend.name] = _seconds(backend.name, heads, tokens)
+            except Exception as error:  # out of memory, or a package's refusal of this length
+                times[backend.name] = float("inf")
+                words.append(f"{backend.name}: {str(error).partition(chr(10))[0]}")
         for backend in usable[1:]:
             if times[backend.name] * FASTER < times[best.name]:
                 best = backend

@@ -138,6 +138,7 @@ class _Chain:
         self.states = torch.empty_like(U, memory_format=torch.contiguous_format)
 
     def start(self, start: Tensor | None) -> Coming:
+        self.first = start  # held until awaited: the side stream reads it
         steps, side, device = _Steps(self._steps(start)), _side(self.U.device), self.U.device
         on_host = self.scan.kind != "peer" and (side is None or not self.scan.comm.sends_from_gpu())
 

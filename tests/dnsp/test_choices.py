@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dnsp import watchdog
-from dnsp.choices import Choices, make_choices
+from dnsp.choices import Choices, confirm, make_choices
 from dnsp.config import Config, parse_config
 from dnsp.errors import UsageError
 from dnsp.parallel import attention_backends
@@ -53,6 +53,41 @@ def chosen_by_ranks() -> tuple[Choices, str]:
     q, k, v = (torch.randn(1, plan.local_tokens, 2, 16, requires_grad=True) for _ in range(3))
     attention(q, k, v, plan=plan).sum().backward()
     return choices, how
+
+
+def refused_by_one() -> str:
+    """Rank 1 has not the package that rank 0's choice needs."""
+    grid = make_grid(timeout=30)
+    missing = (lambda name, heads: "it needs the package flash-attn-3") if grid.rank else (lambda name, heads: None)
+    with patch("dnsp.parallel.attention_backends.unusable", missing):
+        choices = watchdog.from_first(Choices("flash_cpu") if grid.rank == 0 else None)
+        try:
+            with watchdog.agreed():
+                confirm(choices, config())
+        except UsageError as error:
+            return str(error)
+    return "all began"
+
+
+def test_what_one_rank_cannot_use_all_refuse() -> None:
+    for said in run_ranks(refused_by_one, 2, timeout=60):
+        assert said.startswith("attention_backend=flash_cpu: it needs the package flash-attn-3; use auto"), said
+
+
+def test_bits_that_repeat_hang_on_no_stopwatch() -> None:
+    with patch.object(attention_backends, "_seconds", side_effect=AssertionError("timed")):
+        assert make_choices(config(engine={"deterministic": True}))[0].attention_backend == "flash_cpu"
+
+
+def test_a_backend_that_fails_at_length_is_passed_over() -> None:
+    def seconds(name: str, heads: object, tokens: int) -> float:
+        if name == "flash_cpu":
+            raise RuntimeError("no room\nfor it")
+        return 1e-3
+
+    with patch.object(attention_backends, "_seconds", seconds):
+        choices, how = make_choices(config())
+    assert choices.attention_backend == "plain" and "flash_cpu: no room" in how and "for it" not in how
 
 
 def test_rank_0_times_and_all_take_its_choice() -> None:

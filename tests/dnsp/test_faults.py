@@ -289,7 +289,7 @@ def test_a_rank_that_hangs_is_given_up(workplace: Path, start: Callable[..., sub
     # who, where, in which step and layer, waiting for what; whose stack is there, and whose cannot be
     place = r"rank 0 \(node \S+\) was at step \d+(, layer \d \(\w+\))?, in the \w+"
     assert re.search(place, stderr) and "rank 1 left no stack: stopped or gone" in stderr, stderr
-    assert re.search(r"rank 0 lost (rank 1 during|a peer: )\S+", stderr), stderr
+    assert re.search(r"rank 0 lost (rank 1 during |a peer: )\S+", stderr), stderr
     stacks = workplace / "hung" / "stacks"
     assert "dnsp/train.py" in (stacks / "rank-00000.txt").read_text()
     recorded = json.loads((stacks / "rank-00000.json").read_text())  # torch's flight recorder
