@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -193,7 +193,7 @@ class Prepared:
         return self.sizes[4], self.sizes[3], s.HV, s.K, s.V
 
 
-@lru_cache(maxsize=256)
+@cache  # none is ever given up: a captured graph reads it where it lies
 def _on_device(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A small table on the device, copied there once: the copy would wait for the device in every call."""
     return torch.tensor(values, dtype=dtype, device=device)
@@ -220,6 +220,12 @@ def _gradient(do_BTHV: Tensor) -> Tensor:
 
 def refuse(k: Tensor, v: Tensor) -> None:
     """Say what has no kernel here, and the way out."""
+    (B, T, HV, _), most = v.shape, 65535  # programs along a second or third axis of a launch
+    if most * CHUNK < T or most < B * HV:
+        raise ValueError(
+            f"[B, T, HV]=[{B}, {T}, {HV}]: the Triton kernels take up to {most * CHUNK} tokens a row and {most} value "
+            f"heads of all rows in one call; give a longer row to more ranks (parallel.sequence), and rows in turns"
+        )
     for name, width in {"K": k.shape[-1], "V": v.shape[-1]}.items():
         if width not in WIDTHS:
             raise ValueError(

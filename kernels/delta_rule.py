@@ -86,7 +86,7 @@ def begin_delta_rule(
     if continues is not None and continues.device != v_BTHV.device:
         raise ValueError(f"continues_NB is on {continues.device}, v on {v_BTHV.device}: move all to one device")
     has_initial, backend = initial_state_BHKV is not None, _backend(backend, v_BTHV)
-    call = Call(segments, scan, scale, rule, normalise_qk, has_initial, output_final_state, backend)
+    call = Call(segments, scan, float(scale), rule, normalise_qk, has_initial, output_final_state, backend)
     return _begin(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT, call)
 
 
@@ -205,7 +205,9 @@ def chunk_gated_delta_rule(
     segments, has_initial = _whole(tokens, T), initial_state is not None
     if continues is not None:
         segments = replace(segments, continues_NB=continues)
-    call = Call(segments, _LOCAL, scale, _RULE, use_qk_l2norm_in_kernel, has_initial, output_final_state, backend)
+    call = Call(
+        segments, _LOCAL, float(scale), _RULE, use_qk_l2norm_in_kernel, has_initial, output_final_state, backend
+    )  # fmt: skip
     return _begin(q, k, v, g, beta, initial_state, doc_start, call).finish()
 
 

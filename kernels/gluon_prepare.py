@@ -11,6 +11,7 @@ nothing grows which the inverse itself does not hold.
 
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -79,7 +80,7 @@ def _side_by_side(left, right, columns: gl.constexpr):
 def prepare_pairs_kernel(
     q, k, P, A, g, beta, doc, starts, rows, through, bound,
     T, NC, segment_chunks, scale,
-    sgb, sgt: gl.constexpr, sgh: gl.constexpr, sbb, sbt: gl.constexpr, sbh: gl.constexpr,
+    sgb: tl.int64, sgt: gl.constexpr, sgh: gl.constexpr, sbb: tl.int64, sbt: gl.constexpr, sbh: gl.constexpr,
     H: gl.constexpr, G: gl.constexpr, HEADS: gl.constexpr,
     HAS_G: gl.constexpr, HAS_DOC: gl.constexpr, NORM: gl.constexpr,
 ):  # fmt: skip

@@ -193,6 +193,7 @@ def _described(x: TensorDescriptor) -> tuple[Any, ...]:
     layout = x.layout
     found = _layouts.get(id(layout))
     if found is None:
-        found = _layouts[id(layout)] = layout, next((old for old, _ in _layouts.values() if old == layout), layout)
+        seen = list(_layouts.values())  # other threads add to it
+        found = _layouts[id(layout)] = layout, next((old for old, _ in seen if old == layout), layout)
     rounded = getattr(x, "round_f32_to_tf32", False)
     return x.base.dtype, x.padding, rounded, *x.block_shape, id(found[1])

@@ -150,6 +150,10 @@ def test_what_has_no_kernel_is_refused():
         chunk_gated_delta_rule(*make(16, 24), backend="triton")
     with pytest.raises(TypeError, match=r"float64.*backend='torch'"):
         chunk_gated_delta_rule(*make(16, 16, torch.float64), backend="triton")
+    for long, expected in (((1, 65535 * 64 + 1, 1), r"4194240 tokens a row"), ((4, 64, 16384), r"65535 value heads")):
+        inputs = [torch.zeros(1, 1, 1, 16).expand(*long, 16)] * 3 + [torch.zeros(1, 1, 1).expand(*long)] * 2
+        with pytest.raises(ValueError, match=expected + r".*parallel.sequence"):
+            chunk_gated_delta_rule(*inputs, backend="triton")
     with pytest.raises(ValueError, match="backend='cuda'"):
         chunk_gated_delta_rule(*make(16, 16), backend="cuda")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
@@ -268,6 +272,14 @@ def test_fold_on_gpu(has_first):
             exact = alone(M[n].double(), U[n].double(), exact, continues[n])
         assert torch.equal(together[1], state)
         assert (state.double() - exact).norm() < 1e-6 * exact.norm()
+
+
+@pytest.mark.gpu
+def test_a_scale_that_is_no_float():
+    inputs = random(256)
+    do = torch.randn_like(inputs[2])
+    once, again = (with_gradients(inputs, do, scale=scale) for scale in (1, 1.0))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
 @pytest.mark.gpu
