@@ -181,7 +181,8 @@ def test_a_run_on_a_gpu(
 ) -> None:
     """bf16 with everything on, stopped and resumed, on one GPU; it learns what it learns without."""
     widths = ("model.head_dim=64", "model.linear_key_head_dim=64", "model.linear_value_head_dim=64")
-    plain = ("train", "tiny.yaml", *widths, "data.sequence_length=1024", "run.timeout=200")
+    rate = "train.lr=0.004"  # at these widths tiny.yaml's is on the edge: two runs part by a sixth within 12 steps
+    plain = ("train", "tiny.yaml", *widths, rate, "data.sequence_length=1024", "run.timeout=200")
     memory = ("engine.activation_checkpointing=true", "engine.activation_offloading=true", "engine.mlp_tile=256")
     name = f"gpu-{stage}-{len(host)}"
     options = (*plain, *memory, *host, "engine.dtype=bf16", f"engine.zero_stage={stage}", f"run.dir={name}")
@@ -196,6 +197,6 @@ def test_a_run_on_a_gpu(
     assert len(mine) == 12 and all(record["peak_gib"] > 0 for record in mine)
     assert mine[-1]["loss"] < 0.8 * mine[0]["loss"]
     losses = [r["loss"] for r in mine], [r["loss"] for r in exact]
-    assert compared(*losses) < 0.05, losses
+    assert compared(*losses) < 0.005, losses
     done = dnsp("eval", name, cwd=workplace, timeout=120)
     assert done.returncode == 0, done.stderr
