@@ -13,6 +13,7 @@ what it needs and no more. ``dnsp/saving.py`` writes them; what a kill leaves be
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -189,7 +190,10 @@ def prune(folder: Path, keep: int, keep_every: int = 0) -> None:
     """Remove all but the last ``keep`` and those of every ``keep_every``-th step (0: of none)."""
     for old in checkpoints(folder)[:-keep]:
         if not keep_every or step_of(old) % keep_every:
-            shutil.rmtree(old, ignore_errors=True)
+            gone = old.with_name(f".{old.name}.gone")  # at once: killed half-way, what is left must not look whole
+            with contextlib.suppress(OSError):
+                old.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
 
 
 def step_of(path: Path) -> int:
@@ -205,9 +209,10 @@ def way_on(folder: Path | None) -> str:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed run left half-written."""
-    for part in (folder / FOLDER).glob(".*.part"):
-        shutil.rmtree(part, ignore_errors=True)
+    """Remove what a killed run left half-written, or half-removed."""
+    for pattern in (".*.part", ".*.gone"):
+        for part in (folder / FOLDER).glob(pattern):
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def read(path: Path) -> Checkpoint:

@@ -188,6 +188,21 @@ def test_the_last_and_every_so_many_are_kept(tmp_path: Path) -> None:
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [55]
 
 
+def test_a_removal_that_was_cut_short_leaves_nothing_that_looks_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda path, **how: (path / "manifest.json").unlink())
+        checkpoint.prune(tmp_path, keep=1)
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [2]
+    checkpoint.clean(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
 def test_ranges_of_a_tensor_come_from_whoever_has_them(reference: Path) -> None:
     found = checkpoint.read(reference / "checkpoints" / "step-00000012")
     name = "model.embed_tokens.weight"
