@@ -1,4 +1,4 @@
-"""``dnsp train``: one run, top to bottom."""
+"""``dnsp train``: one run, top to bottom; long because it is read in one go."""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ recording of what entered the delta rule. Each world size is then started once, 
 
     its loss and every parameter's gradient, on every rank after the engine's reduction, are held against the truth;
     the recording is replayed, and outputs and input gradients must be those of one process bit for bit.
+
+Long because what is recorded, replayed and compared is read together.
 """
 
 from __future__ import annotations
