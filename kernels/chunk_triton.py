@@ -62,17 +62,17 @@ LAUNCHES = {
     "prepare_pairs": Launch(64, 4, 1, 168),  # its warps are part of how it is written; 0 stands for the next two
     "prepare": Launch(64, 4, 1),
     "invert": Launch(64, 1, 1),
-    "whole_states": Launch(128, 8, 1),  # the same
+    "whole_states": Launch(128, 8, 1),  # likewise, 0 for the next three
     "summarise": Launch(64, 4, 3),
     "apply": Launch(64, 4, 2),
     "keep": Launch(64, 4, 2),
-    "whole_reverse": Launch(128, 8, 1),  # the same
+    "whole_reverse": Launch(128, 8, 1),  # likewise, 0 for the next one
     "reverse_summary": Launch(64, 4, 2),
     "reverse": Launch(64, 4, 2),
     "pairs": Launch(64, 8, 3, 128),
     "queries": Launch(64, 4, 3),
     "keys": Launch(64, 8, 3),
-    "backward": Launch(128, 8, 1),  # the same; 0 stands for passes 3 and 4 apart
+    "backward": Launch(128, 8, 1),  # likewise, 0 for passes 3 and 4 apart
     "group": Launch(128, 8, 1),
 }
 

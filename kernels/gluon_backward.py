@@ -24,8 +24,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gluon_chunk import (
     SCALES,
+    STATES,
     TILE,
     TOKENS,
+    VALUES,
     WIDTH,
     arrived,
     barrier,
@@ -63,8 +65,8 @@ def backward_kernel(
 ):  # fmt: skip
     W: gl.constexpr = WIDTH
     dtype: gl.constexpr = q.dtype
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16])  # states [V, K]
-    new: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])  # transposed values [V, 64]
+    wide: gl.constexpr = STATES
+    new: gl.constexpr = VALUES
     long: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16])  # [64, K]
     pair: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])  # [64, 64]
     of_new: gl.constexpr = gl.DotOperandLayout(0, new, 2)

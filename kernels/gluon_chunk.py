@@ -17,6 +17,8 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Trit
 WIDTH = gl.constexpr(128)  # of K and V
 TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # in shared memory
 TOKENS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 4))  # the same, of a chunk [1, 64, 1, K]
+STATES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16]))  # in registers: states [V, K]
+VALUES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16]))  # transposed values [V, 64]
 SCALES = gl.constexpr(gl.NVMMASharedLayout(0, 32, 2))  # of rows of scales, [1, 256] or [1, 512]
 
 
@@ -47,6 +49,12 @@ def tiles_of(x: Tensor) -> Described:
 def scales_of(rows: Tensor, count: int) -> Described:
     """By which the first ``count`` of a chunk's 512 scales are fetched."""
     return Described(rows, [rows.numel() // 512, 512], [512, 1], [1, count], SCALES.value)
+
+
+@gluon.jit
+def add(a, b):
+    """Of a running sum."""
+    return a + b
 
 
 @gluon.jit

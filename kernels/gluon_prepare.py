@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_chunk import TILE, TOKENS, WIDTH, barrier, board, column_of, decays_of, kept_pairs, row_of
+from .gluon_chunk import TILE, TOKENS, WIDTH, add, barrier, board, column_of, decays_of, kept_pairs, row_of
 from .triton_prepare import EPS
 
 NARROW = gl.constexpr(gl.NVMMASharedLayout(64, 32, 2))  # in shared memory, of 16 columns of fp32
@@ -33,11 +33,6 @@ HALF = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))  # of 32
 def _pair(b):
     hi = b.to(gl.float32)
     return hi, (b - hi.to(gl.float64)).to(gl.float32)
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
 
 
 @gluon.jit
@@ -159,7 +154,7 @@ def prepare_pairs_kernel(
         if HAS_DOC:
             b, _ = gl.associative_scan((gt.to(gl.float64), d + zeros.to(gl.int32)), 1, _add_within_document)
         else:
-            b = gl.associative_scan(gt.to(gl.float64), 1, _add)
+            b = gl.associative_scan(gt.to(gl.float64), 1, add)
         hi, lo = _pair(b)
         hi_last, lo_last = _pair(gl.sum(gl.where(r == 63, b, 0.0), 1))
     else:

@@ -15,13 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_chunk import SCALES, TILE, WIDTH, barrier, boards, fetch_chunk, row_of, scaled
+from .gluon_chunk import SCALES, STATES, TILE, VALUES, WIDTH, add, barrier, boards, fetch_chunk, row_of, scaled
 from .triton_states import LOOK, UNDERFLOW
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
 
 
 @gluon.jit
@@ -29,7 +24,7 @@ def _first_underflow(bound, first, stop, layout: gl.constexpr):
     """As :func:`.triton_reverse.first_underflow`."""
     c = first + gl.arange(0, LOOK, layout=layout)
     there = c < stop
-    left = gl.associative_scan(gl.load(bound + c, mask=there, other=0.0), 0, _add)
+    left = gl.associative_scan(gl.load(bound + c, mask=there, other=0.0), 0, add)
     return gl.min(gl.where(there & (left < UNDERFLOW), c + 1, stop), 0)
 
 
@@ -51,8 +46,8 @@ def whole_reverse_kernel(
 ):  # fmt: skip
     W: gl.constexpr = WIDTH
     dtype: gl.constexpr = k.dtype
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16])  # states [V, K]
-    new: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])  # transposed values [V, 64]
+    wide: gl.constexpr = STATES
+    new: gl.constexpr = VALUES
     of_new: gl.constexpr = gl.DotOperandLayout(0, new, 2)
     of_wide: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     tile: gl.constexpr = TILE

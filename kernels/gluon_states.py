@@ -18,13 +18,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_chunk import SCALES, TILE, TOKENS, WIDTH, arrived, barrier, boards, fetch_chunk, row_of, scaled
+from .gluon_chunk import (
+    SCALES,
+    STATES,
+    TILE,
+    TOKENS,
+    VALUES,
+    WIDTH,
+    add,
+    arrived,
+    barrier,
+    boards,
+    fetch_chunk,
+    row_of,
+    scaled,
+)
 from .triton_states import LOOK, UNDERFLOW
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
 
 
 @gluon.jit
@@ -32,7 +41,7 @@ def _last_underflow(bound, first, stop, layout: gl.constexpr):
     """As :func:`.triton_states.last_underflow`."""
     c = stop - LOOK + gl.arange(0, LOOK, layout=layout)
     there = c >= first
-    left = gl.associative_scan(gl.load(bound + c, mask=there, other=0.0), 0, _add, reverse=True)
+    left = gl.associative_scan(gl.load(bound + c, mask=there, other=0.0), 0, add, reverse=True)
     return gl.max(gl.where(there & (left < UNDERFLOW), c, first), 0)
 
 
@@ -45,8 +54,8 @@ def whole_states_kernel(
 ):  # fmt: skip
     W: gl.constexpr = WIDTH
     dtype: gl.constexpr = k.dtype
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16])  # states [V, K]
-    new: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16])  # transposed values [V, 64]
+    wide: gl.constexpr = STATES
+    new: gl.constexpr = VALUES
     of_new: gl.constexpr = gl.DotOperandLayout(0, new, 2)
     of_wide: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     tile: gl.constexpr = TILE

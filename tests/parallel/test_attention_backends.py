@@ -1,4 +1,7 @@
-"""Every backend of attention against dense softmax in fp64, forward and backward, by blocks that merge."""
+"""Every backend of attention against dense softmax in fp64, forward and backward, by blocks that merge.
+
+Long because packages that are not installed have their stand-ins here, beside the checks that real ones go through.
+"""
 
 from __future__ import annotations
 
