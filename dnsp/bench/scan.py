@@ -37,7 +37,7 @@ from dnsp.parallel.probe import refusal
 
 HOPS = 30  # forward scans whose stamps are read
 AHEAD = 20_000_000  # cycles of the GPU, some 10 ms
-REPEAT = 3  # steps of a turn
+REPEAT = 10  # steps of a turn: what ranks begin apart, and their first launches, count once
 HOP_US = 10.0  # where a hop cannot be measured
 ONE, LOCAL = "one process", "local shard"
 
@@ -282,8 +282,7 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
                 timed[segment] = make_step(local_plan([[0]], length, segment), request, device, like)
         sizes = ranks.comm.from_all(list(timed))[0]
         times = ranks.turns({str(n): timed.get(n) for n in sizes}, steps, REPEAT)
-        best = min(times, key=lambda n: middle(times[n]))
-        alone[name] = {"ms": middle(times[best]), "segment_tokens": int(best)}
+        alone[name] = {"segment_tokens": int(min(times, key=lambda n: middle(times[n])))}
         timed.clear()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -293,10 +292,9 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     some = Layout(request["layouts"][0], grid.world, tokens)
     step = make_step(make_plan([[0]], some, grid), request, device)
     replays: dict[str, dict[int, list[Work]]] = {}
-    if ranks.first:
-        works[ONE] = make_step(local_plan([[0]], tokens, alone[ONE]["segment_tokens"]), request, device)
-    else:
-        works[ONE] = None
+    for name, length in ((ONE, tokens), (LOCAL, tokens // grid.world)):
+        plan = local_plan([[0]], length, alone[name]["segment_tokens"])
+        works[name] = make_step(plan, request, device) if ranks.first else None
     for kind in request["layouts"]:
         layout = Layout(kind, grid.world, tokens)
         segment = request["segment_tokens"] or _filling(layout, request, ranks.multiprocessors)
@@ -316,7 +314,8 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         others = peers(request, ranks, step.inputs, step.do)
         works |= others
     times = ranks.turns(works, steps, REPEAT)
-    alone[ONE]["ms"] = middle(times[ONE])
+    for name, figures in alone.items():
+        figures["ms"] = middle(times[name])
     for way in ways:
         way["ms"] = middle(times[f"{way['layout']}, {way['transport']}"])
         if way["transport"] == "peer":
