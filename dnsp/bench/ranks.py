@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from dnsp import watchdog
+from dnsp.bench.common import make_console, reason
 from dnsp.errors import UsageError
 from dnsp.launch.environment import find_environment
 from dnsp.launch.local import start_ranks
@@ -61,6 +61,20 @@ class Ranks:
                     if step >= 0:
                         found[name].append(1e3 * seconds / repeat)
         return found
+
+    def willing(self, works: Mapping[str, Work]) -> tuple[dict[str, Work], dict[str, str]]:
+        """Works of other packages that go through once on every rank, and why the others do not."""
+        failures: dict[str, str] = {}
+        for name, work in works.items():
+            words = ""
+            try:
+                work()
+                self.synchronize()
+            except Exception as error:  # a peer may fail in any way; its ranks then fail alike
+                words = reason(error)
+            if said := next(filter(None, self.comm.from_all(words)), None):
+                failures[name] = said
+        return {name: work for name, work in works.items() if name not in failures}, failures
 
     def turn(self, work: Work | None, repeat: int = 1) -> float:
         self.wait()
@@ -133,7 +147,7 @@ def publish(
     json_path: Path | None,
 ) -> None:
     """A world's tables and notes for people, and all figures behind a report's head for programs."""
-    console = Console(highlight=False)
+    console = make_console()
     for found in worlds:
         for table in tables(found):
             console.print(table)

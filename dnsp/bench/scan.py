@@ -3,7 +3,8 @@
     one process   all tokens, by one rank alone, at the fastest of some segment lengths
     ranks         P ranks, for each layout and transport. On one GPU together: time over one process's is the extra work
                   of being parallel, waiting hides. On a GPU each: efficiency = local shard / ranks
-    local shard   T / P tokens by one rank alone: the ideal of a GPU each
+    local shard   T / P tokens by one rank alone: the ideal of a GPU each. Beside it, a GPU each, every rank's at once:
+                  what is lost there is the machine's
     replay        each rank's work alone on the GPU, its launches as in the real scan, its messages already in its
                   inbox; from these times and the hop the *makespan* that P GPUs would have, at the best of some segment
                   lengths:
@@ -39,7 +40,7 @@ HOPS = 30  # forward scans whose stamps are read
 AHEAD = 20_000_000  # cycles of the GPU, some 10 ms
 REPEAT = 10  # steps of a turn: what ranks begin apart, and their first launches, count once
 HOP_US = 10.0  # where a hop cannot be measured
-ONE, LOCAL = "one process", "local shard"
+ONE, LOCAL, AT_ONCE = "one process", "local shard", "local shards at once"
 
 
 def run(
@@ -82,6 +83,9 @@ def table(world: dict[str, Any], shape: dict[str, Any]) -> Table:
     one, local = world[ONE]["ms"], world[LOCAL]["ms"]
     rows.add_row(ONE, f"{world[ONE]['segment_tokens']:,}", f"{one:.3f}", "" if alone else "1.000")
     rows.add_row(LOCAL, f"{world[LOCAL]['segment_tokens']:,}", f"{local:.3f}", "100.0%" if alone else "")
+    if AT_ONCE in world:
+        at_once = world[AT_ONCE]["ms"]
+        rows.add_row(AT_ONCE, f"{world[LOCAL]['segment_tokens']:,}", f"{at_once:.3f}", f"{local / at_once:.1%}")
     for way in world["ways"]:
         makespan, hop = way.get("makespan_ms"), way.get("hop_us")
         rows.add_row(
@@ -292,9 +296,14 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     some = Layout(request["layouts"][0], grid.world, tokens)
     step = make_step(make_plan([[0]], some, grid), request, device)
     replays: dict[str, dict[int, list[Work]]] = {}
-    for name, length in ((ONE, tokens), (LOCAL, tokens // grid.world)):
-        plan = local_plan([[0]], length, alone[name]["segment_tokens"])
-        works[name] = make_step(plan, request, device) if ranks.first else None
+
+    def by_itself(name: str, length: int) -> Step:
+        return make_step(local_plan([[0]], length, alone[name]["segment_tokens"]), request, device)
+
+    works[ONE] = by_itself(ONE, tokens) if ranks.first else None
+    works[LOCAL] = by_itself(LOCAL, tokens // grid.world) if ranks.first else None
+    if ranks.sharing == 1:
+        works[AT_ONCE] = works[LOCAL] or by_itself(LOCAL, tokens // grid.world)
     for kind in request["layouts"]:
         layout = Layout(kind, grid.world, tokens)
         segment = request["segment_tokens"] or _filling(layout, request, ranks.multiprocessors)
@@ -307,13 +316,16 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
             works[f"{kind}, {transport}"] = step = make_step(plan, request, device, step)
             ways.append({"layout": kind, "transport": transport, "segment_tokens": plan.segments.tokens})
     why_no_fla = missing(ranks)
-    others = {}
+    others: dict[str, Any] = {}
     if why_no_fla:
         notes.append(f"not beside fla: {why_no_fla}")
     else:
-        others = peers(request, ranks, step.inputs, step.do)
+        others, failures = ranks.willing(peers(request, ranks, step.inputs, step.do))
+        notes += [f"not beside {name}: {words}" for name, words in failures.items()]
         works |= others
     times = ranks.turns(works, steps, REPEAT)
+    if AT_ONCE in works:
+        alone[AT_ONCE] = {"segment_tokens": alone[LOCAL]["segment_tokens"]}
     for name, figures in alone.items():
         figures["ms"] = middle(times[name])
     for way in ways:
