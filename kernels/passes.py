@@ -17,7 +17,7 @@ is one node, which torch.compile can follow.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
@@ -154,7 +154,7 @@ def _entered(like: Tensor) -> Iterator[None]:
 
 
 class _AtOnce(torch.autograd.Function):
-    """The same in one node, where all segments are here and nothing travels."""
+    """All of it in one node, where all segments are here and nothing travels."""
 
     @staticmethod
     def forward(
@@ -173,9 +173,8 @@ class _AtOnce(torch.autograd.Function):
             chunks, x, prepared = call.passes(q, k, v, g, beta, doc_start)
 
             def summarise_and_scan() -> tuple[Tensor, Tensor, Tensor | None]:
-                M, U = chunks.summarise(x, call.needs().M, call.needs().U)
-                start = None if initial is None else initial.to(U.dtype)
-                return M, *call.scan.forward(M, U, call.segments.continues_NB, start, call.want_final)()
+                M, coming = _set_out(chunks, x, initial, call)
+                return M, *coming()
 
             M, incoming, final = kept.once(summarise_and_scan)
             ctx.save_for_backward(q, k, v, g, beta, doc_start, *prepared, M, incoming)
@@ -186,18 +185,11 @@ class _AtOnce(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
         *tensors, M, incoming = ctx.saved_tensors
-        call: Call = ctx.call
         with _as_given(M):
-            chunks, x, _ = call.passes(*tensors)
-            do = torch.zeros_like(tensors[2]) if do is None else do
-            D = chunks.summarise_backward(x, do, call.needs().D)
-            dfinal = None if dfinal is None else dfinal.to(M.dtype)
-            continues = call.segments.continues_NB
-            outgoing, dinitial = call.scan.reverse(M, D, continues, dfinal, call.has_initial, call.want_final)()
+            chunks, x, do, coming = _set_out_back(tensors, M, do, dfinal, ctx.call)
+            outgoing, dinitial = coming()
             grads = chunks.apply_backward(x, incoming, do, lambda: outgoing)
-            if dinitial is not None and ctx.initial_dtype is not None:
-                dinitial = dinitial.to(ctx.initial_dtype)
-        return grads.q, grads.k, grads.v, grads.g, grads.beta, dinitial, None, None
+            return _gradients(grads, dinitial, ctx.initial_dtype)
 
 
 class _Begin(torch.autograd.Function):
@@ -214,15 +206,11 @@ class _Begin(torch.autograd.Function):
         between: _Between,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        call = between.call
-        segments = call.segments
         with _as_given(v):
-            chunks, x, prepared = call.passes(q, k, v, g, beta, doc_start)
+            chunks, x, prepared = between.call.passes(q, k, v, g, beta, doc_start)
 
             def summarise_and_set_out() -> None:
-                M, U = chunks.summarise(x, call.needs().M, call.needs().U)
-                start = None if initial is None else initial.to(U.dtype)
-                between.scan = M, call.scan.forward(M, U, segments.continues_NB, start, call.want_final)
+                between.scan = _set_out(chunks, x, initial, between.call)
 
             kept.once(summarise_and_set_out)
         between.forward = chunks, x, (q, k, v, g, beta, doc_start, *prepared)
@@ -239,14 +227,12 @@ class _Begin(torch.autograd.Function):
 
         def outgoing() -> Tensor:
             nonlocal dinitial
-            grads, dinitial = coming()
-            return grads
+            states, dinitial = coming()
+            return states
 
         with _as_given(incoming):
             grads = chunks.apply_backward(x, incoming, do, outgoing)
-            if dinitial is not None and ctx.initial_dtype is not None:
-                dinitial = dinitial.to(ctx.initial_dtype)
-        return grads.q, grads.k, grads.v, grads.g, grads.beta, dinitial, None, None
+            return _gradients(grads, dinitial, ctx.initial_dtype)
 
 
 class _Finish(torch.autograd.Function):
@@ -273,13 +259,36 @@ class _Finish(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor, None]:
         *tensors, M, incoming = ctx.saved_tensors
-        call: Call = ctx.between.call
-        segments = call.segments
         with _as_given(M):
-            chunks, x, _ = call.passes(*tensors)
-            do = torch.zeros_like(tensors[2]) if do is None else do
-            D = chunks.summarise_backward(x, do, call.needs().D)
-            dfinal = None if dfinal is None else dfinal.to(M.dtype)
-            coming = call.scan.reverse(M, D, segments.continues_NB, dfinal, call.has_initial, call.want_final)
+            chunks, x, do, coming = _set_out_back(tensors, M, do, dfinal, ctx.between.call)
         ctx.between.backward = chunks, x, incoming, do, coming
         return do.new_empty(0), None
+
+
+# What the nodes share.
+
+
+def _set_out(chunks: ModuleType, x: Any, initial: Tensor | None, call: Call) -> tuple[Tensor, Coming]:
+    """M, and the scan under way."""
+    M, U = chunks.summarise(x, call.needs().M, call.needs().U)
+    start = None if initial is None else initial.to(U.dtype)
+    return M, call.scan.forward(M, U, call.segments.continues_NB, start, call.want_final)
+
+
+def _set_out_back(
+    tensors: Sequence[Any], M: Tensor, do: Tensor | None, dfinal: Tensor | None, call: Call
+) -> tuple[ModuleType, Any, Tensor, Coming]:
+    """The passes and what they start from, dO, and the scan of dS under way."""
+    chunks, x, _ = call.passes(*tensors)
+    do = torch.zeros_like(tensors[2]) if do is None else do
+    D = chunks.summarise_backward(x, do, call.needs().D)
+    dfinal = None if dfinal is None else dfinal.to(M.dtype)
+    continues = call.segments.continues_NB
+    return chunks, x, do, call.scan.reverse(M, D, continues, dfinal, call.has_initial, call.want_final)
+
+
+def _gradients(grads: Any, dinitial: Tensor | None, initial_dtype: torch.dtype | None) -> tuple[Any, ...]:
+    """As a node's inputs have them: q, k, v, g, beta, the initial state, doc_start and the last argument."""
+    if dinitial is not None and initial_dtype is not None:
+        dinitial = dinitial.to(initial_dtype)
+    return grads.q, grads.k, grads.v, grads.g, grads.beta, dinitial, None, None
