@@ -1,10 +1,11 @@
 """The scan of boundary states over ranks: segments of one device and ranks of a group are one chain.
 
-A state crosses every segment by ``kernels.scan.fold`` alone, in global order, one segment at a time and in the shapes
-of :class:`~dnsp.kernels.scan.LocalScan`; so neither the layout nor the transport shows in its bits.
+A state crosses every segment by ``kernels.scan.fold`` alone, in global order, one segment at a time, each head by the
+operations of :class:`~dnsp.kernels.scan.LocalScan`; so neither the layout nor the transport shows in its bits.
 
     peer    as p2p, on the device alone: the kernel that folds an interval writes the state into the next rank's memory
-            (see symmetric.py), tile by tile, and raises flags there; that rank's stream waits for them. No host.
+            (see symmetric.py), tile by tile, and raises flags there; that rank's stream waits for them. No host takes
+            part. From one host to another it is p2p.
     p2p     each interval waits for the state of the interval before it, folds its own segments and sends the state on:
             one state a hop, in parts where the chain is long (see :func:`parts_of`). Where a document starts in an
             interval, what leaves it is sent before anything is awaited.
@@ -19,7 +20,7 @@ another rank (what is sent before anything is awaited is sent), and the rest is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -159,10 +160,12 @@ class _Chain:
         self.into: dict[int, Tensor | None] = {}
         # The compute stream's memory, given back in its order: it follows before this, M or U is used again.
         self.states = torch.empty_like(U, memory_format=torch.contiguous_format)
+        self.shape = U.shape
 
     def start(self, start: Tensor | None) -> Coming:
-        self.into[0] = start  # held until awaited: the side stream reads it
-        side, device, states = _side(self.U.device), self.U.device, self.states
+        self.into[0] = start
+        self.held = self.M, self.U, start  # until awaited: the side stream reads them
+        side, device = _side(self.U.device), self.U.device
         on_host = self.scan.kind != "peer" and (side is None or not self.scan.comm.sends_from_gpu())
         steps = _Steps(self._gather(start) if self.scan.kind == "gather" else self._hops(on_host))
 
@@ -182,17 +185,18 @@ class _Chain:
                     here.wait_stream(side)
                 if steps.end is not None:
                     steps.end.record_stream(here)
-            return states, steps.end
+            return self.states.view(self.shape), steps.end
 
         return arrived
 
     def _hops(self, on_host: bool) -> Steps:
         """States from rank to rank, part by part: by mail between neighbours in memory, elsewhere by messages."""
         self._meet()
-        shape, parts = self.U.shape[1:], self._parts()
+        parts = self._parts()
         if len(parts) > 1:
             self._by_row()
-        passing, ending = [], []  # places that a state passes on its way to another rank, and those where it ends
+        # Of each place the segments that what enters it comes to: where it passes on, and where it ends.
+        passing, ending = dict[int, slice](), dict[int, slice]()
         here = sorted(self.route.order.index(interval) for interval in self.mine)
         for place in here:
             if self._by_message(place):
@@ -203,14 +207,14 @@ class _Chain:
             if leaves is not None:
                 self._fold(place, None, leaves, enters=False)
             if leaves is not None or not self._goes_on(place):
-                ending.append((place, enters))
+                ending[place] = enters
             elif self.route.when[place] == 0:
                 self._fold(place, None, enters)
             else:
-                passing.append((place, enters))
+                passing[place] = enters
 
-        posts, turns = self._agenda(here, [place for place, _ in passing], len(parts), on_host)
-        through, under_way = dict(passing), dict[Part, Exchange]()
+        posts, turns = self._agenda(here, passing, len(parts), on_host)
+        under_way: dict[Part, Exchange] = {}
         for time in sorted({*posts, *turns}):
             for together in posts.get(time, ()):
                 under_way |= dict.fromkeys(together, self._post(together, parts))
@@ -218,9 +222,9 @@ class _Chain:
                 if (place, part) in under_way:
                     yield
                     under_way[place, part].arrived()
-                self._fold(place, parts[part], through[place])
+                self._fold(place, parts[part], passing[place])
         yield
-        for place, segments in ending:
+        for place, segments in ending.items():
             for part in range(len(parts)):
                 if (place, part) in under_way:
                     under_way[place, part].arrived()
@@ -228,10 +232,10 @@ class _Chain:
         for exchange in under_way.values():
             exchange.wait()
         end = self.into.get(self.last + 1)
-        return None if end is None else end.view(shape)
+        return None if end is None else end.view(self.shape[1:])
 
     def _agenda(
-        self, here: list[int], passing: list[int], parts: int, on_host: bool
+        self, here: Iterable[int], passing: Iterable[int], parts: int, on_host: bool
     ) -> tuple[dict[int, list[list[Part]]], dict[int, list[Part]]]:
         """By time: messages that are posted together, and parts that are folded after that.
 
@@ -244,7 +248,7 @@ class _Chain:
         when = self.route.when
         for place, part in product((place + at for place in here for at in (0, 1)), range(parts)):
             if self._by_message(place):
-                at_once = on_host and (place in here or when[place] == 1)
+                at_once = on_host and (self.route.owners[place] == self.scan.rank or when[place] == 1)
                 now = posts.setdefault(0 if at_once else when[place] + part, [])
                 if on_host or not now:
                     now.append([])
