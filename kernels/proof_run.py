@@ -238,19 +238,21 @@ def _folded(
 
 
 def _by_mail(M: Tensor, U: Tensor, start: Tensor | None, passes: Tensor | None, reverse: bool) -> Tensor:
-    """The last state where every segment's goes through an outbox into the next one's inbox, more often than the inbox
-    has slots."""
-    inbox, outbox, clock = triton_scan.loopback(triton_scan.tiles_of(U), U.device)
-    last, N = U[0], len(U)
+    """The last state where every segment's goes through an outbox into the next one's inbox, in two parts, more often
+    than the inbox has slots."""
+    tiles, heads = triton_scan.tiles_of(U), U.shape[1] * U.shape[2]
+    inbox, outbox, clock = triton_scan.loopback(tiles, U.device)
+    last, N, each = torch.empty_like(U[0]), len(U), tiles // heads
     for _ in range(3):
         for i in range(N):
             n = N - 1 - i if reverse else i
             come, go = (inbox if i else None), (outbox if i + 1 < N else None)
-            triton_scan.wait(triton_scan.tiles_of(U), come, go, clock)
-            _, last = triton_scan.fold(
-                M[n : n + 1], U[n : n + 1], None if come else start, None if passes is None else passes[n : n + 1], 1,
-                reverse, inbox=come, outbox=go, clock=clock,
-            )  # fmt: skip
+            for part in (slice(0, heads // 2 + 1), slice(heads // 2 + 1, heads)):
+                triton_scan.wait((part.stop - part.start) * each, come, go, clock, first_tile=part.start * each)
+                triton_scan.fold(
+                    M[n : n + 1], U[n : n + 1], None if come else start, None if passes is None else passes[n : n + 1],
+                    1, reverse, inbox=come, outbox=go, clock=clock, last_BHKV=last, rows=part,
+                )  # fmt: skip
     return last
 
 

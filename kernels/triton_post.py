@@ -71,8 +71,8 @@ def wait_message(posted: Tensor, taken: Tensor, clock: Clock, where: int, peer: 
 def _wait(mine: Tensor, other: Tensor, clock: Clock, where: int, peer: int, sends: bool) -> None:
     proof.launch(
         wait_kernel, (1,),
-        other, mine, other, mine, clock.status, clock.record, clock.stamps, 1, clock.limit, where, peer, int(not sends),
-        int(sends), 1, BLOCK=WAITED, TIMED=clock.status.is_cuda, num_warps=1, num_stages=1,
+        other, mine, other, mine, clock.status, clock.record, clock.stamps, 0, 1, clock.limit, where, peer,
+        int(not sends), int(sends), 1, BLOCK=WAITED, TIMED=clock.status.is_cuda, num_warps=1, num_stages=1,
     )  # fmt: skip
 
 

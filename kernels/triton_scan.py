@@ -83,14 +83,14 @@ def _now(TIMED: tl.constexpr):
         return tl.max(lanes, axis=0).to(tl.int64) * 0
 
 
-@triton.jit(do_not_specialize=["tiles", "limit", "where", "peer", "receives", "sends", "depth"])
+@triton.jit(do_not_specialize=["first_tile", "tiles", "limit", "where", "peer", "receives", "sends", "depth"])
 def wait_kernel(
-    ready, taken, free, sent, status, record, stamps, tiles, limit: tl.int64, where, peer, receives, sends, depth,
+    ready, taken, free, sent, status, record, stamps,
+    first_tile, tiles, limit: tl.int64, where, peer, receives, sends, depth,
     BLOCK: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
-    lanes = tl.arange(0, BLOCK)
-    tile = tl.program_id(0) * BLOCK + lanes
-    mine = tile < tiles
+    ahead = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tile, mine = first_tile + ahead, ahead < tiles
     first = tl.program_id(0) == 0
     wanted = tl.load(taken + tile, mask=mine & (receives != 0), other=0)
     gone = tl.load(sent + tile, mask=mine & (sends != 0), other=0)
@@ -123,18 +123,18 @@ def wait_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["N", "steps", "B", "HV", "start", "sends", "capacity"],
+    do_not_specialize=["N", "steps", "B", "HV", "first_row", "start", "sends", "capacity"],
     do_not_specialize_on_alignment=["continues"],
 )
 def fold_kernel(
     M, U, first, continues, states, last,
     in_slots, taken, in_free, out_slots, out_ready, sent, status, stamps,
-    N, steps, B, HV, start, sends, capacity,
+    N, steps, B, HV, first_row, start, sends, capacity,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, DEPTH: tl.constexpr, TILE: tl.constexpr, TIMED: tl.constexpr,
     HAS_CONTINUES: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
-    rows = tl.num_programs(1).to(tl.int64)
+    row = first_row + tl.program_id(1).to(tl.int64)
+    rows = B * HV.to(tl.int64)
     ck = tl.arange(0, K)
     at = (row * K + ck[None, :]) * V + tl.program_id(0) * BV + tl.arange(0, BV)[:, None]
     tile = row * tl.num_programs(0) + tl.program_id(0)
@@ -197,16 +197,22 @@ def tiles_of(U_BHKV: Tensor) -> int:
 
 
 def wait(
-    tiles: int, inbox: Inbox | None, outbox: Outbox | None, clock: Clock, where: int = 0, peer: int = 0
+    tiles: int,
+    inbox: Inbox | None,
+    outbox: Outbox | None,
+    clock: Clock,
+    where: int = 0,
+    peer: int = 0,
+    first_tile: int = 0,
 ) -> None:
-    """The stream goes on when so many tiles are in the inbox, and have room in the outbox; or when time is up.
-    ``where`` and ``peer`` tell who waits for whom, for the record."""
+    """The stream goes on when so many tiles, from ``first_tile`` on, are in the inbox, and have room in the outbox; or
+    when time is up. ``where`` and ``peer`` tell who waits for whom, for the record."""
     unused = clock.status
     proof.launch(
         wait_kernel, (triton.cdiv(tiles, WAITED),),
         unused if inbox is None else inbox.ready_C, unused if inbox is None else inbox.taken_C,
         unused if outbox is None else outbox.free_C, unused if outbox is None else outbox.sent_C,
-        clock.status, clock.record, clock.stamps, tiles, clock.limit, where, peer, int(inbox is not None),
+        clock.status, clock.record, clock.stamps, first_tile, tiles, clock.limit, where, peer, int(inbox is not None),
         int(outbox is not None), DEPTH, BLOCK=WAITED, TIMED=clock.status.is_cuda, num_warps=1, num_stages=1,
     )  # fmt: skip
 
@@ -223,30 +229,34 @@ def fold(
     outbox: Outbox | None = None,
     clock: Clock | None = None,
     states_NBHKV: Tensor | None = None,
+    last_BHKV: Tensor | None = None,
+    rows: slice | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(the state that enters each segment, the state behind the last of the first ``steps`` segments folded)``.
 
     In reverse: the gradient of the state that leaves each, and of the one that enters the last of them. With an
     ``inbox`` the first state is the next message there, which :func:`wait` has waited for; with an ``outbox`` the last
-    one goes there too. Mail needs a ``clock``. ``states_NBHKV``: where the first result is written.
+    one goes there too. Mail needs a ``clock``. ``states_NBHKV``, ``last_BHKV``: where the results are written.
+    ``rows``: of the ``B * HV`` states these alone are folded, and nothing of the others is read or written.
     """
     N, B, HV, K, V = U_NBHKV.shape
     M_NBHKK, U_NBHKV = M_NBHKK.contiguous(), U_NBHKV.contiguous()
     like, device = U_NBHKV.dtype, U_NBHKV.device
     states = torch.empty((N, B, HV, K, V), dtype=like, device=device) if states_NBHKV is None else states_NBHKV
-    last = torch.empty((B, HV, K, V), dtype=like, device=device)
+    last = torch.empty((B, HV, K, V), dtype=like, device=device) if last_BHKV is None else last_BHKV
+    first_row, end_row = (0, B * HV) if rows is None else (rows.start, rows.stop)
     proof.require_fold(U_NBHKV)
     counts, times = _no_mail(device)
     mail = inbox or outbox
     proof.launch(
-        fold_kernel, (V // COLUMNS, B * HV),
+        fold_kernel, (V // COLUMNS, end_row - first_row),
         M_NBHKK, U_NBHKV, U_NBHKV if first_BHKV is None else first_BHKV.contiguous(),
         U_NBHKV if continues_NB is None else continues_NB.contiguous(), states, last,
         U_NBHKV if inbox is None else inbox.slots_DCN, counts if inbox is None else inbox.taken_C,
         counts if inbox is None else inbox.free_C, U_NBHKV if outbox is None else outbox.slots_DCN,
         counts if outbox is None else outbox.ready_C, counts if outbox is None else outbox.sent_C,
         counts if clock is None else clock.status, times if clock is None else clock.stamps,
-        N, steps, B, HV, INBOX if inbox is not None else NOTHING if first_BHKV is None else FIRST,
+        N, steps, B, HV, first_row, INBOX if inbox is not None else NOTHING if first_BHKV is None else FIRST,
         int(outbox is not None), mail.slots_DCN.shape[1] if mail else 1,
         K=K, V=V, BV=COLUMNS, DEPTH=DEPTH, TILE=TILE, TIMED=U_NBHKV.is_cuda,
         HAS_CONTINUES=continues_NB is not None, REVERSE=reverse, **options(K),

@@ -29,6 +29,7 @@ class Grid:
     timeout: float = 30.0  # seconds a message of a group may wait
     near: tuple[int, ...] | None = None  # sequence ranks on this host, neighbours of each other; None: all
     near_control: dist.ProcessGroup | None = None  # those ranks; gloo
+    hosts: int = 1  # of the sequence group, each with ranks that are neighbours
 
     @property
     def sequence_size(self) -> int:
@@ -62,6 +63,7 @@ class Grid:
             self.timeout,
             self.near,
             self.near_control,
+            self.hosts,
         )
 
     def mpu(self) -> Mpu:
@@ -96,26 +98,27 @@ def make_grid(sequence: int | None = None, timeout: float = 30.0) -> Grid:
     alone = dist.new_group([rank], timeout=limit, use_local_synchronization=True)
     mine = rank // size
     group, control = groups[mine] if size > 1 else None, controls[mine]
-    near, near_control = _near(world, rank, size)
-    return Grid(world, rank, size, group, control, everyone, alone, timeout, near, near_control)
+    return Grid(world, rank, size, group, control, everyone, alone, timeout, *_near(world, rank, size))
 
 
-def _near(world: int, rank: int, size: int) -> tuple[tuple[int, ...] | None, dist.ProcessGroup | None]:
-    """The sequence ranks around this one on its host, and their group where they are not the whole sequence group."""
+def _near(world: int, rank: int, size: int) -> tuple[tuple[int, ...] | None, dist.ProcessGroup | None, int]:
+    """The sequence ranks around this one on its host, and their group, where they are not the whole sequence group; and
+    how many hosts that spans."""
     hosts: list[str] = [""] * world
     together = dist.new_group(range(world), timeout=PATIENCE, backend="gloo")
     dist.all_gather_object(hosts, host(), group=together)
-    found: tuple[tuple[int, ...] | None, dist.ProcessGroup | None] = None, None
+    found: tuple[tuple[int, ...] | None, dist.ProcessGroup | None, int] = None, None, 1
     for first in range(0, world, size):
         start = first
-        for _, names in groupby(hosts[first : first + size]):
-            ranks = range(start, start + len(list(names)))
+        runs = [len(list(names)) for _, names in groupby(hosts[first : first + size])]
+        for length in runs:
+            ranks = range(start, start + length)
             start = ranks.stop
             if len(ranks) == size:
                 continue
             group = dist.new_group(ranks, timeout=PATIENCE, backend="gloo") if len(ranks) > 1 else None
             if rank in ranks:
-                found = tuple(r - first for r in ranks), group
+                found = tuple(r - first for r in ranks), group, len(runs)
     return found
 
 

@@ -203,13 +203,13 @@ def make_plan(
     continues = np.stack([np.searchsorted(row, firsts) == np.searchsorted(row, lasts) for row in rows], axis=1)
     per_interval = -(-layout.interval_tokens // size)
     held = np.concatenate([np.arange(per_interval) + i * per_interval for i in layout.indices(rank)])
-    is_open = tuple(bool(row.any()) for row in continues[held])
+    is_open = tuple(bool(row.any()) for row in continues)
     segments = Segments(
         tokens=size,
         starts=tuple(int(start) for start in firsts[held]),
         total=layout.tokens,
         continues_NB=torch.from_numpy(continues[held]),
-        open=is_open,
+        open=tuple(is_open[n] for n in held),
     )
     return Plan(
         layout=layout,

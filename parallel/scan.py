@@ -1,12 +1,14 @@
 """The scan of boundary states over ranks: segments of one device and ranks of a group are one chain.
 
-A state crosses every segment by ``kernels.scan.fold`` alone, in global order, one segment at a time and in the shapes
-of :class:`~dnsp.kernels.scan.LocalScan`; so neither the layout nor the transport shows in its bits.
+A state crosses every segment by ``kernels.scan.fold`` alone, in global order, one segment at a time, each head by the
+operations of :class:`~dnsp.kernels.scan.LocalScan`; so neither the layout nor the transport shows in its bits.
 
     peer    as p2p, on the device alone: the kernel that folds an interval writes the state into the next rank's memory
-            (see symmetric.py), tile by tile, and raises flags there; that rank's stream waits for them. No host.
+            (see symmetric.py), tile by tile, and raises flags there; that rank's stream waits for them. No host takes
+            part. From one host to another it is p2p.
     p2p     each interval waits for the state of the interval before it, folds its own segments and sends the state on:
-            one state a hop. Where a document starts in an interval, what leaves it is sent before anything is awaited.
+            one state a hop, in parts where the chain is long (see :func:`parts_of`). Where a document starts in an
+            interval, what leaves it is sent before anything is awaited.
     gather  every rank gathers all summaries and folds the chain by itself: one collective, (M, U) of every segment.
 
 A pass is started and awaited (see ``kernels.scan.Scan``). On a GPU all of it runs on a stream of its own, before whose
@@ -17,11 +19,13 @@ another rank (what is sent before anything is awaited is sent), and the rest is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import math
+from collections.abc import Callable, Generator, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,18 +34,24 @@ from dnsp.kernels.scan import Coming, LocalScan, fold, on_gpu, reverse_fold
 
 from .errors import PlanError
 from .layout import Layout
+from .route import route
 from .transport import Exchange, Message, Transport
 from .waits import WAITS
 
+if TYPE_CHECKING:
+    from .symmetric import Symmetric
+
 Fold = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 Steps = Generator[None, None, Tensor | None]  # stops before each wait for another rank; returns the chain's end
+Part = tuple[int, int]  # a place, and which part of the state that enters it
+MESSAGE = 2**20  # bytes that a wire carries while a message costs what it costs at any size: 20 us at 50 GB/s
 
 
 @dataclass(frozen=True)
 class ParallelScan:
     """A scan (see ``kernels.scan.Scan``) over the sequence group. ``per_interval``: segments of one interval;
-    ``open``: for each local segment, whether any row's state passes through it, known on the host;
-    ``continues_all_NB``: that by row, on the device, for every segment of the sequence."""
+    ``open``: for each segment of the sequence, whether any row's state passes through it, known on the host;
+    ``continues_all_NB``: that by row, on the device."""
 
     layout: Layout
     rank: int
@@ -88,6 +98,20 @@ def in_layer(layer: int | None) -> str:
     return "" if layer is None else f" of layer {layer}"
 
 
+def parts_of(state_BHKV: Tensor, hops: int) -> int:
+    """In how many parts a state travels over so many messages, one behind another; the same on every rank.
+
+    Value heads know nothing of each other: the first are folded and sent on while others are still on their way. With
+    m = MESSAGE, h hops of s bytes in n parts take as long as ``(h + n - 1) (m + s / n)`` bytes on a wire, the least at
+    ``n = sqrt((h - 1) s / m)``. One, where a matrix product's bits may depend on how many are formed at once: by torch
+    on a GPU, or at odd widths on a CPU.
+    """
+    B, HV, K, V = state_BHKV.shape
+    alike = on_gpu(state_BHKV) or (not state_BHKV.is_cuda and K % 16 == V % 16 == 0)
+    best = round(math.sqrt(max(0, hops - 1) * state_BHKV.nbytes / MESSAGE))
+    return max(1, min(best, B * HV)) if alike else 1
+
+
 @lru_cache
 def _side(device: torch.device) -> torch.cuda.Stream | None:
     """The stream that scans take; none on a CPU."""
@@ -113,8 +137,8 @@ class _Steps:
 
 
 class _Chain:
-    """One pass. ``order`` names intervals as the pass meets them: left to right, or right to left in the backward.
-    ``has_start``, ``want_end``: whether a state enters the first of them, and whether the last one's is wanted."""
+    """One pass on its :class:`~dnsp.parallel.route.Route`. ``has_start``, ``want_end``: whether a state enters the
+    first place, and whether the one that leaves the last is wanted. ``into``: by place, the state that enters it."""
 
     def __init__(
         self,
@@ -129,18 +153,21 @@ class _Chain:
     ) -> None:
         self.scan, self.M, self.U, self.continues = scan, M, U, continues
         self.step, self.has_start, self.want_end, self.backward = step, has_start, want_end, backward
-        count = scan.layout.count
-        self.order = list(reversed(range(count))) if backward else list(range(count))
-        self._way = "backward" if backward else "forward"
-        self.mine = scan.layout.indices(scan.rank)
-        self.entering: list[Tensor | None] = [None] * len(U)
+        self.route = route(scan.layout, scan.open, backward)
+        self.last, self.mine = scan.layout.count - 1, scan.layout.indices(scan.rank)
+        self.near = scan.comm.near if scan.kind == "peer" else ()
+        self.memory: Symmetric | None = None
+        self.into: dict[int, Tensor | None] = {}
         # The compute stream's memory, given back in its order: it follows before this, M or U is used again.
         self.states = torch.empty_like(U, memory_format=torch.contiguous_format)
+        self.shape = U.shape
 
     def start(self, start: Tensor | None) -> Coming:
-        self.first = start  # held until awaited: the side stream reads it
-        steps, side, device = _Steps(self._steps(start)), _side(self.U.device), self.U.device
+        self.into[0] = start
+        self.held = self.M, self.U, start  # until awaited: the side stream reads them
+        side, device = _side(self.U.device), self.U.device
         on_host = self.scan.kind != "peer" and (side is None or not self.scan.comm.sends_from_gpu())
+        steps = _Steps(self._gather(start) if self.scan.kind == "gather" else self._hops(on_host))
 
         def go(to_the_end: bool) -> None:
             with torch.cuda.stream(side), nullcontext() if on_host else WAITS.aside():
@@ -158,153 +185,192 @@ class _Chain:
                     here.wait_stream(side)
                 if steps.end is not None:
                     steps.end.record_stream(here)
-            return self.states, steps.end
+            return self.states.view(self.shape), steps.end
 
         return arrived
 
-    def _steps(self, start: Tensor | None) -> Steps:
-        if self.scan.kind == "peer":
-            return self._peer(start)
-        end = yield from self._gather(start) if self.scan.kind == "gather" else self._hop(start)
-        states = [torch.zeros_like(self.U[0]) if state is None else state for state in self.entering]
-        torch.stack(states, out=self.states)
-        return end
+    def _hops(self, on_host: bool) -> Steps:
+        """States from rank to rank, part by part: by mail between neighbours in memory, elsewhere by messages."""
+        self._meet()
+        parts = self._parts()
+        if len(parts) > 1:
+            self._by_row()
+        # Of each place the segments that what enters it comes to: where it passes on, and where it ends.
+        passing, ending = dict[int, slice](), dict[int, slice]()
+        here = sorted(self.route.order.index(interval) for interval in self.mine)
+        for place in here:
+            if self._by_message(place):
+                self.into[place] = self._state()
+            if len(parts) > 1 and self._goes_on(place):
+                self.into[place + 1] = self._state()
+            enters, leaves = self._segments(place)
+            if leaves is not None:
+                self._fold(place, None, leaves, enters=False)
+            if leaves is not None or not self._goes_on(place):
+                ending[place] = enters
+            elif self.route.when[place] == 0:
+                self._fold(place, None, enters)
+            else:
+                passing[place] = enters
 
-    def _peer(self, start: Tensor | None) -> Tensor | None:
-        """A wait and a launch an interval; where a document starts in it, first what does not depend on what enters.
-        States go from host to host by p2p."""
-        if not on_gpu(self.U):
+        posts, turns = self._agenda(here, passing, len(parts), on_host)
+        under_way: dict[Part, Exchange] = {}
+        for time in sorted({*posts, *turns}):
+            for together in posts.get(time, ()):
+                under_way |= dict.fromkeys(together, self._post(together, parts))
+            for place, part in turns.get(time, ()):
+                if (place, part) in under_way:
+                    yield
+                    under_way[place, part].arrived()
+                self._fold(place, parts[part], passing[place])
+        yield
+        for place, segments in ending.items():
+            for part in range(len(parts)):
+                if (place, part) in under_way:
+                    under_way[place, part].arrived()
+            self._fold(place, None, segments, goes_on=False)
+        for exchange in under_way.values():
+            exchange.wait()
+        end = self.into.get(self.last + 1)
+        return None if end is None else end.view(self.shape[1:])
+
+    def _agenda(
+        self, here: Iterable[int], passing: Iterable[int], parts: int, on_host: bool
+    ) -> tuple[dict[int, list[list[Part]]], dict[int, list[Part]]]:
+        """By time: messages that are posted together, and parts that are folded after that.
+
+        A part comes into a place at a time that both ends know, and a rank posts the messages of one time together; so
+        a transport may take them one after another, and none waits for a later one. The host does not, and posts at
+        once what waits for nobody: calls that are under way together keep their order.
+        """
+        posts: dict[int, list[list[Part]]] = {}
+        turns: dict[int, list[Part]] = {}
+        when = self.route.when
+        for place, part in product((place + at for place in here for at in (0, 1)), range(parts)):
+            if self._by_message(place):
+                at_once = on_host and (self.route.owners[place] == self.scan.rank or when[place] == 1)
+                now = posts.setdefault(0 if at_once else when[place] + part, [])
+                if on_host or not now:
+                    now.append([])
+                now[-1].append((place, part))
+        for place, part in product(passing, range(parts)):
+            turns.setdefault(when[place] + part, []).append((place, part))
+        return posts, turns
+
+    def _meet(self) -> None:
+        """The memory that neighbours share, before the first mail."""
+        if self.scan.kind == "peer" and not on_gpu(self.U):
             raise PlanError(
                 f"transport peer: it carries states that the fold's kernel takes, and not [..., K, V]="
                 f"{list(self.U.shape[-2:])} in {str(self.U.dtype).removeprefix('torch.')} on {self.U.device.type}; "
                 f"use p2p (parallel.transport)"
             )
-        from dnsp.kernels import triton_scan
+        if len(self.near) > 1:
+            from . import symmetric
 
-        from . import symmetric
+            self.memory = symmetric.memory(self.scan.comm.nearby(), self.U.device)
+            self.memory.meet(self.U)
 
-        comm, near = self.scan.comm, self.scan.comm.near
-        memory = symmetric.memory(comm.nearby(), self.U.device) if len(near) > 1 else None
-        if memory is not None:
-            memory.meet(self.U)
-        tiles, each = triton_scan.tiles_of(self.U), self.scan.per_interval
-        state = start
+    def _parts(self) -> list[slice | None]:
+        """What of a state's ``B * HV`` heads travels together, None for all; the same on every rank."""
+        hops = max(self.route.when)
+        if self.scan.kind == "peer":  # by message from host to host
+            hops = min(hops, (self.scan.comm.hosts - 1) * len(self.mine))
+        n, rows = parts_of(self.U[0], hops), self.U.shape[1] * self.U.shape[2]
+        return [slice(rows * i // n, rows * (i + 1) // n) for i in range(n)] if n > 1 else [None]
 
-        def through(first: int, last: int, goes_on: bool, **boxes: Any) -> Tensor:
-            part = slice(first, last)
-            _, leaving = triton_scan.fold(
-                self.M[part], self.U[part], None if boxes.get("inbox") else state,
-                None if self.continues is None else self.continues[part], last - first - (not goes_on), self.backward,
-                states_NBHKV=self.states[part], clock=None if memory is None else memory.clock, **boxes,
+    def _by_row(self) -> None:
+        """Each head as a row of one head, so that parts are slices; so are the states that enter places."""
+        self.M, self.U, self.states = (x.flatten(1, 2)[:, :, None] for x in (self.M, self.U, self.states))
+        if self.continues is not None:
+            self.continues = self.continues.repeat_interleave(self.states.shape[1] // self.continues.shape[1], 1)
+        start = self.into[0]
+        self.into[0] = start if start is None else start.flatten(0, 1)[:, None]
+
+    def _segments(self, place: int) -> tuple[slice, slice | None]:
+        """Local segments that what enters a place comes to; and, where it does not come through, those behind."""
+        first = self.mine.index(self.route.order[place]) * self.scan.per_interval
+        last, closed = first + self.scan.per_interval, self.route.closed[place]
+        if not closed or not self._goes_on(place):
+            return slice(first, last), None
+        if self.backward:
+            return slice(first + closed[0], last), slice(first, first + closed[0] + 1)
+        return slice(first, first + closed[-1] + 1), slice(first + closed[-1], last)
+
+    def _fold(
+        self, place: int, rows: slice | None, segments: slice, *, enters: bool = True, goes_on: bool = True
+    ) -> None:
+        """Takes rows of what enters a place, or of zeros, through some of its segments; and on into the next place."""
+        state, leaves = self.into.get(place) if enters else None, self.into.get(place + 1) if goes_on else None
+        M, U, states, continues = self.M, self.U, self.states, self.continues
+        steps, part = segments.stop - segments.start - (not goes_on), state
+        if on_gpu(U):
+            from dnsp.kernels import triton_scan
+
+            _, part = triton_scan.fold(
+                M[segments], U[segments], state, None if continues is None else continues[segments], steps,
+                self.backward, states_NBHKV=states[segments], last_BHKV=leaves, rows=rows,
+                **self._mail(place, rows, enters, goes_on),
             )  # fmt: skip
-            return leaving
+        else:
+            if rows is not None:
+                M, U, states = (x[:, rows] for x in (M, U, states))
+                part = None if part is None else part[rows]
+                continues = None if continues is None else continues[:, rows]
+            met = range(len(U))[segments]
+            for at, n in enumerate(reversed(met) if self.backward else met):
+                states[n] = 0 if part is None else part
+                if at < steps:
+                    part = self.step(M[n], U[n], part, None if continues is None else continues[n])
+            if leaves is not None and part is not None:
+                (leaves if rows is None else leaves[rows]).copy_(part)
+        if goes_on and leaves is None:
+            self.into[place + 1] = part
 
-        def mail(source: int | None, target: int | None, what: str) -> dict[str, Any]:
-            """Of neighbours on this host, whom the stream has waited for."""
-            come, go = (rank - near[0] if rank is not None and rank in near else None for rank in (source, target))
-            if memory is None or (come is None and go is None):
-                return {}
-            comm.calls += 1
-            return dict(zip(("inbox", "outbox"), memory.wait(tiles, come, go, what), strict=True))
+    def _mail(self, place: int, rows: slice | None, enters: bool, goes_on: bool) -> dict[str, Any]:
+        """A fold's boxes, where what enters comes from a neighbour in memory or what leaves goes to one: the stream has
+        waited for both."""
+        source, target = self.route.ends(place) if enters else None, self.route.ends(place + 1) if goes_on else None
+        comes = self.near.index(source[0]) if source and source[0] in self.near else None
+        goes = self.near.index(target[1]) if target and target[1] in self.near else None
+        if self.memory is None or comes is goes is None:
+            return {}
+        self.scan.comm.calls += 1
+        inbox, outbox = self.memory.wait(self.U, rows, comes, goes, self._what([place]))
+        return {"inbox": inbox, "outbox": outbox, "clock": self.memory.clock}
 
-        def send(target: int | None, leaving: Tensor, what: str) -> None:
-            if target is not None and target not in near:
-                under_way.append(comm.exchange([(target, leaving.contiguous())], [], what))
+    def _goes_on(self, place: int) -> bool:
+        """Whether anyone wants what leaves a place."""
+        return place < self.last or self.want_end
 
-        under_way: list[Exchange] = []
+    def _by_message(self, place: int) -> bool:
+        """Whether this rank sends or receives what enters a place, and not by mail."""
+        ends = self.route.ends(place)
+        return ends is not None and self.scan.rank in ends and not set(ends) <= set(self.near)
 
-        for place, interval in enumerate(self.order):
-            if interval not in self.mine:
-                continue
-            first = self.mine.index(interval) * each
-            last, goes_on = first + each, place + 1 < len(self.order) or self.want_end
-            source, target = self._neighbour(place - 1), self._neighbour(place + 1)
-            what = self._what(interval)
-            closed = [n for n in range(first, last) if not self.scan.open[n]]
-            leaving = None
-            if source is not None and closed and goes_on:
-                state = None
-                to = mail(None, target, what)
-                if self.backward:
-                    leaving, first = through(first, closed[0] + 1, True, **to), closed[0]
-                else:
-                    leaving, last = through(closed[-1], last, True, **to), closed[-1] + 1
-                send(target, leaving, what)
-                target, goes_on = None, False
-            if source is not None and source not in near:
-                state = torch.empty_like(self.U[0], memory_format=torch.contiguous_format)
-                comm.exchange([], [(source, state)], what).wait()
-            onward = through(first, last, goes_on, **mail(source, target, what))
-            send(target, onward, what)
-            state = onward if leaving is None else leaving
-        for exchange in under_way:
-            exchange.wait()
-        return state if self.want_end and self._owner(len(self.order) - 1) == self.scan.rank else None
+    def _post(self, messages: list[Part], parts: list[slice | None]) -> Exchange:
+        """Starts messages together: parts of what enters places."""
+        sends: list[Message] = []
+        receives: list[Message] = []
+        for place, part in messages:
+            (source, target), state = self.route.ends(place) or (0, 0), self.into[place]
+            assert state is not None
+            to, peer = (receives, source) if target == self.scan.rank else (sends, target)
+            rows = parts[part]
+            to.append((peer, state.contiguous() if rows is None else state[rows]))
+        mine = [place - (self.route.owners[place] != self.scan.rank) for place, _ in messages]
+        return self.scan.comm.exchange(sends, receives, self._what(mine))
 
-    def _neighbour(self, place: int) -> int | None:
-        """The rank that holds a place; None where that is this one, or there is none."""
-        if not 0 <= place < len(self.order) or self._owner(place) == self.scan.rank:
-            return None
-        return self._owner(place)
+    def _what(self, places: list[int]) -> str:
+        intervals = " and ".join(str(n) for n in sorted({self.route.order[place] for place in places}))
+        return f"the delta rule's hop at interval {intervals} ({self._way}){in_layer(self.scan.layer)}"
 
-    def _hop(self, start: Tensor | None) -> Steps:
-        state, under_way = start, []
-        for place, interval in enumerate(self.order):
-            if interval not in self.mine:
-                continue
-            segments, goes_on = self._segments(interval), place + 1 < len(self.order) or self.want_end
-            closed = [at for at, n in enumerate(segments) if not self.scan.open[n]]
-            leaving = None
-            if closed and goes_on:  # a document starts here: what leaves does not depend on what enters
-                leaving = self._through(segments[closed[-1] :], None, True)
-                segments, goes_on = segments[: closed[-1] + 1], False
-            arriving = self._source(place)
-            # Posted together, so that neither waits for the other where a transport takes its messages in order.
-            under_way.append(self._exchange(self._target(place, leaving), arriving, interval))
-            if arriving:
-                yield
-            under_way[-1].arrived()
-            onward = self._through(segments, arriving[0][1] if arriving else state, goes_on)
-            if leaving is None:
-                leaving = onward
-                under_way.append(self._exchange(self._target(place, leaving), [], interval))
-            state = leaving
-        yield
-        for exchange in under_way:
-            exchange.wait()
-        return state if self.want_end and self._owner(len(self.order) - 1) == self.scan.rank else None
+    def _state(self) -> Tensor:
+        return torch.empty_like(self.U[0], memory_format=torch.contiguous_format)
 
-    def _segments(self, interval: int) -> list[int]:
-        """Local segments of a local interval, as the pass meets them."""
-        first = self.mine.index(interval) * self.scan.per_interval
-        segments = list(range(first, first + self.scan.per_interval))
-        return segments[::-1] if self.backward else segments
-
-    def _through(self, segments: list[int], state: Tensor | None, goes_on: bool) -> Tensor | None:
-        """Notes what enters each segment; returns what leaves the last of them, where that is wanted."""
-        for n in segments:
-            self.entering[n] = state
-            if goes_on or n != segments[-1]:
-                state = self.step(self.M[n], self.U[n], state, None if self.continues is None else self.continues[n])
-        return state if goes_on else None
-
-    def _source(self, place: int) -> list[Message]:
-        """The message that brings the state into a place; none at the start, or where this rank has it already."""
-        if place == 0 or self._owner(place - 1) == self.scan.rank:
-            return []
-        return [(self._owner(place - 1), torch.empty_like(self.U[0], memory_format=torch.contiguous_format))]
-
-    def _target(self, place: int, leaving: Tensor | None) -> list[Message]:
-        """The message that takes a state on from a place."""
-        if leaving is None or place + 1 == len(self.order) or self._owner(place + 1) == self.scan.rank:
-            return []
-        return [(self._owner(place + 1), leaving.contiguous())]
-
-    def _exchange(self, sends: list[Message], receives: list[Message], interval: int) -> Exchange:
-        return self.scan.comm.exchange(sends, receives, self._what(interval))
-
-    def _what(self, interval: int) -> str:
-        return f"the delta rule's hop at interval {interval} ({self._way}){in_layer(self.scan.layer)}"
+    @property
+    def _way(self) -> str:
+        return "backward" if self.backward else "forward"
 
     def _gather(self, start: Tensor | None) -> Steps:
         width, each = self.M.shape[-1], self.scan.per_interval
@@ -312,25 +378,20 @@ class _Chain:
         yield
         packed = self.scan.comm.all_gather(torch.cat([self.M, self.U], dim=-1), what)
         state = self._shared(start, what) if self.has_start else None
-        for place, interval in enumerate(self.order):
-            owner = self.scan.layout.owner(interval)
+        for place, (interval, owner) in enumerate(zip(self.route.order, self.route.owners, strict=True)):
             first = self.scan.layout.indices(owner).index(interval) * each
             for at in reversed(range(each)) if self.backward else range(each):
                 M, U = packed[owner][first + at].split([width, self.U.shape[-1]], dim=-1)
                 if owner == self.scan.rank:
-                    self.entering[first + at] = state
-                last = place + 1 == len(self.order) and at == (0 if self.backward else each - 1)
-                if not last or self.want_end:
+                    self.states[first + at] = 0 if state is None else state
+                if self.want_end or place < self.last or at != (0 if self.backward else each - 1):
                     # The same memory layout as a local fold, so that the product takes the same path.
                     state = self.step(
                         M.contiguous(), U.contiguous(), state, self.scan.continues_all_NB[interval * each + at]
                     )
-        return state if self.want_end and self._owner(len(self.order) - 1) == self.scan.rank else None
+        return state if self.want_end and self.route.owners[-1] == self.scan.rank else None
 
     def _shared(self, start: Tensor | None, what: str) -> Tensor:
         """The state at the pass's start, which only the rank there has; zero where not even that one has it."""
         mine = torch.zeros_like(self.U[0]) if start is None else start
-        return self.scan.comm.all_gather(mine, what)[self._owner(0)]
-
-    def _owner(self, place: int) -> int:
-        return self.scan.layout.owner(self.order[place])
+        return self.scan.comm.all_gather(mine, what)[self.route.owners[0]]

@@ -244,15 +244,21 @@ class Symmetric(Region):
         here, there = self._parts[self.comm.rank], self._parts[target]
         return Outbox(there.slots[its], there.ready[its], self._sent[mine], here.free[mine])
 
-    def wait(self, tiles: int, source: int | None, target: int | None, what: str) -> tuple[Inbox | None, Outbox | None]:
-        """The stream waits until a message from ``source`` is here, and the one to ``target`` has room: the ends of
-        both. ``what``: for PeerLost."""
+    def wait(
+        self, U_NBHKV: Tensor, rows: slice | None, source: int | None, target: int | None, what: str
+    ) -> tuple[Inbox | None, Outbox | None]:
+        """The stream waits until these rows of the ``B * HV`` of a state like U's, all unless told, have come from
+        ``source``, and have room on the way to ``target``: the ends of both. ``what``: for PeerLost."""
         inbox = None if source is None else self.inbox(source)
         outbox = None if target is None else self.outbox(target)
         peer = source if source is not None else target
         if peer is not None:
             with WAITS.counted():  # the stream's own time in it
-                triton_scan.wait(tiles, inbox, outbox, self.clock, self.where(what, source, target), peer)
+                tiles, first = triton_scan.tiles_of(U_NBHKV), 0
+                if rows is not None:
+                    each = tiles // (U_NBHKV.shape[1] * U_NBHKV.shape[2])
+                    tiles, first = each * (rows.stop - rows.start), each * rows.start
+                triton_scan.wait(tiles, inbox, outbox, self.clock, self.where(what, source, target), peer, first)
         return inbox, outbox
 
     def _sides(self, peer: int) -> tuple[int, int]:

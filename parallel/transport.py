@@ -64,7 +64,7 @@ class Transport:
     """The messages of a group. ``group`` None: the group of one, which never sends; ``ranks``: its global ranks.
     ``control``: the same ranks in a gloo group that has long patience, for what hosts tell each other before a step;
     ``timeout``: seconds that a message may take; ``near``: the ranks of the group on this rank's host, neighbours of
-    each other, and ``near_control`` those as a group."""
+    each other, and ``near_control`` those as a group; ``hosts``: how many the group spans."""
 
     def __init__(
         self,
@@ -75,11 +75,12 @@ class Transport:
         timeout: float = 30.0,
         near: Sequence[int] | None = None,
         near_control: dist.ProcessGroup | None = None,
+        hosts: int = 1,
     ) -> None:
         self.group, self.ranks, self.rank = group, tuple(ranks), rank
         self.control, self.timeout = control, timeout
         self.near = tuple(range(len(self.ranks)) if near is None else near)
-        self.near_control = near_control
+        self.near_control, self.hosts = near_control, hosts
         self.calls = 0  # exchanges, gathers and hops started: recomputation must add none
 
     @property

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from dnsp.kernels import scan as kernels_scan
 from dnsp.kernels import triton_scan
+from dnsp.parallel import scan as parallel_scan
 from dnsp.parallel.attention import attention
 from dnsp.parallel.errors import PeerLost
 from dnsp.parallel.grid import make_grid
@@ -79,6 +80,7 @@ def on_every_rank(folder: str, a_host: int) -> tuple[int, list[str]]:
     os.environ["DNSP_HOST"] = f"host {int(os.environ['RANK']) // a_host}"
     grid = make_grid(timeout=60)
     share_through(f"{folder}/{grid.rank // a_host}", grid.transport().nearby())
+    parallel_scan.MESSAGE = 1  # as many parts as there are rows, where there are several hosts
     draw, mine = random.Random(grid.world), random.Random(grid.rank)
     wrong, hops = [], 0
     for step, (kind, shape, each) in enumerate(itertools.product(KINDS, SHAPES, (1, 2))):
@@ -233,8 +235,8 @@ def test_scans_by_mail_have_one_processs_bits(size: int, a_host: int, monkeypatc
 
 def compiled(kernel: Any, constants: dict[str, Any], num_warps: int, num_stages: int = 1) -> tuple[str, Compiled]:
     """PTX and binary for a GPU that need not be there."""
-    integers = {"N", "steps", "B", "HV", "start", "sends", "capacity"}
-    integers |= {"tiles", "limit", "where", "peer", "receives", "depth"}
+    integers = {"N", "steps", "B", "HV", "first_row", "start", "sends", "capacity"}
+    integers |= {"first_tile", "tiles", "limit", "where", "peer", "receives", "depth"}
     counts = {"taken", "in_free", "out_ready", "sent", "status", "ready", "free"}
     types, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):

@@ -19,6 +19,7 @@ from torch import Tensor
 from dnsp.kernels import kept
 from dnsp.kernels.scan import LocalScan
 from dnsp.launch.mps import shared_gpu
+from dnsp.parallel import scan as parallel_scan
 from dnsp.parallel import symmetric
 from dnsp.parallel.attention import attention
 from dnsp.parallel.delta_rule import begin_delta_rule, delta_rule
@@ -97,7 +98,9 @@ def unequal(plan: Plan, found: dict[str, Tensor], truth: dict[str, Tensor]) -> l
     return [n for n, x in found.items() if not torch.equal(x, truth[n] if n in whole else plan.local(truth[n]))]
 
 
-def op_cases() -> dict[str, Any]:
+def op_cases(a_host: int) -> dict[str, Any]:
+    os.environ["DNSP_HOST"] = f"host {int(os.environ['RANK']) // a_host}"
+    parallel_scan.MESSAGE = 2**14  # states of 256 KiB go by p2p in parts
     grid = on_gpu()
     found: dict[str, Any] = {}
     for name, starts in DOCUMENTS.items():
@@ -110,9 +113,12 @@ def op_cases() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_the_op_has_the_bits_of_one_process(size: int) -> None:
-    for rank, found in enumerate(run_ranks(op_cases, size, timeout=600)):
+@pytest.mark.parametrize(
+    ("size", "a_host"), [(2, 2), (4, 4), (4, 2), *(pytest.param(8, n, marks=pytest.mark.slow) for n in (8, 2))]
+)
+def test_the_op_has_the_bits_of_one_process(size: int, a_host: int) -> None:
+    """On one host, and as if over several, from one to the next of which states go by p2p."""
+    for rank, found in enumerate(run_ranks(op_cases, size, a_host, timeout=600)):
         for case, (differ, names) in found.items():
             assert {"o", "dq", "dk", "dv", "dg", "dbeta"} <= set(names), case
             assert not differ, (rank, case, differ)
