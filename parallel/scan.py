@@ -373,23 +373,26 @@ class _Chain:
         return "backward" if self.backward else "forward"
 
     def _gather(self, start: Tensor | None) -> Steps:
-        width, each = self.M.shape[-1], self.scan.per_interval
+        """Every segment's summaries, and the whole chain, as one device has it."""
+        layout, each, width = self.scan.layout, self.scan.per_interval, self.M.shape[-1]
         what = f"the delta rule's gather of summaries ({self._way}){in_layer(self.scan.layer)}"
         yield
         packed = self.scan.comm.all_gather(torch.cat([self.M, self.U], dim=-1), what)
-        state = self._shared(start, what) if self.has_start else None
-        for place, (interval, owner) in enumerate(zip(self.route.order, self.route.owners, strict=True)):
-            first = self.scan.layout.indices(owner).index(interval) * each
-            for at in reversed(range(each)) if self.backward else range(each):
-                M, U = packed[owner][first + at].split([width, self.U.shape[-1]], dim=-1)
-                if owner == self.scan.rank:
-                    self.states[first + at] = 0 if state is None else state
-                if self.want_end or place < self.last or at != (0 if self.backward else each - 1):
-                    # The same memory layout as a local fold, so that the product takes the same path.
-                    state = self.step(
-                        M.contiguous(), U.contiguous(), state, self.scan.continues_all_NB[interval * each + at]
-                    )
-        return state if self.want_end and self.route.owners[-1] == self.scan.rank else None
+        start = self._shared(start, what) if self.has_start else None
+        intervals = []
+        for interval in range(layout.count):
+            owner = layout.owner(interval)
+            first = layout.indices(owner).index(interval) * each
+            intervals.append(packed[owner][first : first + each])
+        M, U = (x.contiguous() for x in torch.cat(intervals).split([width, self.U.shape[-1]], dim=-1))
+        whole, continues = LocalScan(), self.scan.continues_all_NB
+        if self.backward:
+            coming = whole.reverse(M, U, continues, start, has_initial=self.want_end, want_final=self.has_start)
+        else:
+            coming = whole.forward(M, U, continues, start, self.want_end)
+        states, end = coming()
+        torch.cat([states[interval * each : (interval + 1) * each] for interval in self.mine], out=self.states)
+        return end if self.route.owners[-1] == self.scan.rank else None
 
     def _shared(self, start: Tensor | None, what: str) -> Tensor:
         """The state at the pass's start, which only the rank there has; zero where not even that one has it."""
