@@ -23,15 +23,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_chunk import (
-    LEFT_OUT,
     SCALES,
     STATES,
     TILE,
     TOKENS,
     VALUES,
     WIDTH,
-    any_lost,
-    any_lost_in,
     arrived,
     barrier,
     board,
@@ -40,11 +37,9 @@ from .gluon_chunk import (
     decays_of,
     fetch_chunk,
     kept_pairs,
-    leave_out,
     row_of,
     scaled,
 )
-from .triton_prepare import SEVERAL
 
 
 @gluon.jit
@@ -52,14 +47,6 @@ def _nil(i):
     """0, unknown to the compiler: an address that hangs on it is worked out where it is used, not kept through the loop
     in a register that is wanted for the state."""
     return gl.inline_asm_elementwise("mov.b32 $0, 0; // $1", "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _mark(sums, doc, HAS_DOC: gl.constexpr):
-    """A chunk's sums, NaN for tokens that are left out."""
-    if HAS_DOC:
-        sums = gl.where(doc.load(sums.type.layout) < LEFT_OUT, float("nan"), sums)
-    return sums
 
 
 @gluon.jit
@@ -201,22 +188,6 @@ def backward_kernel(
         passes_next = gl.load(through + next_tile)
         any_sees_next = gl.load(rows + next_tile * 512 + 64)
 
-        if HAS_DOC:
-            left_out = 0
-            if passes < 0.0:  # several documents
-                dS_lost = any_lost(dS)
-                mbarrier.wait(do_bar, phase)
-                mbarrier.wait(S_bar, phase)
-                S_lost = any_lost_in(S_at, W, loads)
-                if (passes < SEVERAL) | (dS_lost + S_lost + any_lost_in(do_at, 64, loads) != 0):  # seldom
-                    mbarrier.wait(k_bars.index(half), (i // 2) & 1)
-                    mbarrier.wait(q_bar, phase)
-                    mbarrier.wait(rows_bars.index(half), (i // 2) & 1)
-                    first_lost = leave_out(q_at, k_now, do_at, rows_at, doc_at, dS_lost, S_lost, pair, loads)
-                    left_out = 1
-                    passes = gl.where(first_lost & (any_sees != 0.0), float("nan"), 0.0)
-                else:
-                    passes = 0.0
         # The recurrence's chain of products; behind them, those of queries with keys and of dO with errors.
         dS_at.store(dS.to(dtype))
         fence_async_shared()
@@ -268,9 +239,6 @@ def backward_kernel(
         k_now = k_at.index(half + nil)
         of_k = row_of(rows_at, 64, new)
         d_value = warpgroup_mma_wait(0, deps=[d_value])
-        if HAS_DOC:  # noqa: SIM102 (a constant, and a number of the device's)
-            if left_out != 0:
-                d_value = gl.where(row_of(doc_at, 0, new) < LEFT_OUT, float("nan"), d_value)
         dv_at.permute((1, 0)).store(d_value.to(dtype))
         fence_async_shared()
         barrier()
@@ -307,7 +275,7 @@ def backward_kernel(
         dkk_at.store((back * bt).to(dtype))
         products = warpgroup_mma_wait(1, deps=[products])
         pairs += back * products
-        gl.store(at_part + gl.arange(0, 64, layout=pair_j), _mark(gl.sum(pairs, 0), doc_at, HAS_DOC))
+        gl.store(at_part + gl.arange(0, 64, layout=pair_j), gl.sum(pairs, 0))
         if HAS_G:
             logs_at.store(gl.where(strict, pairs * bt, 0.0).to(gl.bfloat16))
         fence_async_shared()
@@ -370,18 +338,13 @@ def backward_kernel(
             d_key, d_query, crossing = warpgroup_mma_wait(0, deps=[d_key, d_query, crossing])
         else:
             d_key, d_query = warpgroup_mma_wait(0, deps=[d_key, d_query])
-        if HAS_DOC:  # noqa: SIM102
-            if left_out != 0:
-                out = column_of(doc_at, 0, long) < LEFT_OUT
-                d_key = gl.where(out, float("nan"), d_key)
-                d_query = gl.where(out, float("nan"), d_query)
         tma.store_wait(0)  # of dv
         barrier()
         dk_at.store(d_key.to(dtype))
         dv_at.store(d_query.to(dtype))
         if HAS_G:
             crossing = gl.where(ri > rj, crossing, 0.0)
-            gl.store(at_part + 64 + gl.arange(0, 64, layout=pair_i), _mark(gl.sum(crossing, 1), doc_at, HAS_DOC))
+            gl.store(at_part + 64 + gl.arange(0, 64, layout=pair_i), gl.sum(crossing, 1))
         mbarrier.expect(q_bar, 64 * W * 2, pred=more)
         mbarrier.expect(k_bars.index(half), 64 * W * 2, pred=i + 2 < chunks)
         mbarrier.expect(rows_bars.index(half), 512 * 4, pred=i + 2 < chunks)

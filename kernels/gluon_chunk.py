@@ -10,12 +10,11 @@ from __future__ import annotations
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.7 and 3.6 call it
 WIDTH = gl.constexpr(128)  # of K and V
-LEFT_OUT = gl.constexpr(-(2**30))  # below this is the document of a token that is left out of a chunk
 TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # in shared memory
 TOKENS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 4))  # the same, of a chunk [1, 64, 1, K]
 STATES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16]))  # in registers: states [V, K]
@@ -65,87 +64,6 @@ def scaled(weight, part, HAS_DOC: gl.constexpr):
         return gl.where(weight != 0.0, weight * part, 0.0)
     else:
         return weight * part
-
-
-@gluon.jit
-def finite(x):
-    """Where x is."""
-    return gl.abs(x.to(gl.float32)) < float("inf")
-
-
-@gluon.jit
-def lost_rows(x):
-    """Which rows hold what is not finite: 1, else 0."""
-    return gl.max(gl.where(finite(x), 0, 1), 1)
-
-
-@gluon.jit
-def any_lost(x):
-    return gl.max(lost_rows(x), 0)
-
-
-@gluon.jit
-def any_lost_in(x, count: gl.constexpr, loads: gl.constexpr):
-    """The same of so many rows in shared memory, a few at once."""
-    found = lost_rows(x.slice(0, 32).load(loads))
-    for j in gl.static_range(32, count, 32):
-        found = gl.maximum(found, lost_rows(x.slice(j, 32).load(loads)))
-    return gl.max(found, 0)
-
-
-@gluon.jit
-def in_documents(marks, doc, pair: gl.constexpr):
-    """The tokens in whose document one is marked, by NaN: 1, else 0, as rows of ``pair``'s tiles. Marks and documents
-    are in shared memory."""
-    d_i = gl.expand_dims(doc.load(gl.SliceLayout(1, pair)), 1)
-    d_j = gl.expand_dims(doc.load(gl.SliceLayout(0, pair)), 0)
-    mark = gl.expand_dims(marks.load(gl.SliceLayout(0, pair)), 0)
-    return gl.max(gl.where((d_i == d_j) & (mark != mark), 1, 0), 1)
-
-
-@gluon.jit
-def clear_rows(x, marks, loads: gl.constexpr):
-    """Zeros in the marked rows of a chunk in shared memory."""
-    for j in gl.static_range(0, 64, 32):
-        mark = gl.expand_dims(marks.slice(j, 32).load(gl.SliceLayout(1, loads)), 1)
-        at = x.slice(j, 32)
-        at.store(gl.where(mark == mark, at.load(loads), 0.0).to(x.dtype))
-
-
-@gluon.jit
-def leave_out(q, k, do, rows, doc, dS_lost, S_lost, pair: gl.constexpr, loads: gl.constexpr):
-    """Takes what is spoilt in the backward pass, in :mod:`.triton_reverse`'s words, out of a chunk in shared memory: q,
-    k, do and the scales of products with states become zero for these tokens, and each is a document of its own, below
-    ``LEFT_OUT``. Returns whether the first token is one of them."""
-    for j in gl.static_range(0, 64, 32):
-        at = rows.slice(j, 32)
-        mark = at.load(gl.SliceLayout(1, loads))
-        of_k = rows.slice(64 + j, 32).load(gl.SliceLayout(1, loads))
-        of_out = rows.slice(128 + j, 32).load(gl.SliceLayout(1, loads))
-        here = (lost_rows(do.slice(j, 32).load(loads)) != 0) | (mark != mark)
-        here = here | ((of_k != 0.0) & (S_lost != 0)) | ((of_out != 0.0) & (dS_lost != 0))
-        at.store(gl.where(here, float("nan"), mark))
-    barrier()
-    spoilt = in_documents(rows.slice(0, 64), doc, pair) != 0
-    i = gl.arange(0, 64, layout=gl.SliceLayout(1, pair))
-    own = gl.where(spoilt, LEFT_OUT - 1 - i, doc.load(gl.SliceLayout(1, pair)))
-    mark = gl.where(spoilt, float("nan"), rows.slice(0, 64).load(gl.SliceLayout(1, pair)))
-    barrier()
-    doc.store(own)
-    rows.slice(0, 64).store(mark)
-    barrier()
-    clear_rows(q, rows.slice(0, 64), loads)
-    clear_rows(k, rows.slice(0, 64), loads)
-    clear_rows(do, rows.slice(0, 64), loads)
-    of_k = rows.slice(64, 64).load(gl.SliceLayout(1, pair))
-    of_out = rows.slice(128, 64).load(gl.SliceLayout(1, pair))
-    barrier()
-    rows.slice(0, 64).store(gl.where(spoilt, 0.0, mark))
-    rows.slice(64, 64).store(gl.where(spoilt, 0.0, of_k))
-    rows.slice(128, 64).store(gl.where(spoilt, 0.0, of_out))
-    fence_async_shared()
-    barrier()
-    return gl.max(gl.where(spoilt & (i == 0), 1, 0), 0) != 0
 
 
 @gluon.jit
