@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from dnsp import checkpoint
 from dnsp.config import FaultsConfig
 from dnsp.faults import Skipped, Spikes
+from dnsp.telemetry import RANKS_INTERVAL
 from tests.ranks import run_ranks
 
 Dnsp = Callable[..., Any]
@@ -167,6 +169,76 @@ def test_out_of_memory_says_what_holds_it_and_what_would_make_it_fit() -> None:
     assert ways.count("; ") >= 2
     for setting in ("engine.activation_checkpointing=true", "train.micro_batch=1", "engine.mlp_tile=2048"):
         assert setting in ways, said
+
+
+def starved_start() -> str:
+    """A real engine that finds no room for the optimizer's shard."""
+    from dnsp.config import parse_config
+    from dnsp.engine import Engine
+    from dnsp.errors import RunError
+    from dnsp.faults import explained_start
+    from dnsp.model.decoder import Decoder
+    from dnsp.parallel.grid import make_grid
+
+    tree = {
+        "model": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4},
+        "engine": {"zero_stage": 1, "deepspeed": {"prescale_gradients": False}},  # which is not why
+    }
+    config = parse_config(tree, "the test")
+    model, grid = Decoder(config.model), make_grid(1)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20, resource.RLIM_INFINITY))
+    try:
+        with explained_start(model, config, grid):
+            Engine(model, config, grid, 1)
+    except RunError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return "it fitted"
+
+
+def test_out_of_memory_at_the_start_says_what_needs_it() -> None:
+    (said,) = run_ranks(starved_start, 1)
+    assert said.startswith("out of memory on rank 0: "), said
+    assert "Needed by parameters 0.2" in said and "moments and master weights 0.59" in said, said
+    ways = said.partition("To make it fit: ")[2]
+    for setting in ("more ranks (", "model.num_hidden_layers=2", "model.hidden_size=512"):
+        assert setting in ways, said
+    assert "activation" not in ways
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_disk_that_is_full_for_a_while(workplace: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
+    """No file of the ranks grows any more: not the records, TensorBoard's, a checkpoint, nor what they print into."""
+    run, log = workplace / "brim", workplace / "brim.log"
+    settings = ("train", "tiny.yaml", "--ranks", 2, "run.dir=brim", "checkpoint.every=3", "train.steps=100000")
+    with log.open("wb") as out:
+        process = start(*settings, cwd=workplace, stdout=out)
+    try:
+        wait(lambda: bool(checkpoint.checkpoints(run)), process)
+        ranks = psutil.Process(process.pid).children()
+        before = checkpoint.checkpoints(run)[-1]
+        for rank in ranks:
+            rank.rlimit(psutil.RLIMIT_FSIZE, (1, psutil.RLIM_INFINITY))
+        time.sleep(RANKS_INTERVAL + 2)  # every file was to be written
+        assert process.poll() is None, process.communicate()
+        for rank in ranks:
+            rank.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+        wait(lambda: checkpoint.checkpoints(run)[-1] > before and "can be written again" in log.read_text(), process)
+    finally:
+        process.send_signal(signal.SIGUSR1)
+        _, stderr = process.communicate(timeout=60)
+    said = log.read_text()
+    assert process.returncode == 0, stderr + said
+    assert said.count("NOT RECORDED: cannot write into brim: File too large; the run goes on") == 1, said
+    assert "NOT SAVED: the checkpoint of step" in said and "File too large" in said
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] - steps[0] >= len(steps) - 1
+    saved = checkpoint.latest(run)[0]
+    assert saved is not None and saved.step == steps[-1]
+    assert len(list((run / "tensorboard").glob("events.*"))) >= 2
 
 
 @pytest.mark.slow
