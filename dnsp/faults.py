@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import torch
@@ -153,12 +154,12 @@ def explained_memory(engine: Engine, config: Config, tokens: int) -> Iterator[No
 
     def held() -> Parts:
         parts: Parts = {**engine.memory()}
-        if engine.device.type == "cuda":
-            most = torch.cuda.max_memory_allocated(engine.device)
-            parts["activations and the rest"] = max(0, most - sum(parts.values()))
+        most = torch.cuda.max_memory_allocated(engine.device) if gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+        parts["activations and the rest"] = max(0, most - sum(parts.values()))
         return parts
 
-    ways = partial(_ways, engine.grid, config, tokens, engine.device.type == "cuda")
+    gpu = engine.device.type == "cuda"
+    ways = partial(_ways, engine.grid, config, tokens, gpu)
     with _explained(engine.grid.rank, held, "Allocated by", ways):
         yield
 
@@ -194,12 +195,11 @@ def _explained(rank: int, held: Callable[[], Parts], verb: str, ways: Callable[[
 def _ways(grid: Grid, config: Config, tokens: int, gpu: bool, held: Parts) -> Ways:
     """Settings not yet taken, those that save most for their price first, and what each would save."""
     settings = config.engine
-    rest = held.get("activations and the rest")
     if not settings.activation_checkpointing:
         yield "engine.activation_checkpointing=true", "keeps two tensors a layer; a third more arithmetic"
     if config.train.micro_batch > 1:
-        half = f"; {_saves(rest / 2)}" if rest else ""
-        yield f"train.micro_batch={config.train.micro_batch // 2}", f"fewer sequences at once{half}"
+        half = _saves(held["activations and the rest"] / 2)
+        yield f"train.micro_batch={config.train.micro_batch // 2}", f"fewer sequences at once; {half}"
     yield from _ways_of_zero(grid, config, gpu, held)
     if settings.activation_checkpointing and not settings.activation_offloading and gpu:
         yield "engine.activation_offloading=true", "what checkpointing keeps waits on the host"

@@ -134,7 +134,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         checkpoint.set_random_state(found.random(rank), engine.device)
         found.close()
     if config.engine.probe:
-        proven = probe(engine, config, choices.attention_backend)
+        with explained_start(model, config, grid):  # the first gradients
+            proven = probe(engine, config, choices.attention_backend)
     saver = Saver(folder, engine, config.checkpoint, lambda: watch.place.at("the writing of a checkpoint"))
     watch.settle = saver.settle
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -163,11 +164,52 @@ def starved() -> str:
 def test_out_of_memory_says_what_holds_it_and_what_would_make_it_fit() -> None:
     (said,) = run_ranks(starved, 1)
     assert said.startswith("out of memory on rank 0: ")
-    for what in ("parameters 0.00 GiB", "gradients", "moments and master weights"):
+    for what in ("parameters 0.00 GiB", "gradients", "moments and master weights", "activations and the rest"):
         assert what in said
     ways = said.partition("To make it fit: ")[2]
     assert ways.count("; ") >= 2
     for setting in ("engine.activation_checkpointing=true", "train.micro_batch=1", "engine.mlp_tile=2048"):
+        assert setting in ways, said
+
+
+def starved_on_a_gpu() -> str:
+    """A step that is given a fiftieth of the GPU."""
+    from dnsp.config import parse_config
+    from dnsp.engine import Engine
+    from dnsp.errors import RunError
+    from dnsp.faults import explained_memory
+    from dnsp.model.decoder import Decoder
+    from dnsp.parallel.grid import make_grid
+    from dnsp.parallel.layout import Layout
+    from dnsp.parallel.plan import make_plan
+
+    heads = {name: 64 for name in ("head_dim", "linear_key_head_dim", "linear_value_head_dim")}
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, **heads}
+    config = parse_config({"model": wide, "engine": {"zero_stage": 1, "dtype": "bf16"}}, "the test")
+    grid = make_grid(1)
+    engine = Engine(Decoder(config.model).cuda(), config, grid, 1)
+    try:
+        for length in (1024, 2**18):  # in the first one kernels are proven
+            plan = make_plan([[0]], Layout("zigzag", 1, length), grid).to(engine.device)
+            tokens = torch.zeros(1, length, dtype=torch.long, device=engine.device)
+            with explained_memory(engine, config, length):
+                engine.backward(tokens, tokens, plan, length)
+            engine.skip()
+            torch.cuda.set_per_process_memory_fraction(0.02)
+    except RunError as error:
+        return str(error)
+    return "it fitted"
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_out_of_memory_on_a_gpu() -> None:
+    (said,) = run_ranks(starved_on_a_gpu, 1, timeout=280)
+    assert said.startswith("out of memory on rank 0: CUDA out of memory"), said
+    (rest,) = re.findall(r"activations and the rest (\d+\.\d+) GiB", said)
+    assert float(rest) > 0.1, said
+    ways = said.partition("To make it fit: ")[2]
+    for setting in ("engine.activation_checkpointing=true", "engine.offload_optimizer=true", "engine.mlp_tile=2048"):
         assert setting in ways, said
 
 
