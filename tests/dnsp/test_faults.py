@@ -156,6 +156,32 @@ def test_the_folder_of_another_run_is_left_alone(
     assert contents(reference) == before
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["init_from=run:reference", "model.hidden_size=64"], "model.hidden_size=32, the configuration has 64"),
+        (
+            ["resume=reference/checkpoints/step-00000010", "model.num_attention_heads=1"],
+            "model.num_attention_heads=2, the configuration has 1",
+        ),
+    ],
+)
+def test_the_checkpoint_of_another_model(
+    reference: Path,
+    workplace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(workplace)
+    assert main(["train", "tiny.yaml", f"run.dir={tmp_path / 'new'}", *overrides]) == 2
+    text = capsys.readouterr().err
+    assert said in text and is_one_message(text), text
+    assert not (tmp_path / "new").exists()
+
+
 def test_ranks_that_do_not_fit(workplace: Path, tmp_path: Path, dnsp: Dnsp) -> None:
     """Known before a rank is started."""
     began = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import resource
@@ -18,7 +19,10 @@ import pytest
 import torch
 
 from dnsp import checkpoint
-from dnsp.config import FaultsConfig
+from dnsp.cli import main
+from dnsp.config import FaultsConfig, load_config
+from dnsp.data.mix import open_data
+from dnsp.data.prepare import prepare
 from dnsp.faults import Skipped, Spikes
 from dnsp.telemetry import RANKS_INTERVAL
 from tests.ranks import run_ranks
@@ -65,6 +69,50 @@ def overflowing(stage: int) -> str:
 def test_the_first_layer_that_is_not_finite_is_named(stage: int) -> None:
     for said in run_ranks(overflowing, 2, stage):
         assert said == "first in the output of layer 1 (gated_delta), micro-batch 0 (sequence 0) on rank 0, and on 1"
+
+
+@pytest.mark.timeout(200)
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    workplace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    metrics: Callable[[Path], list[dict[str, Any]]],
+) -> None:
+    """The embedding of one character is infinite; the steps that read it are passed over, and the others learn."""
+    from dnsp.model.decoder import Decoder
+    from dnsp.model.hf import save_pretrained
+
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"text": ("~" if n % 6 == 3 else "") + f"line {n} " * 30}) for n in range(60)]
+    Path("text.jsonl").write_text("\n".join(lines) + "\n")
+    prepare("text.jsonl", "text", "bytes")
+    given = ("data.sources=[{path: text}]", "data.sequence_length=256", "model.tie_word_embeddings=false")
+    config = load_config(workplace / "tiny.yaml", given)
+    model = Decoder(config.model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[ord("~")] = math.inf
+    save_pretrained(model, "poisoned")
+    data = open_data(config.data, vocab_size=257)
+    cursor, bad = data.start, []
+    for step in range(1, 21):
+        work = data.step(cursor, 256, 1)
+        bad += [step] if ord("~") in work.sequences[0].tokens_and_targets(0, 256)[0] else []
+        cursor = work.cursor
+    assert 0 < len(bad) < 10
+
+    # the probe would meet that character too
+    settings = ("init_from=hf:poisoned", "run.dir=run", "train.steps=20", "engine.probe=false")
+    assert main(["train", str(workplace / "tiny.yaml"), *given, *settings, "faults.nonfinite_steps=20"]) == 0
+    said = re.findall(r"not finite at step (\d+) on rank 0: (.*); skipped \((\d+) so far\)", capsys.readouterr().out)
+    cause = "the weights of model.embed_tokens.weight are not finite themselves (rank 0)"
+    assert said == [(str(step), cause, str(count)) for count, step in enumerate(bad, 1)]
+    records = metrics(Path("run"))
+    assert [record["step"] for record in records if not math.isfinite(record["loss"])] == bad
+    counts = [sum(step <= record["step"] for step in bad) for record in records]
+    assert [record.get("skipped", 0) for record in records] == counts
+    learned = [record["loss"] for record in records if math.isfinite(record["loss"])]
+    assert learned[-1] < learned[0] - 1
 
 
 def test_steps_in_a_row_end_a_run_and_others_do_not() -> None:
