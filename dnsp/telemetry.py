@@ -94,7 +94,7 @@ class Telemetry:
         if self.folder is None or (now - self.last_ranks < RANKS_INTERVAL and record["step"] != self.steps):
             return
         self.last_ranks = now
-        with self._recording(), (self.folder / "ranks.jsonl").open("a") as file:
+        with self._recording(board=False), (self.folder / "ranks.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> None:
@@ -123,10 +123,11 @@ class Telemetry:
     def close(self) -> None:
         self.stop()
         if self.folder is not None:
+            if self._board is not None:
+                with self._recording():
+                    self._board.close()
             with self._recording():
                 self.file.close()
-            with self._recording():
-                self.board.close()
 
     @property
     def board(self) -> Any:
@@ -136,12 +137,13 @@ class Telemetry:
         return self._board
 
     @contextmanager
-    def _recording(self) -> Iterator[None]:
-        """Around a record: where it cannot be written the run goes on without it, and says so once."""
+    def _recording(self, board: bool = True) -> Iterator[None]:
+        """Around a record: where it cannot be written the run goes on without it, and says so once. ``board``:
+        TensorBoard's writer was in it."""
         try:
             yield
         except OSError as error:
-            self._board = None
+            self._board = None if board else self._board
             if not self._unrecorded:
                 self.say(f"NOT RECORDED: cannot write into {self.folder}: {error.strerror}; the run goes on")
             self._unrecorded = True
