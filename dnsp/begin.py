@@ -63,11 +63,13 @@ def check_free(config: Config) -> None:
     lock = Path(config.run.dir or "", ".lock")
     if config.run.dir is None or not lock.exists():
         return
-    with lock.open() as file:
-        try:
+    try:
+        with lock.open("r+b") as file:  # over NFS whoever locks must be able to write
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(IN_USE.format(folder=config.run.dir)) from None
+    except BlockingIOError:
+        raise UsageError(IN_USE.format(folder=config.run.dir)) from None
+    except OSError:
+        pass  # not to be written, or a file system without locks: making the folder says so
 
 
 IN_USE = "{folder} is in use by a running run; wait for it, or choose another run.dir"

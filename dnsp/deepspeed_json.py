@@ -49,7 +49,10 @@ def contradiction(config: Config) -> str | None:
         "zero_optimization.stage": ("engine.zero_stage", engine.zero_stage),
         "zero_optimization.offload_optimizer": ("engine.offload_optimizer", engine.offload_optimizer),
         "zero_optimization.offload_param": ("engine.offload_parameters", engine.offload_parameters),
+        "zero_optimization.cpu_offload": ("engine.offload_optimizer", engine.offload_optimizer),  # older names
+        "zero_optimization.cpu_offload_param": ("engine.offload_parameters", engine.offload_parameters),
         "bf16": ("engine.dtype", engine.dtype),
+        "bfloat16": ("engine.dtype", engine.dtype),
         "fp16": ("engine.dtype", engine.dtype),
         "torch_autocast": ("engine.dtype", engine.dtype),
         "optimizer": ("train.lr", train.lr),

@@ -14,11 +14,12 @@ from dnsp.launch.local import ERROR_FILE
 def end(status: int, message: str, consequence: bool = False, quiet: bool = False) -> int:
     """Say why this process ends and, if it is a rank, end it.
 
-    ``consequence``: of another rank's failure. ``quiet``: to be said only where the ranks' starter collects reports.
+    ``consequence``: of another rank's failure. ``quiet``: to be said only where the ranks' starter collects reports,
+    and has nothing better.
     """
     text = "error: " + message.strip()
     if ERROR_FILE in os.environ:
-        said = {"time": time.time(), "message": text, "consequence": consequence}
+        said = {"time": time.time(), "message": text, "consequence": consequence, "quiet": quiet}
         Path(os.environ[ERROR_FILE]).write_text(json.dumps(said))
     elif not quiet:
         print(text, file=sys.stderr, flush=True)

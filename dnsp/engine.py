@@ -115,7 +115,7 @@ class Engine:
                 args=SimpleNamespace(device_rank=self.device.index) if on_gpu else None,
             )
         except (AssertionError, ValueError, RuntimeError) as error:
-            if not config.engine.deepspeed:
+            if not config.engine.deepspeed or out_of_memory(error):
                 raise
             why = " ".join(str(error).split())[:300]
             raise UsageError(f"DeepSpeed refuses engine.deepspeed={config.engine.deepspeed}: {why}") from None
@@ -288,6 +288,12 @@ class Engine:
 
     def _base(self) -> Any:
         return self.optimizer.optimizer if self.stage else self.optimizer
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """On a GPU, or on the host."""
+    words = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 @torch.no_grad()

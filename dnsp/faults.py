@@ -8,6 +8,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import torch
@@ -15,11 +18,14 @@ from torch import Tensor, nn
 
 from dnsp import watchdog
 from dnsp.config import Config, FaultsConfig
-from dnsp.engine import Engine
+from dnsp.engine import Engine, out_of_memory
 from dnsp.errors import Echo, RunError
+from dnsp.fits import model_bytes
 from dnsp.parallel.grid import Grid
 
 GIB = 2**30
+Parts = dict[str, float]  # bytes by what they are for
+Ways = Iterator[tuple[str, str]]  # a setting, and why
 
 
 @dataclass(frozen=True)
@@ -145,58 +151,87 @@ def explained_memory(engine: Engine, config: Config, tokens: int) -> Iterator[No
 
     Raises: RunError in place of torch's or the system's error.
     """
+
+    def held() -> Parts:
+        parts: Parts = {**engine.memory()}
+        most = torch.cuda.max_memory_allocated(engine.device) if gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+        parts["activations and the rest"] = max(0, most - sum(parts.values()))
+        return parts
+
+    gpu = engine.device.type == "cuda"
+    ways = partial(_ways, engine.grid, config, tokens, gpu)
+    with _explained(engine.grid.rank, held, "Allocated by", ways):
+        yield
+
+
+@contextmanager
+def explained_start(model: nn.Module, config: Config, grid: Grid) -> Iterator[None]:
+    """The same around what makes a rank's part of ``model`` and its optimizer: says what they need."""
+
+    def needed() -> Parts:
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        return {what: of.device + of.host for what, of in model_bytes(parameters, config.engine, grid.world).items()}
+
+    ways = partial(_ways_to_start, grid, config, torch.cuda.is_available())
+    with _explained(grid.rank, needed, "Needed by", ways):
+        yield
+
+
+@contextmanager
+def _explained(rank: int, held: Callable[[], Parts], verb: str, ways: Callable[[Parts], Ways]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # a CUDA OutOfMemoryError is a RuntimeError
         if not out_of_memory(error):
             raise
-        words = memory_words(engine, config, tokens, error)
-        raise RunError(f"out of memory on rank {engine.grid.rank}: {words}") from None
+        parts = held()
+        said = ", ".join(f"{what} {size / GIB:.2f} GiB" for what, size in parts.items())
+        first = " ".join(str(error).splitlines()[0].split())[:160] if str(error) else type(error).__name__
+        best = "; ".join(f"{setting} ({why})" for setting, why in islice(ways(parts), 3))
+        words = f"{first}. {verb} {said}. To make it fit: {best}"
+        raise RunError(f"out of memory on rank {rank}: {words}") from None
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """On a GPU, or on the host."""
-    words = ("not enough memory", "can't allocate memory", "out of memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
-
-
-def memory_words(engine: Engine, config: Config, tokens: int, error: BaseException) -> str:
-    """What takes how much on this rank, and the settings that help most, with what each would save."""
-    held = engine.memory()
-    gpu = engine.device.type == "cuda"
-    if gpu:
-        held["activations and the rest"] = max(0, torch.cuda.max_memory_allocated(engine.device) - sum(held.values()))
-    parts = ", ".join(f"{what} {size / GIB:.2f} GiB" for what, size in held.items())
-    first = " ".join(str(error).splitlines()[0].split())[:160] if str(error) else type(error).__name__
-    ways = [f"{setting} ({why})" for setting, why in _ways(engine, config, tokens, held)][:3]
-    return f"{first}. Allocated by {parts}. To make it fit: {'; '.join(ways)}"
-
-
-def _ways(engine: Engine, config: Config, tokens: int, held: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """Settings not yet taken, those that save most for their price first."""
-    settings, world = config.engine, engine.grid.world
-
-    def saves(size: float) -> str:
-        return f"saves about {size / GIB:.2f} GiB a rank"
-
-    rest = held.get("activations and the rest")
+def _ways(grid: Grid, config: Config, tokens: int, gpu: bool, held: Parts) -> Ways:
+    """Settings not yet taken, those that save most for their price first, and what each would save."""
+    settings = config.engine
     if not settings.activation_checkpointing:
         yield "engine.activation_checkpointing=true", "keeps two tensors a layer; a third more arithmetic"
     if config.train.micro_batch > 1:
-        half = f"; {saves(rest / 2)}" if rest else ""
-        yield f"train.micro_batch={config.train.micro_batch // 2}", f"fewer sequences at once{half}"
-    away = 1 - 1 / world
-    stages = {1: held["moments and master weights"], 2: held["gradients"], 3: held["parameters"]}
-    if settings.zero_stage < 3 and world > 1:
-        gain = sum(size * away for stage, size in stages.items() if stage > settings.zero_stage)
-        yield f"engine.zero_stage={3 if gain else settings.zero_stage + 1}", saves(gain)
-    if not settings.offload_optimizer and settings.zero_stage and engine.device.type == "cuda":
-        yield "engine.offload_optimizer=true", f"{saves(held['moments and master weights'])}, updates on the host"
-    if settings.activation_checkpointing and not settings.activation_offloading and engine.device.type == "cuda":
+        half = _saves(held["activations and the rest"] / 2)
+        yield f"train.micro_batch={config.train.micro_batch // 2}", f"fewer sequences at once; {half}"
+    yield from _ways_of_zero(grid, config, gpu, held)
+    if settings.activation_checkpointing and not settings.activation_offloading and gpu:
         yield "engine.activation_offloading=true", "what checkpointing keeps waits on the host"
     if not settings.mlp_tile or settings.mlp_tile > 2048:
         yield "engine.mlp_tile=2048", "fewer tokens in a feed-forward at once"
-    group = engine.grid.sequence_size
+    group = grid.sequence_size
     yield f"parallel.sequence={2 * group}", f"{tokens // group // 2:,} tokens a rank instead of {tokens // group:,}"
     yield f"data.sequence_length={tokens // 2}", "half the tokens"
     yield "more ranks", "each keeps less of the optimizer"
+
+
+def _ways_to_start(grid: Grid, config: Config, gpu: bool, held: Parts) -> Ways:
+    """Where there are no activations yet: what the model and its optimizer keep."""
+    yield from _ways_of_zero(grid, config, gpu, held)
+    if gpu and not config.engine.offload_parameters:
+        stage = "" if config.engine.zero_stage == 3 else "engine.zero_stage=3 "
+        yield f"{stage}engine.offload_parameters=true", "weights wait on the host between their uses"
+    yield "more ranks", "with engine.zero_stage=3 each keeps less of everything"
+    yield f"model.num_hidden_layers={max(1, config.model.num_hidden_layers // 2)}", "half the layers"
+    yield f"model.hidden_size={config.model.hidden_size // 2}", "narrower layers"
+
+
+def _ways_of_zero(grid: Grid, config: Config, gpu: bool, held: Parts) -> Ways:
+    stage, moments = config.engine.zero_stage, held["moments and master weights"]
+    if stage < 3 and grid.world > 1:
+        sharded = {1: moments, 2: held["gradients"], 3: held["parameters"]}
+        gain = sum(size for first, size in sharded.items() if first > stage) * (1 - 1 / grid.world)
+        yield "engine.zero_stage=3", _saves(gain)
+    if gpu and not config.engine.offload_optimizer:
+        first = "" if stage else "engine.zero_stage=1 "
+        yield f"{first}engine.offload_optimizer=true", f"{_saves(moments)}, updates on the host"
+
+
+def _saves(size: float) -> str:
+    return f"saves about {size / GIB:.2f} GiB a rank"

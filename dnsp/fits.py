@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from dnsp import checkpoint
+from dnsp.begin import check_free, check_settings
 from dnsp.cli import check_ranks
 from dnsp.config import Config, EngineConfig
 from dnsp.data.mix import open_data
@@ -23,7 +24,6 @@ from dnsp.launch.local import cores
 from dnsp.model.decoder import Decoder
 from dnsp.parallel.errors import LayoutError, PlanError
 from dnsp.schedule import spans
-from dnsp.train import check_settings
 
 if TYPE_CHECKING:
     from dnsp.doctor import Row
@@ -191,6 +191,7 @@ def _folder(config: Config) -> str:
     if config.run.dir is None:
         return "a new one under runs/"
     folder = Path(config.run.dir)
+    check_free(config)
     if config.resume == "none" and (folder / "metrics.jsonl").exists():
         raise UsageError(f"{folder} holds a run already; resume=auto continues it, or choose another run.dir")
     saved = checkpoint.checkpoints(folder)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dnsp import watchdog
 from dnsp.config import Config
-from dnsp.engine import Engine
+from dnsp.engine import Engine, out_of_memory
 from dnsp.errors import UsageError
 from dnsp.parallel.layout import CHUNK, Layout
 from dnsp.parallel.plan import Plan, make_plan
@@ -79,7 +79,7 @@ def probe(engine: Engine, config: Config, attention_backend: str = "auto") -> Fo
     try:
         got = torch.stack([sketch(engine.gradient(name)) for name in engine.names])
     except RuntimeError as error:
-        if not config.engine.deepspeed:
+        if not config.engine.deepspeed or out_of_memory(error):
             raise
         why = str(error).splitlines()[0]
         raise UsageError(

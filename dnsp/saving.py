@@ -75,6 +75,7 @@ class Saver:
         self.done: list[Saved] = []  # not yet said
         self.last: Saved | None = None
         self._host: dict[tuple[str, str], Tensor] = {}
+        self._no_room = ""  # why there is none in the host's memory
         # the host's pages are found now: a copy into memory never touched takes several times as long
         self._thread = threading.Thread(target=self._make_room, name="checkpoint", daemon=True)
         self._thread.start()
@@ -88,7 +89,7 @@ class Saver:
         self.wait()
         waited = time.perf_counter() - began
         fragments = self.engine.fragments()
-        for fragment in fragments:
+        for fragment in fragments if not self._no_room else ():
             for what, tensor in fragment.tensors.items():
                 self._host[what, fragment.name].copy_(tensor, non_blocking=True)
         if self.engine.device.type == "cuda":
@@ -136,9 +137,13 @@ class Saver:
         pinned = self.engine.device.type == "cuda"
         if pinned:
             torch.cuda.set_device(self.engine.device)  # a thread of its own begins on the first GPU
-        for fragment in self.engine.fragments():
-            for what, tensor in fragment.tensors.items():
-                self._host[what, fragment.name] = torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        try:
+            for fragment in self.engine.fragments():
+                for what, tensor in fragment.tensors.items():
+                    self._host[what, fragment.name] = torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        except (RuntimeError, MemoryError) as error:
+            self._host.clear()
+            self._no_room = f"the host has no memory for the copy: {reason(error)}"
 
     def _write(
         self, saved: Saved, parts: dict[str, tuple[int, int]], others: dict[str, Tensor], state: dict[str, Any]
@@ -168,9 +173,11 @@ class Saver:
         self._log(saved)
 
     def _write_share(self, part: Path, parts: dict[str, tuple[int, int]], others: dict[str, Tensor]) -> _Share:
+        share = _Share(parts, error=self._no_room)
+        if self._no_room:
+            return share
         weights = {name: self._host["weights", name] for name in parts}
         moments = {f"{m}.{name}": self._host[m, name] for m in checkpoint.MOMENTS for name in parts}
-        share = _Share(parts)
         try:
             part.mkdir(parents=True, exist_ok=True)
             for kind, tensors in (("weights", weights), ("optimizer", {**moments, **others})):
@@ -178,7 +185,7 @@ class Saver:
                 save_file(tensors, part / name)
                 checkpoint.sync(part / name)
                 share.digests[name] = checkpoint.digest(part / name)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError, MemoryError) as error:  # the others wait for an answer
             share.error = reason(error)
         return share
 
@@ -210,5 +217,6 @@ class Saver:
 
 
 def reason(error: Exception) -> str:
-    """Why a file could not be written, in the system's words."""
-    return getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    """Why a file could not be written, in the system's words, on one line."""
+    words = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return str(words).splitlines()[0]

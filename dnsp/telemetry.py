@@ -6,8 +6,9 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,18 @@ class Telemetry:
 
         # TensorBoard writes in a thread of its own; what fails there is raised by the next write here
         threading.excepthook = _not_twice
-        with _written(folder):
+        self._new_board: Callable[..., Any] = partial(SummaryWriter, str(folder / "tensorboard"))
+        try:
             self.path = folder / "metrics.jsonl"
             _keep_until(self.path, start)
             _keep_until(folder / "evaluations.jsonl", start)
             _keep_until(folder / "ranks.jsonl", start)
             self.file = self.path.open("a")
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            self._board: Any = self._new_board(purge_step=start + 1)
+        except OSError as error:
+            why = f"cannot write into {folder}: {error.strerror}"
+            raise RunError(f"{why}; make room there, then resume=auto continues the run") from None
+        self._unrecorded = False  # since the last record
         self.console = Console(highlight=False, soft_wrap=True)
         self.progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -65,7 +71,7 @@ class Telemetry:
         """One optimizer step's figures: step, loss, grad_norm, lr, tokens_per_s, tokens, time, ..."""
         if self.folder is None:
             return
-        with _written(self.folder):
+        with self._recording():
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
             for name in ("loss", "grad_norm", "lr", "tokens_per_s"):
@@ -79,7 +85,7 @@ class Telemetry:
         last = record["step"] == self.steps
         if not self.console.is_terminal and (now - self.last_plain > PLAIN_INTERVAL or last):
             left = (self.steps - record["step"]) * record["step_s"]
-            self.console.print(f"step {record['step']}/{self.steps} {line} {left:.0f} s left {shares(record)}")
+            self.say(f"step {record['step']}/{self.steps} {line} {left:.0f} s left {shares(record)}")
             self.last_plain = now
 
     def ranks(self, record: dict[str, Any]) -> None:
@@ -88,14 +94,14 @@ class Telemetry:
         if self.folder is None or (now - self.last_ranks < RANKS_INTERVAL and record["step"] != self.steps):
             return
         self.last_ranks = now
-        with _written(self.folder), (self.folder / "ranks.jsonl").open("a") as file:
+        with self._recording(board=False), (self.folder / "ranks.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> None:
         """Held-out figures: ``loss`` and ``by_position`` under the step they belong to."""
         if self.folder is None:
             return
-        with _written(self.folder):
+        with self._recording():
             with (self.folder / "evaluations.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
             self.board.add_scalar("heldout/loss", figures["loss"], step)
@@ -104,9 +110,10 @@ class Telemetry:
         self.say(f"step {step}: held-out loss {figures['loss']:.4f}")
 
     def say(self, text: str) -> None:
-        """A line above the progress line."""
+        """A line above the progress line; lost where the output is a file on a disk that is full."""
         if self.folder is not None:
-            self.progress.console.print(text, markup=False)
+            with suppress(OSError):
+                self.progress.console.print(text, markup=False)
 
     def stop(self) -> None:
         """End the progress line: the terminal is the caller's again."""
@@ -116,19 +123,34 @@ class Telemetry:
     def close(self) -> None:
         self.stop()
         if self.folder is not None:
-            with _written(self.folder):
+            if self._board is not None:
+                with self._recording():
+                    self._board.close()
+            with self._recording():
                 self.file.close()
-                self.board.close()
 
+    @property
+    def board(self) -> Any:
+        """TensorBoard's writer; after one whose thread a full disk has ended, another."""
+        if self._board is None:
+            self._board = self._new_board()
+        return self._board
 
-@contextmanager
-def _written(folder: Path) -> Iterator[None]:
-    """What cannot be written ends the run: its record would have holes."""
-    try:
-        yield
-    except OSError as error:
-        reason = f"cannot write into {folder}: {error.strerror}"
-        raise RunError(f"{reason}; make room there, then resume=auto continues the run") from None
+    @contextmanager
+    def _recording(self, board: bool = True) -> Iterator[None]:
+        """Around a record: where it cannot be written the run goes on without it, and says so once. ``board``:
+        TensorBoard's writer was in it."""
+        try:
+            yield
+        except OSError as error:
+            self._board = None if board else self._board
+            if not self._unrecorded:
+                self.say(f"NOT RECORDED: cannot write into {self.folder}: {error.strerror}; the run goes on")
+            self._unrecorded = True
+        else:
+            if self._unrecorded:
+                self.say(f"{self.folder} can be written again")
+            self._unrecorded = False
 
 
 def _not_twice(failure: threading.ExceptHookArgs) -> None:

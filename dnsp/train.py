@@ -27,9 +27,9 @@ from dnsp.data.batch import batch, micro_batches
 from dnsp.data.mix import Cursor, Step, open_data
 from dnsp.data.tokenizer import load_tokenizer
 from dnsp.engine import Engine
-from dnsp.errors import RunError, UsageError
+from dnsp.errors import UsageError
 from dnsp.evaluate import evaluate, table
-from dnsp.faults import Skipped, Spikes, agree_on_step, both_see, explained_memory, find_nonfinite
+from dnsp.faults import Skipped, Spikes, agree_on_step, both_see, explained_memory, explained_start, find_nonfinite
 from dnsp.figures import Figures
 from dnsp.generate import sample_text
 from dnsp.launch.environment import Environment
@@ -114,7 +114,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             if not model.hollow:
                 checkpoint.load_weights(model, weights, where)
     if torch.cuda.is_available() and not model.hollow:
-        model.cuda()
+        with explained_start(model, config, grid):
+            model.cuda()
     why_not_peer = watchdog.peer_refusal(grid)
     with watchdog.agreed():
         before = found.state.get("choices") if found else None
@@ -126,13 +127,15 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     shared = reserve(choices, config, grid, max(stage.sequence_length for stage in stages))
     folder = open_folder(config, identity, name, first)
     watch.folder = watch.stalls.folder = folder
-    engine = Engine(model, config, grid, accumulation, found, weights)
+    with explained_start(model, config, grid):
+        engine = Engine(model, config, grid, accumulation, found, weights)
     del weights  # a whole model perhaps, or another run's open files
     if found:
         checkpoint.set_random_state(found.random(rank), engine.device)
         found.close()
     if config.engine.probe:
-        proven = probe(engine, config, choices.attention_backend)
+        with explained_start(model, config, grid):  # the first gradients
+            proven = probe(engine, config, choices.attention_backend)
     saver = Saver(folder, engine, config.checkpoint, lambda: watch.place.at("the writing of a checkpoint"))
     watch.settle = saver.settle
 
@@ -258,7 +261,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             **({"skipped": skipped.total} if skipped.total else {}),
             **meter.step(done, seconds, work, phases),
         }
-        recorded(telemetry, record)
+        telemetry.step(record)
         watch.stalls.limit = config.run.stall
         # not while steps are skipped: what led there may be in the weights already
         due = config.checkpoint.every and done % config.checkpoint.every == 0 and not skipped.in_a_row
@@ -287,11 +290,11 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             return {"run_dir": str(folder), "step": done, "loss": loss, "tokens": tokens, "stopped": True}
         if config.eval.every and done % config.eval.every == 0 and done < steps:
             figures = evaluate(engine.deepspeed, heldout, tokenizer, config, grid, stage.sequence_length, choices)
-            recorded(telemetry, figures, done)
+            telemetry.evaluation(done, figures)
 
     watch.place.at("the evaluation")
     figures = evaluate(engine.deepspeed, heldout, tokenizer, config, grid, stages[-1].sequence_length, choices)
-    recorded(telemetry, figures, steps)
+    telemetry.evaluation(steps, figures)
     if engine.stage == 3 and config.generate.tokens:
         model = whole_model(engine, config, stages[-1].rope_theta)
     end_saved(saver, telemetry, watch, grid)
@@ -361,17 +364,6 @@ def roll_back(engine: Engine, saver: Saver, spikes: Spikes, said: str) -> checkp
     checkpoint.set_random_state(found.random(engine.grid.rank), engine.device)
     found.close()
     return found
-
-
-def recorded(telemetry: Telemetry, figures: dict[str, Any], evaluated: int | None = None) -> None:
-    """A step's record, or an evaluation's; where the disk is full the run goes on without it, and says so."""
-    try:
-        if evaluated is None:
-            telemetry.step(figures)
-        else:
-            telemetry.evaluation(evaluated, figures)
-    except RunError as error:
-        telemetry.say(f"NOT RECORDED: {error}; the run goes on")
 
 
 def end_saved(saver: Saver, telemetry: Telemetry, watch: watchdog.Watch, grid: Grid) -> None:

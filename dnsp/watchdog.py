@@ -245,7 +245,7 @@ class Watch:
                     return
                 self.at_end()
                 error = self._lost(str(lost))
-                end(1, str(error), consequence=True, quiet=isinstance(error, Echo))
+                end(1, str(error), consequence=True, quiet=not isinstance(error, PeerFailed))
                 os._exit(1)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from dnsp.launch.environment import Environment, LaunchError
 
-ERROR_FILE = "DNSP_ERROR_FILE"  # where a rank leaves its failure, as JSON: {"message", "consequence"}
+ERROR_FILE = "DNSP_ERROR_FILE"  # where a rank leaves its failure, as JSON: {"time", "message", "consequence", "quiet"}
 SUPERVISOR = "DNSP_SUPERVISOR"  # our process id: a rank whose supervisor is gone ends itself
 SETTLE = 3.0  # seconds the other ranks get to say why they failed too
 END = 10.0  # seconds between asking and killing
@@ -110,10 +110,10 @@ def first_cause(processes: Sequence[subprocess.Popen[bytes]], folder: Path, stop
     """The message and status of what failed first.
 
     A rank's own report comes before a signal, a signal before a rank that ended without a word, and all of them before
-    the reports of those that lost a peer.
+    the reports of those that lost a peer; of these, that of the one which gave the verdict, before its echoes.
     """
     reported: list[tuple[Any, str, int]] = []
-    consequences: list[tuple[Any, str, int]] = []
+    consequences: list[tuple[bool, Any, str]] = []
     killed, silent = [], []
     for rank, process in enumerate(processes):
         code = process.poll()
@@ -121,7 +121,10 @@ def first_cause(processes: Sequence[subprocess.Popen[bytes]], folder: Path, stop
             continue
         report = _report(folder / f"{rank}.json")
         if report is not None:
-            (consequences if report["consequence"] else reported).append((report["time"], report["message"], code))
+            if report["consequence"]:
+                consequences.append((report["quiet"], report["time"], report["message"]))
+            else:
+                reported.append((report["time"], report["message"], code))
         elif code < 0:
             killed.append((rank, signal.Signals(-code).name))
         else:
@@ -138,7 +141,7 @@ def first_cause(processes: Sequence[subprocess.Popen[bytes]], folder: Path, stop
     if silent:
         rank, code = silent[0]
         return _tail(rank, folder / f"{rank}.log", code), code
-    return (min(consequences)[1], 1) if consequences else ("", 1)
+    return (min(consequences)[2], 1) if consequences else ("", 1)
 
 
 def _report(path: Path) -> dict[str, Any] | None:

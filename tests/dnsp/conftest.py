@@ -66,12 +66,12 @@ def dnsp() -> Callable[..., subprocess.CompletedProcess[str]]:
 def start() -> Callable[..., subprocess.Popen[str]]:
     """Starts ``dnsp ARGUMENTS`` in a folder and does not wait."""
 
-    def run(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
+    def run(*arguments: object, cwd: Path, stdout: Any = subprocess.PIPE) -> subprocess.Popen[str]:
         return subprocess.Popen(
             command(*arguments),
             cwd=cwd,
             env=environment(),
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
         )

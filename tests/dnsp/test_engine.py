@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,31 @@ def test_a_step_is_the_single_process_step_and_its_state_comes_back(world: int, 
             assert found["dtypes"] == {"torch.float32"}, case
 
 
+def every_probe() -> list[tuple[tuple[int, int, str], float, float]]:
+    """Every stage, size of a sequence group and layout of this world: the worst parameter's error, and seconds."""
+    from dnsp.config import ParallelConfig
+    from dnsp.probe import probe
+
+    world, found = dist.get_world_size(), []
+    for size, stage, layout in product((1, 2, 4), range(4), ("contiguous", "zigzag")):
+        if world % size == 0:
+            parallel = ParallelConfig(sequence=size, layout=layout)  # type: ignore[arg-type]
+            config = settings(stage).model_copy(update={"parallel": parallel})
+            proven = probe(make(config, size), config)
+            found.append(((size, stage, layout), proven.error, proven.seconds))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_probe_holds_at_every_stage_size_and_layout(world: int) -> None:
+    for cases in run_ranks(every_probe, world, timeout=280):
+        assert len(cases) == {2: 16, 4: 24}[world]
+        for case, error, seconds in cases:
+            assert error < PROBE["error"] and seconds < PROBE["seconds"], (world, case, error, seconds)
+
+
 def broken(stage: int, options: dict[str, Any]) -> str:
     from dnsp.errors import UsageError
     from dnsp.probe import probe
@@ -367,3 +393,42 @@ def test_training_stands_still_for_the_copy_alone_and_for_the_save_before(tmp_pa
     assert first["write_s"] > SLOW > first["held_s"]  # what it waited for is not the writing
     assert second["held_s"] >= second["waited_s"] > 0.9 * SLOW  # but a second save waits for the first, and counts that
     assert "of them for the save before" in found["said"][1] and "of them" not in found["said"][0]
+
+
+def without_memory(folder: str) -> list[str]:
+    """Rank 1 finds no memory to write its files with, then finds some, and then none for the copy. What is said."""
+    from dnsp import saving
+    from dnsp.config import CheckpointConfig
+    from dnsp.saving import Saver
+
+    def none(*_: Any, **__: Any) -> None:
+        raise MemoryError("cannot allocate")
+
+    engine = make(settings(1), 1)
+    take_step(engine)
+    saver = Saver(Path(folder), engine, CheckpointConfig())
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(saving, "save_file", none)
+        saver.save(1, {})
+        saver.wait()
+    said = saver.news()
+    saver.save(2, {})
+    saver.wait()
+    said += saver.news()
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(torch, "zeros", none)
+        another = Saver(Path(folder), engine, CheckpointConfig())
+        another.wait()
+    another.save(3, {})
+    another.wait()
+    return said + another.news()
+
+
+def test_a_rank_without_memory_to_save_with_holds_nobody_up(tmp_path: Path) -> None:
+    said, _ = run_ranks(without_memory, 2, str(tmp_path))
+    assert len(said) == 3 and said[1].startswith("step 2: checkpoint of"), said
+    none = "there is no earlier checkpoint"
+    assert said[0] == f"NOT SAVED: the checkpoint of step 1 (rank 1: cannot allocate); {none}, the run goes on"
+    assert "step 3 (rank 1: the host has no memory for the copy: cannot allocate); the last checkpoint is" in said[2]

@@ -110,6 +110,8 @@ CONTRADICTIONS = [
     (["engine.deepspeed.train_batch_size=8"], ["train_batch_size=8", "train.global_batch=1"]),
     (["engine.deepspeed.train_micro_batch_size_per_gpu=2"], ["micro_batch_size_per_gpu=2", "train.micro_batch=1"]),
     (["engine.deepspeed.bf16.enabled=true"], ["bf16={'enabled': True}", "engine.dtype='fp32'"]),
+    (["engine.deepspeed.bfloat16.enabled=true"], ["bfloat16={'enabled': True}", "engine.dtype='fp32'"]),
+    (["engine.deepspeed.zero_optimization.cpu_offload=true"], ["cpu_offload=True", "engine.offload_optimizer=False"]),
     (["engine.deepspeed.gradient_accumulation_steps=4"], ["gradient_accumulation_steps=4", "train.global_batch"]),
     (["engine.deepspeed.optimizer.type=Lamb"], ["optimizer={'type': 'Lamb'}", "train.lr"]),
 ]

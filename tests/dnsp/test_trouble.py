@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -12,12 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from dnsp import checkpoint
-from dnsp.config import FaultsConfig
+from dnsp.cli import main
+from dnsp.config import FaultsConfig, load_config
+from dnsp.data.mix import open_data
+from dnsp.data.prepare import prepare
 from dnsp.faults import Skipped, Spikes
+from dnsp.telemetry import RANKS_INTERVAL
 from tests.ranks import run_ranks
 
 Dnsp = Callable[..., Any]
@@ -62,6 +69,50 @@ def overflowing(stage: int) -> str:
 def test_the_first_layer_that_is_not_finite_is_named(stage: int) -> None:
     for said in run_ranks(overflowing, 2, stage):
         assert said == "first in the output of layer 1 (gated_delta), micro-batch 0 (sequence 0) on rank 0, and on 1"
+
+
+@pytest.mark.timeout(200)
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    workplace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    metrics: Callable[[Path], list[dict[str, Any]]],
+) -> None:
+    """The embedding of one character is infinite; the steps that read it are passed over, and the others learn."""
+    from dnsp.model.decoder import Decoder
+    from dnsp.model.hf import save_pretrained
+
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"text": ("~" if n % 6 == 3 else "") + f"line {n} " * 30}) for n in range(60)]
+    Path("text.jsonl").write_text("\n".join(lines) + "\n")
+    prepare("text.jsonl", "text", "bytes")
+    given = ("data.sources=[{path: text}]", "data.sequence_length=256", "model.tie_word_embeddings=false")
+    config = load_config(workplace / "tiny.yaml", given)
+    model = Decoder(config.model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[ord("~")] = math.inf
+    save_pretrained(model, "poisoned")
+    data = open_data(config.data, vocab_size=257)
+    cursor, bad = data.start, []
+    for step in range(1, 21):
+        work = data.step(cursor, 256, 1)
+        bad += [step] if ord("~") in work.sequences[0].tokens_and_targets(0, 256)[0] else []
+        cursor = work.cursor
+    assert 0 < len(bad) < 10
+
+    # the probe would meet that character too
+    settings = ("init_from=hf:poisoned", "run.dir=run", "train.steps=20", "engine.probe=false")
+    assert main(["train", str(workplace / "tiny.yaml"), *given, *settings, "faults.nonfinite_steps=20"]) == 0
+    said = re.findall(r"not finite at step (\d+) on rank 0: (.*); skipped \((\d+) so far\)", capsys.readouterr().out)
+    cause = "the weights of model.embed_tokens.weight are not finite themselves (rank 0)"
+    assert said == [(str(step), cause, str(count)) for count, step in enumerate(bad, 1)]
+    records = metrics(Path("run"))
+    assert [record["step"] for record in records if not math.isfinite(record["loss"])] == bad
+    counts = [sum(step <= record["step"] for step in bad) for record in records]
+    assert [record.get("skipped", 0) for record in records] == counts
+    learned = [record["loss"] for record in records if math.isfinite(record["loss"])]
+    assert learned[-1] < learned[0] - 1
 
 
 def test_steps_in_a_row_end_a_run_and_others_do_not() -> None:
@@ -161,12 +212,123 @@ def starved() -> str:
 def test_out_of_memory_says_what_holds_it_and_what_would_make_it_fit() -> None:
     (said,) = run_ranks(starved, 1)
     assert said.startswith("out of memory on rank 0: ")
-    for what in ("parameters 0.00 GiB", "gradients", "moments and master weights"):
+    for what in ("parameters 0.00 GiB", "gradients", "moments and master weights", "activations and the rest"):
         assert what in said
     ways = said.partition("To make it fit: ")[2]
     assert ways.count("; ") >= 2
     for setting in ("engine.activation_checkpointing=true", "train.micro_batch=1", "engine.mlp_tile=2048"):
         assert setting in ways, said
+
+
+def starved_on_a_gpu() -> str:
+    """A step that is given a fiftieth of the GPU."""
+    from dnsp.config import parse_config
+    from dnsp.engine import Engine
+    from dnsp.errors import RunError
+    from dnsp.faults import explained_memory
+    from dnsp.model.decoder import Decoder
+    from dnsp.parallel.grid import make_grid
+    from dnsp.parallel.layout import Layout
+    from dnsp.parallel.plan import make_plan
+
+    heads = {name: 64 for name in ("head_dim", "linear_key_head_dim", "linear_value_head_dim")}
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, **heads}
+    config = parse_config({"model": wide, "engine": {"zero_stage": 1, "dtype": "bf16"}}, "the test")
+    grid = make_grid(1)
+    engine = Engine(Decoder(config.model).cuda(), config, grid, 1)
+    try:
+        for length in (1024, 2**18):  # in the first one kernels are proven
+            plan = make_plan([[0]], Layout("zigzag", 1, length), grid).to(engine.device)
+            tokens = torch.zeros(1, length, dtype=torch.long, device=engine.device)
+            with explained_memory(engine, config, length):
+                engine.backward(tokens, tokens, plan, length)
+            engine.skip()
+            torch.cuda.set_per_process_memory_fraction(0.02)
+    except RunError as error:
+        return str(error)
+    return "it fitted"
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_out_of_memory_on_a_gpu() -> None:
+    (said,) = run_ranks(starved_on_a_gpu, 1, timeout=280)
+    assert said.startswith("out of memory on rank 0: CUDA out of memory"), said
+    (rest,) = re.findall(r"activations and the rest (\d+\.\d+) GiB", said)
+    assert float(rest) > 0.1, said
+    ways = said.partition("To make it fit: ")[2]
+    for setting in ("engine.activation_checkpointing=true", "engine.offload_optimizer=true", "engine.mlp_tile=2048"):
+        assert setting in ways, said
+
+
+def starved_start() -> str:
+    """A real engine that finds no room for the optimizer's shard."""
+    from dnsp.config import parse_config
+    from dnsp.engine import Engine
+    from dnsp.errors import RunError
+    from dnsp.faults import explained_start
+    from dnsp.model.decoder import Decoder
+    from dnsp.parallel.grid import make_grid
+
+    tree = {
+        "model": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4},
+        "engine": {"zero_stage": 1, "deepspeed": {"prescale_gradients": False}},  # which is not why
+    }
+    config = parse_config(tree, "the test")
+    model, grid = Decoder(config.model), make_grid(1)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20, resource.RLIM_INFINITY))
+    try:
+        with explained_start(model, config, grid):
+            Engine(model, config, grid, 1)
+    except RunError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return "it fitted"
+
+
+def test_out_of_memory_at_the_start_says_what_needs_it() -> None:
+    (said,) = run_ranks(starved_start, 1)
+    assert said.startswith("out of memory on rank 0: "), said
+    assert "Needed by parameters 0.2" in said and "moments and master weights 0.59" in said, said
+    ways = said.partition("To make it fit: ")[2]
+    for setting in ("more ranks (", "model.num_hidden_layers=2", "model.hidden_size=512"):
+        assert setting in ways, said
+    assert "activation" not in ways
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_disk_that_is_full_for_a_while(workplace: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
+    """No file of the ranks grows any more: not the records, TensorBoard's, a checkpoint, nor what they print into."""
+    run, log = workplace / "brim", workplace / "brim.log"
+    settings = ("train", "tiny.yaml", "--ranks", 2, "run.dir=brim", "checkpoint.every=3", "train.steps=100000")
+    with log.open("wb") as out:
+        process = start(*settings, cwd=workplace, stdout=out)
+    try:
+        wait(lambda: bool(checkpoint.checkpoints(run)), process)
+        ranks = psutil.Process(process.pid).children()
+        before = checkpoint.checkpoints(run)[-1]
+        for rank in ranks:
+            rank.rlimit(psutil.RLIMIT_FSIZE, (1, psutil.RLIM_INFINITY))
+        time.sleep(RANKS_INTERVAL + 2)  # every file was to be written
+        assert process.poll() is None, process.communicate()
+        for rank in ranks:
+            rank.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+        wait(lambda: checkpoint.checkpoints(run)[-1] > before and "can be written again" in log.read_text(), process)
+    finally:
+        process.send_signal(signal.SIGUSR1)
+        _, stderr = process.communicate(timeout=60)
+    said = log.read_text()
+    assert process.returncode == 0, stderr + said
+    assert said.count("NOT RECORDED: cannot write into brim: File too large; the run goes on") == 1, said
+    assert "NOT SAVED: the checkpoint of step" in said and "File too large" in said
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] - steps[0] >= len(steps) - 1
+    saved = checkpoint.latest(run)[0]
+    assert saved is not None and saved.step == steps[-1]
+    assert len(list((run / "tensorboard").glob("events.*"))) >= 2
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dnsp import hosts
 from dnsp.cli import main
 from dnsp.hosts import Host, examine, read_hostfile
 from tests.launch.daemons import HOSTS, Ssh
@@ -87,6 +88,19 @@ def test_a_host_with_another_version(reached: None, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(dnsp, "__version__", "99.0")  # here, not there
     status, found, cure = rows_of([Host(HOSTS[0], 1)], 1)[f"{HOSTS[0]} slots=1"]
     assert status == "missing" and "here 99.0" in found and "install dnsp 99.0" in cure
+
+
+def test_fewer_gpus_than_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of hosts that this machine does not have; without any GPU the ranks are the CPU's."""
+    gpus = {"many": 8, "few": 4}
+    monkeypatch.setattr(hosts, "ask", lambda host, port: {**hosts.versions(), "gpus": gpus[host.name]})
+    rows = rows_of([Host("many", 8), Host("few", 8)], 16)
+    assert rows["many slots=8"][0] == "ok"
+    status, found, cure = rows["few slots=8"]
+    assert status == "missing" and "4 GPUs" in found and "fewer GPUs than slots" in found and "few slots=4" in cure
+    gpus.update(many=0, few=0)
+    rows = rows_of([Host("many", 8), Host("few", 8)], 16)
+    assert rows["many slots=8"][0] == rows["few slots=8"][0] == "ok"
 
 
 def test_too_few_and_uneven_slots(reached: None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

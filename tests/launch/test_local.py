@@ -35,19 +35,25 @@ def test_ports() -> None:
             free_port(taken.getsockname()[1])
 
 
-# what each rank did: (how it ended, its report: message, consequence, time), and what the user reads
+# what each rank did: (how it ended, its report: message, consequence, time, quiet), and what the user reads
 SLEEP, STATUS = "import time; time.sleep(60)", "import sys; sys.exit({})"
 CASES = [
-    ([(STATUS.format(1), ("lost rank 1", True, 1.0)), ("kill", None)], "rank 1 was ended by SIGKILL", 1),
-    ([(STATUS.format(1), ("lost rank 1", True, 1.0)), (STATUS.format(1), ("disk full", False, 2.0))], "disk full", 1),
-    ([(STATUS.format(2), ("later", False, 2.0)), (STATUS.format(2), ("sooner", False, 1.0))], "sooner", 2),
-    ([(STATUS.format(1), ("lost", True, 1.0)), (SLEEP, None)], "lost", 1),
+    ([(STATUS.format(1), ("lost rank 1", True, 1.0, False)), ("kill", None)], "rank 1 was ended by SIGKILL", 1),
+    (
+        [(STATUS.format(1), ("lost it", True, 1.0, False)), (STATUS.format(1), ("disk full", False, 2.0, False))],
+        "disk full",
+        1,
+    ),
+    ([(STATUS.format(2), ("later", False, 2.0, False)), (STATUS.format(2), ("sooner", False, 1.0, True))], "sooner", 2),
+    ([(STATUS.format(1), ("lost", True, 1.0, False)), (SLEEP, None)], "lost", 1),
+    # the one that gives the verdict asks the others where they are, and reports after its echo
+    ([(STATUS.format(1), ("verdict", True, 2.0, False)), (STATUS.format(1), ("echo", True, 1.0, True))], "verdict", 1),
 ]
 
 
 @pytest.mark.parametrize(("ranks", "said", "status"), CASES)
 def test_the_first_cause_is_what_the_user_reads(
-    tmp_path: Path, ranks: list[tuple[str, tuple[str, bool, float] | None]], said: str, status: int
+    tmp_path: Path, ranks: list[tuple[str, tuple[str, bool, float, bool] | None]], said: str, status: int
 ) -> None:
     processes = []
     try:
@@ -55,7 +61,7 @@ def test_the_first_cause_is_what_the_user_reads(
             code = SLEEP if ending == "kill" else ending
             processes.append(subprocess.Popen([sys.executable, "-c", code]))
             if report:
-                fields = dict(zip(("message", "consequence", "time"), report, strict=True))
+                fields = dict(zip(("message", "consequence", "time", "quiet"), report, strict=True))
                 (tmp_path / f"{rank}.json").write_text(json.dumps(fields))
             if ending == "kill":
                 processes[-1].kill()
