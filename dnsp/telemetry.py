@@ -18,6 +18,7 @@ from dnsp.errors import RunError
 from dnsp.figures import FIGURES, shares
 
 PLAIN_INTERVAL = 2.0  # seconds between lines when the output is not a terminal
+CURVES = ("loss", "grad_norm", "lr", "tokens_per_s")
 RANKS_INTERVAL = 10.0  # seconds between lines of ranks.jsonl
 
 
@@ -28,23 +29,26 @@ class Telemetry:
         folder: the run folder; None on ranks that say nothing.
         steps: of the whole run.
         start: steps done already; later lines of an earlier attempt are dropped.
+        tensorboard: whether TensorBoard's files are written too.
     """
 
-    def __init__(self, folder: Path | None, steps: int, start: int = 0) -> None:
+    def __init__(self, folder: Path | None, steps: int, start: int = 0, tensorboard: bool = True) -> None:
         self.folder, self.steps, self.last_plain = folder, steps, 0.0
         if folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        # TensorBoard writes in a thread of its own; what fails there is raised by the next write here
-        threading.excepthook = _not_twice
+        self.board: Any = None
         with _written(folder):
             self.path = folder / "metrics.jsonl"
             _keep_until(self.path, start)
             _keep_until(folder / "evaluations.jsonl", start)
             _keep_until(folder / "ranks.jsonl", start)
             self.file = self.path.open("a")
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                # TensorBoard writes in a thread of its own; what fails there is raised by the next write here
+                threading.excepthook = _not_twice
+                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self.console = Console(highlight=False, soft_wrap=True)
         self.progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -68,10 +72,8 @@ class Telemetry:
         with _written(self.folder):
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
-            for name in ("loss", "grad_norm", "lr", "tokens_per_s"):
-                self.board.add_scalar(f"train/{name}", record[name], record["step"])
-            for name in record.keys() & {*FIGURES}:
-                self.board.add_scalar(f"machine/{name}", record[name], record["step"])
+            self._scalars("train", {name: record[name] for name in CURVES}, record["step"])
+            self._scalars("machine", {name: record[name] for name in record.keys() & {*FIGURES}}, record["step"])
         speed, norm = record["tokens_per_s"], record["grad_norm"]
         line = f"loss {record['loss']:.4f} {speed:,.0f} tokens/s gradient norm {norm:.3f}"
         self.progress.update(self.task, completed=record["step"], description=line, shares=shares(record))
@@ -98,10 +100,14 @@ class Telemetry:
         with _written(self.folder):
             with (self.folder / "evaluations.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
-            self.board.add_scalar("heldout/loss", figures["loss"], step)
-            for span, loss in figures["by_position"].items():
-                self.board.add_scalar(f"heldout_by_position/{span}", loss, step)
+            self._scalars("heldout", {"loss": figures["loss"]}, step)
+            self._scalars("heldout_by_position", figures["by_position"], step)
         self.say(f"step {step}: held-out loss {figures['loss']:.4f}")
+
+    def _scalars(self, group: str, values: dict[str, float], step: int) -> None:
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(f"{group}/{name}", value, step)
 
     def say(self, text: str) -> None:
         """A line above the progress line."""
@@ -118,7 +124,8 @@ class Telemetry:
         if self.folder is not None:
             with _written(self.folder):
                 self.file.close()
-                self.board.close()
+                if self.board is not None:
+                    self.board.close()
 
 
 @contextmanager
