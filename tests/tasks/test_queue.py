@@ -216,6 +216,7 @@ def test_a_worker_goes_on_behind_what_diverged_and_what_is_damaged(tmp_path: Pat
     for name in ("alone", "behind", "lost"):
         kept = sum(path.stat().st_size for path in (tmp_path / name).rglob("*") if path.is_file())
         assert kept < KEPT, (name, kept)
+        assert not (tmp_path / name / "tensorboard").exists()
 
 
 def test_of_a_long_run_a_curve_is_kept(tmp_path: Path) -> None:
