@@ -22,6 +22,7 @@ from dnsp.tasks.tables import (
     Result,
     Table,
     ablation_tables,
+    configuration_table,
     lm_tables,
     recall_tables,
     search_table,
@@ -104,6 +105,7 @@ def all_tables(results: Sequence[Result], scale: Scale) -> list[Table]:
             tables += make(figures)
     if cells:
         tables.append(search_table(cells))
+        tables.append(configuration_table(results))
     return tables
 
 

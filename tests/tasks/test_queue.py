@@ -17,7 +17,7 @@ import pytest
 
 from dnsp.config import load_config
 from dnsp.errors import UsageError
-from dnsp.tasks.pool import devices_of, run
+from dnsp.tasks.pool import Worker, devices_of, run
 from dnsp.tasks.queue import Queue, Request, chosen_rate, train_job, with_overrides
 from dnsp.tasks.suite import ABLATIONS, MODELS, NAMES, SEARCH_SEED, VALIDATION, suite
 from dnsp.tasks.worker import RESULT, make_small, run_config
@@ -217,6 +217,30 @@ def test_a_worker_goes_on_behind_what_diverged_and_what_is_damaged(tmp_path: Pat
         kept = sum(path.stat().st_size for path in (tmp_path / name).rglob("*") if path.is_file())
         assert kept < KEPT, (name, kept)
         assert not (tmp_path / name / "tensorboard").exists()
+
+
+def test_a_process_that_failed_has_ended_before_its_job_is_tried_again(tmp_path: Path) -> None:
+    """It holds the lock of the run's folder, and another worker may be waiting for a job."""
+    said: list[str] = []
+
+    class Stub:
+        jobs = [{"name": "a run", "folder": str(tmp_path)}]
+
+        def next_job(self, worker: int, measurements: bool) -> dict[str, Any] | None:
+            return self.jobs.pop() if self.jobs else None
+
+        def done(self, worker: int, job: dict[str, Any], answer: dict[str, Any]) -> None:
+            said.append(f"{job['name']} {answer['status']}")
+
+    class Told(Worker):
+        def _carry_out(self, job: dict[str, Any]) -> dict[str, Any]:
+            return {"status": "failed", "recycle": True}
+
+        def end(self) -> None:
+            said.append("ended")
+
+    Told(Stub(), 0, {}, False).run()  # type: ignore[arg-type]
+    assert said == ["ended", "a run failed", "ended"]
 
 
 def test_of_a_long_run_a_curve_is_kept(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from dnsp.errors import UsageError
 from dnsp.tasks import document
 from dnsp.tasks.report import report, shown
-from dnsp.tasks.suite import LEARNING_RATES
+from dnsp.tasks.suite import LEARNING_RATES, suite
 from dnsp.tasks.tables import order_verdict, spread, summaries
 
 VERSIONS = {"torch": "2.13.0"}
@@ -160,6 +160,19 @@ def test_several_folders_in_one_report(tmp_path: Path) -> None:
     first, second = write(tmp_path / "kv", recall_runs("kv")), write(tmp_path / "copy", recall_runs("copy"))
     assert report([first, second]) == 0
     assert (first / "tables" / "copy.csv").exists() and not (second / "report.md").exists()
+
+
+def test_what_was_trained_is_said(tmp_path: Path) -> None:
+    cell = suite(["recall32k"], "full", True, ("deltanet",)).cells[0]
+    tests = {"validation": {"accuracy": 9.0, "loss": 1.0}}
+    runs = [trained("recall32k", cell.name, cell.labels, lr, 0, tests) | {"config": cell.tree} for lr in RATES]
+    runs = [run | {"training": {"steps": 2790}} for run in runs]
+    folder = write(tmp_path / "r", runs)
+    assert report([folder]) == 0
+    said = rows(folder / "tables" / "configuration.csv")["recall32k"]
+    assert (said["width"], said["length"], said["steps"]) == ("128", "512, 4096, 32768", "2790")
+    assert said["learning rates"] == "0.0003, 0.001, 0.003, 0.01"
+    assert said["data"] == "task:mqar vocab=8192 pairs=[16, 64]"
 
 
 def test_half_a_queue(tmp_path: Path) -> None:
