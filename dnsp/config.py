@@ -239,6 +239,7 @@ class RunConfig(Section):
     dir: str | None = None  # None: a new folder under runs/
     timeout: float = Field(25.0, gt=0)  # seconds a collective may wait before its peer counts as lost
     stall: float = Field(600.0, gt=0)  # seconds without progress (a layer, a step) before a rank ends the run
+    tensorboard: bool = True  # its files beside metrics.jsonl; a millisecond or two a step
 
 
 class FaultsConfig(Section):

@@ -19,6 +19,7 @@ from dnsp.errors import RunError
 from dnsp.figures import FIGURES, shares
 
 PLAIN_INTERVAL = 2.0  # seconds between lines when the output is not a terminal
+CURVES = ("loss", "grad_norm", "lr", "tokens_per_s")
 RANKS_INTERVAL = 10.0  # seconds between lines of ranks.jsonl
 
 
@@ -29,24 +30,28 @@ class Telemetry:
         folder: the run folder; None on ranks that say nothing.
         steps: of the whole run.
         start: steps done already; later lines of an earlier attempt are dropped.
+        tensorboard: whether TensorBoard's files are written too.
     """
 
-    def __init__(self, folder: Path | None, steps: int, start: int = 0) -> None:
+    def __init__(self, folder: Path | None, steps: int, start: int = 0, tensorboard: bool = True) -> None:
         self.folder, self.steps, self.last_plain = folder, steps, 0.0
         if folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        # TensorBoard writes in a thread of its own; what fails there is raised by the next write here
-        threading.excepthook = _not_twice
-        self._new_board: Callable[..., Any] = partial(SummaryWriter, str(folder / "tensorboard"))
+        self._new_board: Callable[..., Any] | None = None
+        self._board: Any = None
         try:
             self.path = folder / "metrics.jsonl"
             _keep_until(self.path, start)
             _keep_until(folder / "evaluations.jsonl", start)
             _keep_until(folder / "ranks.jsonl", start)
             self.file = self.path.open("a")
-            self._board: Any = self._new_board(purge_step=start + 1)
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                # TensorBoard writes in a thread of its own; what fails there is raised by the next write here
+                threading.excepthook = _not_twice
+                self._new_board = partial(SummaryWriter, str(folder / "tensorboard"))
+                self._board = self._new_board(purge_step=start + 1)
         except OSError as error:
             why = f"cannot write into {folder}: {error.strerror}"
             raise RunError(f"{why}; make room there, then resume=auto continues the run") from None
@@ -74,10 +79,8 @@ class Telemetry:
         with self._recording():
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
-            for name in ("loss", "grad_norm", "lr", "tokens_per_s"):
-                self.board.add_scalar(f"train/{name}", record[name], record["step"])
-            for name in record.keys() & {*FIGURES}:
-                self.board.add_scalar(f"machine/{name}", record[name], record["step"])
+            self._scalars("train", {name: record[name] for name in CURVES}, record["step"])
+            self._scalars("machine", {name: record[name] for name in record.keys() & {*FIGURES}}, record["step"])
         speed, norm = record["tokens_per_s"], record["grad_norm"]
         line = f"loss {record['loss']:.4f} {speed:,.0f} tokens/s gradient norm {norm:.3f}"
         self.progress.update(self.task, completed=record["step"], description=line, shares=shares(record))
@@ -104,10 +107,14 @@ class Telemetry:
         with self._recording():
             with (self.folder / "evaluations.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
-            self.board.add_scalar("heldout/loss", figures["loss"], step)
-            for span, loss in figures["by_position"].items():
-                self.board.add_scalar(f"heldout_by_position/{span}", loss, step)
+            self._scalars("heldout", {"loss": figures["loss"]}, step)
+            self._scalars("heldout_by_position", figures["by_position"], step)
         self.say(f"step {step}: held-out loss {figures['loss']:.4f}")
+
+    def _scalars(self, group: str, values: dict[str, float], step: int) -> None:
+        if (board := self.board) is not None:
+            for name, value in values.items():
+                board.add_scalar(f"{group}/{name}", value, step)
 
     def say(self, text: str) -> None:
         """A line above the progress line; lost where the output is a file on a disk that is full."""
@@ -131,8 +138,8 @@ class Telemetry:
 
     @property
     def board(self) -> Any:
-        """TensorBoard's writer; after one whose thread a full disk has ended, another."""
-        if self._board is None:
+        """TensorBoard's writer, None without one; after one whose thread a full disk has ended, another."""
+        if self._board is None and self._new_board is not None:
             self._board = self._new_board()
         return self._board
 

@@ -23,7 +23,7 @@ from dnsp.begin import (
 )
 from dnsp.choices import Choices, confirm, make_choices, reserve
 from dnsp.config import Config
-from dnsp.data.batch import batch, micro_batches
+from dnsp.data.batch import Batch, batch, micro_batches
 from dnsp.data.mix import Cursor, Step, open_data
 from dnsp.data.tokenizer import load_tokenizer
 from dnsp.engine import Engine
@@ -38,7 +38,7 @@ from dnsp.model import liger
 from dnsp.model.decoder import Decoder
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
-from dnsp.parallel.plan import make_plan
+from dnsp.parallel.plan import Plan, make_plan
 from dnsp.probe import probe
 from dnsp.saving import Saver
 from dnsp.schedule import Span, learning_rate, spans
@@ -145,7 +145,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     cursor = Cursor.from_dict(found.state["cursor"]) if found else data.start
     tokens = found.state["tokens"] if found else 0
     loss = float("nan")
-    telemetry = Telemetry(folder if first else None, steps, start)
+    telemetry = Telemetry(folder if first else None, steps, start, config.run.tensorboard)
     watch.at_end = telemetry.stop
     count = sum(math.prod(shape) for shape in engine.shapes().values())
     telemetry.say(
@@ -178,6 +178,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     watch.look_after(folder, config.run.stall)
 
     done, at = start, None
+    plan: Plan | None = None
     while done < steps:
         step_began = time.perf_counter()
         meter.begin()
@@ -196,9 +197,11 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             work = data.step(cursor, stage.sequence_length, config.train.global_batch)
 
         def backward(micro: int, work: Step = work, stage: Span = stage) -> Tensor:
-            rows, plan = _micro_batch(config, grid, work, micro, stage, choices)
+            nonlocal plan
+            rows, made = _micro_batch(config, grid, work, micro, stage, choices, plan)
+            plan = made.agreed().to(engine.device)
             tokens_BT, targets_BT = rows.to(engine.device)
-            return engine.backward(tokens_BT, targets_BT, plan.agreed().to(engine.device), work.targets)
+            return engine.backward(tokens_BT, targets_BT, plan, work.targets)
 
         local_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
         with explained_memory(engine, config, stage.sequence_length):
@@ -226,7 +229,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                     these = f"sequences {cursor.sequences} to {work.cursor.sequences - 1}"
                     done, cursor, tokens = back.step, Cursor.from_dict(back.state["cursor"]), back.state["tokens"]
                     telemetry.close()  # the records of the steps that are done again are dropped
-                    telemetry = Telemetry(folder if first else None, steps, done)
+                    telemetry = Telemetry(folder if first else None, steps, done, config.run.tensorboard)
                     meter.telemetry = telemetry
                     telemetry.say(f"{said}; back to step {done}, {these} of the data are passed over")
                     continue
@@ -311,8 +314,17 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     return {"run_dir": str(folder), "step": steps, "loss": last, "tokens": tokens, "heldout": figures}
 
 
-def _micro_batch(config: Config, grid: Grid, work: Any, micro: int, stage: Span, choices: Choices = Choices()) -> Any:  # noqa: B008 (frozen)
-    """This rank's part of a micro-batch, and its plan."""
+def _micro_batch(
+    config: Config,
+    grid: Grid,
+    work: Any,
+    micro: int,
+    stage: Span,
+    choices: Choices = Choices(),  # noqa: B008 (frozen)
+    before: Plan | None = None,
+) -> tuple[Batch, Plan]:
+    """This rank's part of a micro-batch, and its plan: that of the micro-batch ``before``, where documents lie as they
+    did in it."""
     layout = Layout(config.parallel.layout, grid.sequence_size, stage.sequence_length)
     rows = batch(
         work,
@@ -323,6 +335,8 @@ def _micro_batch(config: Config, grid: Grid, work: Any, micro: int, stage: Span,
         intervals=layout.intervals(grid.sequence_rank),
         vocab_size=config.model.vocab_size,
     )
+    if before is not None and before.layout == layout and before.documents == tuple(map(tuple, rows.doc_starts)):
+        return rows, before
     plan = make_plan(
         rows.doc_starts,
         layout,

@@ -63,13 +63,15 @@ def batch(
     tokens_BT, targets_BT = [], []
     for sequence in rows:
         parts = [sequence.tokens_and_targets(start, stop) for start, stop in intervals]
-        tokens_T = np.concatenate([tokens for tokens, _ in parts])
-        targets_T = np.concatenate([targets for _, targets in parts])
-        check_ids(tokens_T, vocab_size, sequence.source)
+        tokens_T, targets_T = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
         tokens_BT.append(tokens_T)
         targets_BT.append(targets_T)
+    whole_BT = np.stack(tokens_BT)
+    if int(whole_BT.max()) >= vocab_size or int(whole_BT.min()) < 0:
+        for tokens_T, sequence in zip(tokens_BT, rows, strict=True):
+            check_ids(tokens_T, vocab_size, sequence.source)
     return Batch(
-        torch.from_numpy(np.stack(tokens_BT)),
+        torch.from_numpy(whole_BT),
         torch.from_numpy(np.stack(targets_BT)),
         [sequence.doc_starts for sequence in rows],
     )

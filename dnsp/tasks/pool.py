@@ -69,9 +69,9 @@ class Worker(threading.Thread):
                     answer = self._carry_out(job)
                 except (OSError, ValueError) as error:  # no process, or one that answers what is no answer
                     answer = {"status": "failed", "message": str(error), "recycle": True}
-                self.queue.done(self.number, job, answer)
                 if answer.get("recycle"):
-                    self.end()
+                    self.end()  # before another worker may take the job: this process holds its folder
+                self.queue.done(self.number, job, answer)
         finally:
             self.end()
 

@@ -4,8 +4,9 @@
     OUT/runs/TASK/CELL/lr-L-seed-S/       a run: its configuration, metrics, log, and result.json once it is finished
     OUT/runs/TASK/NAME/                   a measurement: its log and result.json
 
-Nothing else is state. Which run comes next follows from the results that are there: the search of every cell, and
-behind a cell's search its final seeds. Measurements of time go first, one at a time, with the device to themselves.
+Nothing else is state, and no path in it is absolute: the folder can be moved, and goes on elsewhere. Which run comes
+next follows from the results that are there: table by table the search of every cell, and behind a cell's search its
+final seeds. Measurements of time go first, one at a time, with the device to themselves.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from dnsp.data.pack import Split
 from dnsp.data.prepare import ensure
 from dnsp.errors import UsageError
 from dnsp.schedule import spans
-from dnsp.tasks.suite import FINAL_SEEDS, SEARCH_SEED, VALIDATION, Cell, Measurement, Scale, Suite
+from dnsp.tasks.suite import FINAL_SEEDS, SEARCH_SEED, VALIDATION, Cell, Measurement, Scale, Suite, turn
 from dnsp.tasks.worker import RESULT, run_config, write_json
 
 TRIES = 2  # of a job that fails
@@ -132,12 +134,19 @@ class Queue:
         }
 
     @property
-    def total(self) -> int:
-        scale, runs = self.request.scale, 0
+    def planned(self) -> dict[str, dict[str, int]]:
+        """How many runs each cell has, and each measurement, by task and name."""
+        planned: dict[str, dict[str, int]] = {}
+        seeds = set(FINAL_SEEDS[self.request.scale]) - {SEARCH_SEED}
         for cell in self.cells:
-            seeds = set(FINAL_SEEDS[scale]) - {SEARCH_SEED}
-            runs += len(cell.learning_rates) + len(seeds)
-        return runs + len(self.measurements)
+            planned.setdefault(cell.task, {})[cell.name] = len(cell.learning_rates) + len(seeds)
+        for job in self.measurements:
+            planned.setdefault(job["task"], {})[job["cell"]] = 1
+        return planned
+
+    @property
+    def total(self) -> int:
+        return sum(sum(runs.values()) for runs in self.planned.values())
 
     def check(self) -> None:
         """Refuse before anything is written what would fail in the first step of a run.
@@ -196,7 +205,8 @@ class Queue:
             raise UsageError(f"--out {out} has files in it that are no queue's; give a new folder, or --overwrite")
         if self.request.overwrite and (found is None or found.get("identity") != self.identity):
             shutil.rmtree(out / "runs", ignore_errors=True)
-        write_json(file, {"identity": self.identity, "command": ["dnsp", *sys.argv[1:]], "total": self.total})
+        command = ["dnsp", *sys.argv[1:]]
+        write_json(file, {"identity": self.identity, "command": command, "planned": self.planned, "total": self.total})
         (out / "runs").mkdir(exist_ok=True)
         self._read_results()
         return lock
@@ -236,17 +246,25 @@ class Queue:
         if measurements:
             return [(job, True) for job in self.measurements]
         scale, ranks = self.request.scale, self.request.ranks
-        search, final = [], []
-        for cell in sorted(self.cells, key=_cost, reverse=True):  # long runs first: none is left over at the end
-            jobs = [train_job(cell, lr, SEARCH_SEED, scale, ranks) for lr in cell.learning_rates]
-            search += [(job, True) for job in jobs]
-            found = [self.results[job["name"]] for job in jobs if job["name"] in self.results]
-            if len(found) == len(jobs):
-                lr = chosen_rate(found, cell.choose)
-                final += [(train_job(cell, lr, seed, scale, ranks), True) for seed in FINAL_SEEDS[scale]]
-            elif not any(job["name"] in self.failed for job in jobs):
-                final.append(({"name": f"{cell.task}/{cell.name}/final"}, False))
-        return search + final
+        found: list[tuple[dict[str, Any], bool]] = []
+        for _, cells in groupby(self._in_order(), key=lambda cell: turn(cell, scale)):
+            search, final = [], []
+            for cell in cells:
+                jobs = [train_job(cell, lr, SEARCH_SEED, scale, ranks) for lr in cell.learning_rates]
+                search += [(job, True) for job in jobs]
+                results = [self.results[job["name"]] for job in jobs if job["name"] in self.results]
+                if len(results) == len(jobs):
+                    lr = chosen_rate(results, cell.choose)
+                    final += [(train_job(cell, lr, seed, scale, ranks), True) for seed in FINAL_SEEDS[scale]]
+                elif not any(job["name"] in self.failed for job in jobs):
+                    final.append(({"name": f"{cell.task}/{cell.name}/final"}, False))
+            found += search + final
+        return found
+
+    def _in_order(self) -> list[Cell]:
+        """Table by table, and within a table long runs first: none is left over at its end. A table's final runs wait
+        for its search, and the next table's search is begun meanwhile."""
+        return sorted(self.cells, key=lambda cell: (turn(cell, self.request.scale), -_cost(cell)))
 
     def done(self, worker: int, job: dict[str, Any], answer: dict[str, Any]) -> None:
         with self.changed:

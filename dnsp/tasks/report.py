@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from dnsp.tasks.tables import (
     Result,
     Table,
     ablation_tables,
+    configuration_table,
     lm_tables,
     recall_tables,
     search_table,
@@ -34,7 +36,8 @@ def report(folders: list[Path], json_file: Path | None = None) -> int:
 
     json_file: where all tables go as one mapping, too.
 
-    Raises UsageError for folders without results, or whose results cannot stand in one table.
+    Raises UsageError for folders without results, or whose results cannot stand in one table; behind the tables where
+    matplotlib is not installed.
     """
     console = Console(highlight=False)
     queues = [read_queue(folder) for folder in folders]
@@ -53,7 +56,10 @@ def report(folders: list[Path], json_file: Path | None = None) -> int:
     scale = scales.pop()
     tables = all_tables(list(results.values()), scale)
     out = folders[0]
-    plots = all_plots(list(results.values()), scale, out / "plots")
+    try:
+        plots, no_plots = all_plots(list(results.values()), scale, out / "plots"), None
+    except UsageError as error:
+        plots, no_plots = [], error
     (out / "tables").mkdir(exist_ok=True)
     for table in tables:
         with (out / "tables" / f"{table.name}.csv").open("w", newline="") as file:
@@ -71,6 +77,8 @@ def report(folders: list[Path], json_file: Path | None = None) -> int:
     (out / "report.md").write_text("\n".join([*lines, *_markdown(tables), *_pictures(plots, out)]) + "\n")
     for line in lines[2:]:
         console.print(line, markup=False)
+    if no_plots is not None:
+        raise UsageError(f"{no_plots}; the tables are in {out}/report.md")
     console.print(f"{out}/report.md, {len(tables)} CSV files in tables/, {len(plots)} plots in plots/", markup=False)
     return 0
 
@@ -97,6 +105,7 @@ def all_tables(results: Sequence[Result], scale: Scale) -> list[Table]:
             tables += make(figures)
     if cells:
         tables.append(search_table(cells))
+        tables.append(configuration_table(results))
     return tables
 
 
@@ -121,9 +130,11 @@ def _head(folders: list[Path], queues: list[dict[str, Any]], results: list[Resul
     """What was run, on what: the command, how much of it is finished, versions, devices, time."""
     lines = ["# Report", ""]
     for folder, queue in zip(folders, queues, strict=True):
-        done = len(read_results(folder))
+        found = read_results(folder)
         command = " ".join(queue["command"])
-        lines.append(f"- `{command}`: {done} of {queue['total']} finished")
+        lines.append(f"- `{command}`: {len(found)} of {queue['total']} finished")
+        if len(found) < queue["total"]:
+            lines += _missing(queue["planned"], found)
     versions = sorted({json.dumps(result["versions"], sort_keys=True) for result in results})
     for text in versions:
         lines.append("- " + ", ".join(f"{name} {number}" for name, number in json.loads(text).items()))
@@ -135,6 +146,19 @@ def _head(folders: list[Path], queues: list[dict[str, Any]], results: list[Resul
         diverged = sum(result["outcome"] == "diverged" for result in trained)
         lines.append(f"- {len(trained)} trained models, {diverged} diverged, seeds {', '.join(map(str, seeds))}, "
                      f"{hours:.2f} hours of runs, several at once")  # fmt: skip
+    return lines
+
+
+def _missing(planned: dict[str, dict[str, int]], found: dict[str, Result]) -> list[str]:
+    """Task by task how much there is, and how many runs of what are not."""
+    there = Counter((result["task"], result["cell"]) for result in found.values())
+    lines = []
+    for task, cells in planned.items():
+        left = {cell: runs - there[task, cell] for cell, runs in cells.items() if there[task, cell] < runs}
+        total = sum(cells.values())
+        done = total - sum(left.values())
+        words = ", ".join(f"{count} of {cell}" for cell, count in left.items()) if done else "all"
+        lines.append(f"  - {task}: {done} of {total} finished" + (f"; missing: {words}" if left else ""))
     return lines
 
 

@@ -219,12 +219,14 @@ def draw_kv(bits: np.random.Philox, options: _Options, rows: int, length: int) -
     counts, keys, values = _draw_pairs(bits, options, rows)
     tokens, targets = _below(bits, (rows, length), options.vocab), np.full((rows, length), IGNORE, dtype=np.int64)
     order = _uniform(bits, keys.shape)
-    for row, count in enumerate(counts):
-        asked = np.argsort(order[row, :count], kind="stable")
-        tokens[row, 0 : 2 * count : 2], tokens[row, 1 : 2 * count : 2] = keys[row, :count], values[row, :count]
-        tokens[row, length - 2 * count :: 2] = keys[row, asked]
-        tokens[row, length - 2 * count + 1 :: 2] = values[row, asked]
-        targets[row, length - 2 * count :: 2] = values[row, asked]
+    for count, which in _alike(counts):
+        own_keys, own_values = keys[which, :count], values[which, :count]
+        tokens[which, 0 : 2 * count : 2], tokens[which, 1 : 2 * count : 2] = own_keys, own_values
+        asked = np.argsort(order[which, :count], axis=1, kind="stable")
+        answers = np.take_along_axis(own_values, asked, axis=1)
+        tokens[which, length - 2 * count :: 2] = np.take_along_axis(own_keys, asked, axis=1)
+        tokens[which, length - 2 * count + 1 :: 2] = answers
+        targets[which, length - 2 * count :: 2] = answers
     return Block(tokens, targets)
 
 
@@ -234,20 +236,30 @@ def draw_mqar(bits: np.random.Philox, options: _Options, rows: int, length: int)
     counts, keys, values = _draw_pairs(bits, options, rows)
     tokens, targets = _below(bits, (rows, length), options.vocab), np.full((rows, length), IGNORE, dtype=np.int64)
     draws = _uniform(bits, (rows, length // 2))
-    for row, count in enumerate(counts):
-        tokens[row, 0 : 2 * count : 2], tokens[row, 1 : 2 * count : 2] = keys[row, :count], values[row, :count]
-        at = 2 * count + 2 * power_law_gaps(draws[row, : (length - 2 * count) // 2], count)
-        tokens[row, at], targets[row, at] = keys[row, :count], values[row, :count]
+    for count, which in _alike(counts):
+        own_keys, own_values = keys[which, :count], values[which, :count]
+        tokens[which, 0 : 2 * count : 2], tokens[which, 1 : 2 * count : 2] = own_keys, own_values
+        at = 2 * count + 2 * power_law_gaps(draws[which, : (length - 2 * count) // 2], count)
+        tokens[which[:, None], at], targets[which[:, None], at] = own_keys, own_values
     return Block(tokens, targets)
 
 
-def power_law_gaps(uniform_N: np.ndarray, count: int) -> np.ndarray:
-    """``count`` different gaps in 0..N-1, drawn one after another with probability proportional to (gap + 1)^(a - 1).
+def _alike(counts: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Each number of pairs, and the rows that have it: they are drawn at once."""
+    return [(int(count), np.flatnonzero(counts == count)) for count in np.unique(counts)]
+
+
+def power_law_gaps(uniform_RN: np.ndarray, count: int) -> np.ndarray:
+    """``count`` different gaps in 0..N-1 a row, drawn one after another with probability proportional to
+    (gap + 1)^(a - 1), ``[R, count]``.
 
     By exponential races (the first of N clocks of these rates, the next, ...), one uniform number in (0, 1) a gap.
     """
-    rates = np.arange(1, len(uniform_N) + 1, dtype=np.float64) ** (GAP_POWER - 1)
-    return np.argsort(-np.log(uniform_N) / rates, kind="stable")[:count]
+    rates = np.arange(1, uniform_RN.shape[1] + 1, dtype=np.float64) ** (GAP_POWER - 1)
+    times = -np.log(uniform_RN) / rates
+    last = np.partition(times, count - 1, axis=1)[:, count - 1 : count]  # the rest need not be sorted
+    first = [np.flatnonzero(row) for row in times <= last]
+    return np.stack([at[np.argsort(row[at], kind="stable")[:count]] for row, at in zip(times, first, strict=True)])
 
 
 def draw_copy(bits: np.random.Philox, options: _Options, rows: int, length: int) -> Block:
@@ -275,10 +287,14 @@ def _uniform(bits: np.random.Philox, shape: Sequence[int]) -> np.ndarray:
 def _distinct(bits: np.random.Philox, rows: int, bound: int, count: int) -> np.ndarray:
     """``count`` different integers below ``bound`` in random order, ``[rows, count]``: Floyd's way (Bentley and Floyd,
     1987), whose work does not grow with the bound, then a shuffle, for the order it finds them in is not random."""
-    found = np.full((rows, count), -1, dtype=np.int64)
-    raw = bits.random_raw(rows * count).reshape(count, rows)
-    for n, last in enumerate(range(bound - count, bound)):
-        drawn = (raw[n] % np.uint64(last + 1)).astype(np.int64)
-        taken = (found[:, :n] == drawn[:, None]).any(axis=1)
-        found[:, n] = np.where(taken, last, drawn)
+    raw = bits.random_raw(rows * count).reshape(count, rows).T
+    found = (raw % np.arange(bound - count + 1, bound + 1, dtype=np.uint64)).astype(np.int64)
+    ordered = np.sort(found, axis=1)
+    for row in np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1)):  # of the others nothing is replaced
+        drawn, taken = found[row].tolist(), set()
+        for n, last in enumerate(range(bound - count, bound)):
+            if drawn[n] in taken:
+                drawn[n] = last
+            taken.add(drawn[n])
+        found[row] = drawn
     return np.take_along_axis(found, np.argsort(_uniform(bits, (rows, count)), axis=1, kind="stable"), axis=1)

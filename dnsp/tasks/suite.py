@@ -30,6 +30,13 @@ LM_LEARNING_RATES: dict[Scale, tuple[float, ...]] = {"smoke": (3e-3,), "full": (
 VALIDATION = "validation"  # the test that a learning rate is chosen by
 
 
+def learning_rates(task: str, scale: Scale) -> tuple[float, ...]:
+    """What every model of a task is tried with."""
+    if task == "lm":
+        return LM_LEARNING_RATES[scale]
+    return LEARNING_RATES[scale][-1:] if (task, scale) == ("ablations", "smoke") else LEARNING_RATES[scale]
+
+
 @dataclass(frozen=True)
 class Cell:
     """One model on one task.
@@ -62,6 +69,16 @@ class Measurement:
 class Suite:
     cells: tuple[Cell, ...]
     measurements: tuple[Measurement, ...]
+
+
+# Tables in the order in which a queue fills them: what it has at any moment is whole tables, and part of one.
+TURNS = ("kv", "copy", "mqar", "ablations", "recall32k", "mqar at other widths", "lm")
+
+
+def turn(cell: Cell, scale: Scale) -> int:
+    """The place of a cell's table among ``TURNS``."""
+    beside = cell.labels.get("width", RECALL_WIDTH[scale]) != RECALL_WIDTH[scale]
+    return TURNS.index(f"{cell.task} at other widths" if beside else cell.task)
 
 
 def suite(
@@ -193,7 +210,7 @@ def recall_cells(task: str, scale: Scale, gpu: bool, models: tuple[str, ...]) ->
             tree = _tree(model_tree(model, width, options["vocab"]), whole, train, length, gpu)
             tree["engine"]["activation_checkpointing"] = "stages" in sizes  # several such runs share a GPU's memory
             labels = {"model": model, "width": width}
-            cells.append(Cell(task, f"{model}-{width}", tree, asked, LEARNING_RATES[scale], labels=labels))
+            cells.append(Cell(task, f"{model}-{width}", tree, asked, learning_rates(task, scale), labels=labels))
     return cells
 
 
@@ -245,7 +262,7 @@ def ablation_cells(scale: Scale, gpu: bool) -> list[Cell]:
         model = model_tree("deltanet", sizes["width"], BYTES + sizes["vocab"])
         model["deltanet"] = {**model["deltanet"], **options}
         tree = _tree(model, [text, recall], train, length, gpu)
-        rates = LEARNING_RATES[scale][-1:] if scale == "smoke" else LEARNING_RATES[scale]
+        rates = learning_rates("ablations", scale)
         labels = {"group": group, "variant": variant}
         cells.append(Cell("ablations", _file_name(f"{group} {variant}"), tree, tests, rates, "loss", labels))
     return cells
@@ -283,7 +300,7 @@ def lm_cells(scale: Scale, gpu: bool, models: tuple[str, ...], text: str | None)
             tree["engine"]["activation_checkpointing"] = length > 8192
             tree["data"]["holdout"] = 0.2  # enough of the library for the longest sequence
             labels = {"model": model, "length": length}
-            rates = LM_LEARNING_RATES[scale]
+            rates = learning_rates("lm", scale)
             cells.append(Cell("lm", f"{model}-{length}", tree, tests, rates, "loss", labels))
     return cells
 

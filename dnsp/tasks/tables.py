@@ -11,7 +11,16 @@ from typing import Any
 
 from dnsp.tasks import document
 from dnsp.tasks.queue import chosen_rate
-from dnsp.tasks.suite import ABLATIONS, FINAL_SEEDS, MODELS, NAMES, SEARCH_SEED, VALIDATION, Scale
+from dnsp.tasks.suite import (
+    ABLATIONS,
+    FINAL_SEEDS,
+    MODELS,
+    NAMES,
+    SEARCH_SEED,
+    VALIDATION,
+    Scale,
+    learning_rates,
+)  # fmt: skip
 
 TITLES = {
     "kv": "Key-value retrieval",
@@ -59,6 +68,11 @@ class Summary:
         return [result["tests"][test][figure] for result in self.finals if test in result["tests"]]
 
     @property
+    def whole(self) -> bool:
+        """Whether all its seeds are there."""
+        return len(self.finals) == self.wanted
+
+    @property
     def diverged(self) -> int:
         return sum(result["outcome"] == "diverged" for result in self.finals)
 
@@ -73,7 +87,8 @@ def summaries(results: Iterable[Result], scale: Scale) -> list[Summary]:
     for (task, cell), runs in by_cell.items():
         search = {run["lr"]: run for run in runs if run["seed"] == SEARCH_SEED}
         choose = "loss" if task in ("ablations", "lm") else "accuracy"
-        lr = chosen_rate(list(search.values()), choose) if search else None
+        searched = len(search) == len(learning_rates(task, scale))
+        lr = chosen_rate(list(search.values()), choose) if searched else None
         seeds = FINAL_SEEDS[scale]
         finals = sorted((r for r in runs if r["lr"] == lr and r["seed"] in seeds), key=lambda r: r["seed"])
         tests = list(runs[0]["tests"]) or next((list(r["tests"]) for r in runs if r["tests"]), [])
@@ -139,13 +154,10 @@ def recall_tables(task: str, cells: list[Summary], scale: Scale = "full") -> lis
 
 
 def recall_verdicts(task: str, cells: list[Summary], width: int) -> list[str]:
-    """What was to be reached, and whether it was; nothing where a model is missing."""
-    means = {
-        cell.labels["model"]: mean(values)
-        for cell in cells
-        if cell.labels["width"] == width and (values := cell.values("test"))
-    }
-    said = []
+    """What was to be reached, and whether it was; nothing of models that are missing, or not finished."""
+    shown = [cell for cell in cells if cell.labels["width"] == width]
+    means = {cell.labels["model"]: mean(values) for cell in shown if cell.whole and (values := cell.values("test"))}
+    said = _unfinished(shown)
     stated = document.RECALL.get(task, {}).get("deltanet")
     for model in ("deltanet", "gated_delta", "hybrid"):
         if model not in means:
@@ -159,6 +171,11 @@ def recall_verdicts(task: str, cells: list[Summary], width: int) -> list[str]:
         near = "within" if means["hybrid"] >= means["attention"] - 1 else "not within"
         said.append(f"hybrid {near} 1 point of attention")
     return said
+
+
+def _unfinished(cells: list[Summary]) -> list[str]:
+    left = [cell.labels["model"] for cell in cells if not cell.whole]
+    return [f"not finished: {', '.join(left)}"] if left else []
 
 
 def _reaches(ours: float, theirs: float) -> str:
@@ -202,10 +219,8 @@ def ablation_tables(cells: list[Summary]) -> list[Table]:
         picked += [base] if base is not None else []
         theirs = ["document's perplexity", "document's recall %" if group == "beta" else "document's stability"]
         rows = [[*row(cell), *stated.get(cell.labels["variant"], [None, None])] for cell in picked]
-        verdicts = [order_verdict([by_variant[name] for name in stated if name in by_variant])]
-        if group == "norm":  # the same with keys of norm 1
-            verdicts.append(order_verdict([by_variant[name] for name in SCALED_NORMS if name in by_variant]))
-        note = "; ".join(filter(None, verdicts))
+        orders = [list(stated), list(SCALED_NORMS)] if group == "norm" else [list(stated)]  # also with keys of norm 1
+        note = "; ".join(filter(None, (order_verdict([by_variant.get(n, n) for n in names]) for names in orders)))
         tables.append(Table(f"ablation-{group}", title, ["variant", *own, *theirs], rows, note))
     others = [cell for cell in cells if cell.labels["group"] not in ("beta", "norm", "base")]
     if others:
@@ -215,9 +230,14 @@ def ablation_tables(cells: list[Summary]) -> list[Table]:
     return tables
 
 
-def order_verdict(cells: list[Summary]) -> str:
-    """Whether perplexities fall in the order of the document's table, and whether any spreads overlap. A variant whose
-    runs all diverged is worse than any that did not."""
+def order_verdict(variants: Sequence[Summary | str]) -> str:
+    """Whether perplexities fall in the order of the document's table, and whether any spreads overlap; of none while
+    one is not finished, or not begun (its name alone). A variant whose runs all diverged is worse than any that did
+    not."""
+    cells = [cell for cell in variants if isinstance(cell, Summary) and cell.whole]
+    if len(cells) < len(variants):
+        left = [v if isinstance(v, str) else v.labels["variant"] for v in variants if v not in cells]
+        return f"nothing is said of the order, not finished: {', '.join(left)}"
     spans = []
     for cell in cells:
         values = perplexity(cell.values("text", "loss"))
@@ -287,3 +307,33 @@ def search_table(cells: list[Summary]) -> Table:
     rows = [[cell.task, cell.cell, *(shown(cell, lr) for lr in rates), cell.lr] for cell in cells]
     columns = ["task", "run", *(f"{lr:g}" for lr in rates), "chosen"]
     return Table("search", f"Search of the learning rate, validation on seed {SEARCH_SEED}", columns, rows)
+
+
+def configuration_table(results: Iterable[Result]) -> Table:
+    """What the runs of each task and size have in common, and what they were searched over."""
+    by_size: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
+    for result in results:
+        if result["kind"] == "train" and "config" in result:
+            size = result["config"]["model"]["hidden_size"], _lengths(result)
+            by_size[NAMES.index(result["task"]), *size].append(result)
+    rows = []
+    for (task, width, lengths), runs in sorted(by_size.items(), key=lambda item: item[0]):
+        model, train = runs[0]["config"]["model"], runs[0]["config"]["train"]
+        sources = [" ".join([s["path"], *(f"{k}={v}" for k, v in s.get("options", {}).items())])
+                   for s in runs[0]["config"]["data"]["sources"]]  # fmt: skip
+        rows.append([
+            NAMES[task], width, model["num_hidden_layers"], model["vocab_size"], "; ".join(sources), lengths,
+            train["global_batch"], max(run["training"]["steps"] for run in runs), train["warmup_steps"],
+            ", ".join(f"{lr:g}" for lr in sorted({run["lr"] for run in runs})),
+            runs[0]["config"]["engine"]["dtype"],
+        ])  # fmt: skip
+    columns = ["task", "width", "layers", "vocabulary", "data", "length", "sequences a step", "steps", "warm-up",
+               "learning rates", "dtype"]  # fmt: skip
+    note = "every setting is in config.yaml of each run's folder"
+    return Table("configuration", "What was trained", columns, rows, note)
+
+
+def _lengths(result: Result) -> str:
+    """Tokens of a sequence; of several, one after another."""
+    stages = result["config"]["train"].get("stages") or [result["config"]["data"]]
+    return ", ".join(str(stage["sequence_length"]) for stage in stages)

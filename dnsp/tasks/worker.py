@@ -25,6 +25,7 @@ from typing import IO, Any
 import torch
 import yaml
 
+from dnsp import checkpoint, stalls
 from dnsp.config import Config, parse_config
 from dnsp.errors import RunError, UsageError
 from dnsp.evaluate import load_run
@@ -34,6 +35,7 @@ from dnsp.tasks.measure import measure
 
 RESULT = "result.json"
 PACKAGES = ("dnsp", "torch", "triton", "deepspeed", "liger-kernel", "numpy")
+CURVE = 250  # steps of a run's curve
 LEFT_OVER = 2**30  # bytes of GPU memory still taken between jobs: a new process takes over
 DIVERGED = ("the loss is not finite", "the gradient norm is")
 
@@ -80,6 +82,8 @@ def train_and_ask(job: dict[str, Any], folder: Path) -> dict[str, Any] | None:
     """A run by the ordinary loop, gone on with where it was, and its tests. None: it was asked to stop, and saved."""
     config = run_config(job, folder)
     began = time.time()
+    if checkpoint.checkpoints(folder) and checkpoint.latest(folder)[0] is None:
+        shutil.rmtree(folder / checkpoint.FOLDER)  # copied while it was written, say: the run begins anew
     try:
         figures = _train(config, folder, job.get("ranks") or 1)
     except RunError as error:
@@ -101,7 +105,7 @@ def run_config(job: dict[str, Any], folder: Path) -> Config:
     for section, settings in {
         "train": {"lr": job["lr"], "seed": job["seed"]},
         "data": {"seed": job["data_seed"]},
-        "run": {"dir": str(folder)},
+        "run": {"dir": str(folder), "tensorboard": False},
         "checkpoint": {"every": job["checkpoint_every"], "keep": 1},
     }.items():
         tree[section] = {**tree.get(section, {}), **settings}
@@ -171,14 +175,19 @@ def surroundings() -> dict[str, Any]:
 
 
 def make_small(folder: Path) -> None:
-    """A finished run's folder, of which there are hundreds: without checkpoints and TensorBoard's copy of the metrics,
-    and with the metrics packed."""
-    for name in ("checkpoints", "tensorboard"):
+    """A finished run's folder, of which there are hundreds and which may be sent elsewhere: without checkpoints and
+    what a failure leaves, and with a curve of at most ``CURVE`` of its steps in place of the metrics."""
+    for name in (checkpoint.FOLDER, stalls.STACKS):
         shutil.rmtree(folder / name, ignore_errors=True)
     metrics = folder / "metrics.jsonl"
     if metrics.exists():
-        with gzip.open(folder / "metrics.jsonl.gz", "wb") as packed:
-            packed.write(metrics.read_bytes())
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        every = -(-len(lines) // CURVE)
+        curve = [line for line in lines if line["step"] % every == 0 or line is lines[-1]]
+        with gzip.open(folder / "metrics.jsonl.gz", "wt") as packed:
+            for line in curve:
+                short = {name: float(f"{line[name]:.5g}") for name in ("loss", "grad_norm", "lr", "step_s")}
+                packed.write(json.dumps({"step": line["step"], **short}) + "\n")
         metrics.unlink()
 
 

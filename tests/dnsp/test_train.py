@@ -12,6 +12,13 @@ from typing import Any
 import pytest
 
 from dnsp.cli import main
+from dnsp.config import parse_config
+from dnsp.data.mix import open_data
+from dnsp.data.prepare import prepare
+from dnsp.parallel.grid import Grid
+from dnsp.parallel.plan import Plan
+from dnsp.schedule import Span
+from dnsp.train import _micro_batch
 
 # relative differences of a step's loss from the two-rank run's
 TOLERANCE = {"one rank": 2e-5, "zero 1": 2e-5, "data parallel": 2e-5}
@@ -200,3 +207,34 @@ def test_a_run_on_a_gpu(
     assert compared(*losses) < 0.005, losses
     done = dnsp("eval", name, cwd=workplace, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_plan_serves_where_documents_lie_alike(tmp_path: Path) -> None:
+    """Recall tasks have one document a row: their plan is made once a length. Another text is another plan."""
+    (tmp_path / "texts").mkdir()
+    for n in range(1, 30):
+        (tmp_path / "texts" / f"{n}.txt").write_text("a line, " * n)
+    prepare(str(tmp_path / "texts"), tmp_path / "text")
+    plans: dict[str, list[Plan]] = {}
+    for path in ("task:mqar", str(tmp_path / "text")):
+        options = {"vocab": 64, "pairs": 2} if path.startswith("task:") else {}
+        tree = {
+            "model": {"vocab_size": 257},
+            "data": {"sources": [{"path": path, "options": options}], "sequence_length": 64},
+            "train": {"micro_batch": 3, "global_batch": 3},
+        }
+        config = parse_config(tree, "a test")
+        data = open_data(config.data, vocab_size=257)
+        cursor, plan = data.start, None
+        plans[path] = []
+        for length in (64, 64, 128):
+            work = data.step(cursor, length, 3)
+            span = Span(0, 1, length, 1e4)
+            rows, plan = _micro_batch(config, Grid(1, 0, 1), work, 0, span, before=plan)
+            cursor = work.cursor
+            plans[path].append(plan)
+            assert [list(row) for row in plan.documents] == rows.doc_starts and plan.tokens == length
+    first, again, longer = plans["task:mqar"]
+    assert again is first and longer is not first
+    first, again, _ = plans[str(tmp_path / "text")]
+    assert again is not first

@@ -17,15 +17,16 @@ import pytest
 
 from dnsp.config import load_config
 from dnsp.errors import UsageError
-from dnsp.tasks.pool import devices_of, run
+from dnsp.tasks.pool import Worker, devices_of, run
 from dnsp.tasks.queue import Queue, Request, chosen_rate, train_job, with_overrides
 from dnsp.tasks.suite import ABLATIONS, MODELS, NAMES, SEARCH_SEED, VALIDATION, suite
-from dnsp.tasks.worker import RESULT, run_config
+from dnsp.tasks.worker import RESULT, make_small, run_config
 from tests.ranks import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDED = 20.0  # seconds in which a killed queue's processes are gone
 PATIENCE = 240.0
+KEPT = 40_000  # bytes of a short run's folder
 LOSS = 1e-3  # between one rank and two after six steps, relative
 
 
@@ -162,6 +163,97 @@ def test_half_a_result_is_none(tmp_path: Path) -> None:
     assert again.results == {}
 
 
+def test_a_queue_fills_one_table_after_another(tmp_path: Path) -> None:
+    """Searches and final runs of a table before those of the next, whose search is begun where they wait."""
+    names = ["mqar", "recall32k", "kv", "ablations"]
+    queue = Queue(suite(names, "full", True), Request(names, "full", "cuda", tmp_path))
+
+    def table(name: str) -> str:
+        task, cell = name.split("/")[:2]
+        return task if task != "mqar" or cell.endswith("-128") else "other widths"
+
+    order = ["kv", "mqar", "ablations", "recall32k", "other widths"]
+    jobs = queue._jobs(measurements=False)
+    assert list(dict.fromkeys(table(job["name"]) for job, _ in jobs)) == order
+    searches = [job["name"] for job, _ in jobs if job["name"].startswith("kv/") and "seed-0" in job["name"]]
+    assert len(searches) == 5 * 4
+    taken = [queue.next_job(0, False)["name"] for _ in range(25)]  # type: ignore[index]
+    assert taken[:20] == searches and all(name.startswith("mqar/") for name in taken[20:])
+    queue.results = {name: result(float(name.split("lr-")[1].split("-seed")[0]), 50, 1.0) for name in searches}
+    best = {name.split("/")[1]: "0.0003" for name in searches}  # of equal ones the lowest
+    finals = [queue.next_job(0, False)["name"] for _ in range(15)]  # type: ignore[index]
+    assert sorted(finals) == sorted(f"kv/{c}/lr-{lr}-seed-{seed}" for c, lr in best.items() for seed in (1, 2, 3))
+    assert queue.planned["kv"] == dict.fromkeys(best, 7) and queue.total == 7 * (5 + 15 + 5 + 12) + 3
+
+
+def work(jobs: list[dict[str, Any]], folders: list[Path]) -> list[dict[str, Any]]:
+    """What one worker process answers to these jobs, one after another."""
+    lines = "".join(json.dumps({**job, "folder": str(at)}) + "\n" for job, at in zip(jobs, folders, strict=True))
+    done = subprocess.run(
+        [sys.executable, "-m", "dnsp", "tasks", "worker"], env=environment(), input=lines, capture_output=True,
+        text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_worker_goes_on_behind_what_diverged_and_what_is_damaged(tmp_path: Path) -> None:
+    """A run that diverges is a result, and the process' next run has the figures that it has in a process of its own.
+    Half a checkpoint, of a folder that was copied while it was written, is no reason to fail."""
+    cell = with_overrides(suite(["mqar"], "smoke", False, ("deltanet",)).cells[0], ["train.steps=6"])
+    usual = train_job(cell, 1e-3, 0, "smoke")
+    lost = {**usual, "lr": 1e30, "name": "lost"}
+    (alone,) = work([usual], [tmp_path / "alone"])
+    cut = tmp_path / "behind" / "checkpoints" / "step-00000003"
+    cut.mkdir(parents=True)
+    (cut / "manifest.json").write_text("{")
+    answers = work([lost, usual], [tmp_path / "lost", tmp_path / "behind"])
+    assert [answer["status"] for answer in (alone, *answers)] == ["finished"] * 3, answers
+    first, second, diverged = (
+        json.loads((tmp_path / name / RESULT).read_text()) for name in ("alone", "behind", "lost")
+    )
+    assert diverged["outcome"] == "diverged" and "the gradient norm is nan" in diverged["message"]
+    assert first["tests"] == second["tests"] and first["training"]["loss"] == second["training"]["loss"]
+    for name in ("alone", "behind", "lost"):
+        kept = sum(path.stat().st_size for path in (tmp_path / name).rglob("*") if path.is_file())
+        assert kept < KEPT, (name, kept)
+        assert not (tmp_path / name / "tensorboard").exists()
+
+
+def test_a_process_that_failed_has_ended_before_its_job_is_tried_again(tmp_path: Path) -> None:
+    """It holds the lock of the run's folder, and another worker may be waiting for a job."""
+    said: list[str] = []
+
+    class Stub:
+        jobs = [{"name": "a run", "folder": str(tmp_path)}]
+
+        def next_job(self, worker: int, measurements: bool) -> dict[str, Any] | None:
+            return self.jobs.pop() if self.jobs else None
+
+        def done(self, worker: int, job: dict[str, Any], answer: dict[str, Any]) -> None:
+            said.append(f"{job['name']} {answer['status']}")
+
+    class Told(Worker):
+        def _carry_out(self, job: dict[str, Any]) -> dict[str, Any]:
+            return {"status": "failed", "recycle": True}
+
+        def end(self) -> None:
+            said.append("ended")
+
+    Told(Stub(), 0, {}, False).run()  # type: ignore[arg-type]
+    assert said == ["ended", "a run failed", "ended"]
+
+
+def test_of_a_long_run_a_curve_is_kept(tmp_path: Path) -> None:
+    steps = range(1, 2501)
+    record = {"loss": 1 / 3, "grad_norm": 2 / 3, "lr": 1e-3, "step_s": 0.01, "tokens_per_s": 1.0}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": n, **record}) + "\n" for n in steps))
+    make_small(tmp_path)
+    with gzip.open(tmp_path / "metrics.jsonl.gz", "rt") as packed:
+        curve = [json.loads(line) for line in packed]
+    assert [line["step"] for line in curve] == list(range(10, 2501, 10))
+    assert curve[0]["loss"] == 0.33333 and not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_the_cpu_is_one_device() -> None:
     assert devices_of("cpu") == [""]
 
@@ -170,7 +262,7 @@ def test_the_cpu_is_one_device() -> None:
 @pytest.mark.timeout(1200)
 def test_killed_and_gone_on_with_it_comes_to_the_same(tmp_path: Path) -> None:
     """kill -9 in the middle: nothing is left running, what was finished is not done again, and every figure is that of
-    a queue that was left alone."""
+    a queue that was left alone, though the folder has another place now."""
     arguments = ("kv", "--models", "deltanet,attention", "train.steps=25", "checkpoint.every=5")
     whole = subprocess.run(
         command(tmp_path / "whole", *arguments), env=environment(), capture_output=True, text=True, timeout=PATIENCE
@@ -190,6 +282,7 @@ def test_killed_and_gone_on_with_it_comes_to_the_same(tmp_path: Path) -> None:
     assert 1 <= len(before) < 4 and family
     psutil.wait_procs(family, timeout=ENDED)
     assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    out = out.rename(tmp_path / "moved")
     stamps = {name: (out / "runs" / name / RESULT).stat().st_mtime_ns for name in finished(out)}
     again = subprocess.run(
         command(out, *arguments), env=environment(), capture_output=True, text=True, timeout=PATIENCE
