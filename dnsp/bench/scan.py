@@ -13,8 +13,8 @@
 
                   while states travel, a rank does what needs none of them, and then waits
 
-    hop           a flag seen by the waiting kernel minus the flag's raising, by the device's timer; one GPU only, for
-                  two GPUs' timers differ
+    hop           a flag seen by the waiting kernel minus the flag's raising, by the device's timer; of several GPUs,
+                  whose timers differ, half of the way there and back
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -358,26 +358,58 @@ def _filling(layout: Layout, request: dict[str, Any], multiprocessors: int) -> i
 
 
 def _hops(step: Step, ranks: Ranks) -> list[float]:
-    """Microseconds from a flag's raising to its sight, of forward scans; where the GPU is one, contiguous alone (there
-    a rank waits and raises once)."""
-    if step.plan.layout.kind != "contiguous" or torch.cuda.device_count() > 1:
+    """Microseconds from a flag's raising to its sight; contiguous alone, where a rank waits and raises once a pass."""
+    if step.plan.layout.kind != "contiguous":
         return []
     from dnsp.parallel import symmetric
 
     clock = symmetric.memory(step.plan.comm, ranks.device).clock
-    found = []
+    last = ranks.grid.world - 1
+    one_gpu = torch.cuda.device_count() == 1
+
+    def stamps() -> list[Stamps]:
+        torch.cuda.synchronize()
+        mine = clock.stamps.cpu()
+        return ranks.comm.from_all(Stamps(int(mine[0]), int(mine[1]), int(mine[2:].max())))
+
+    found: list[float] = []
     for _ in range(HOPS):
         ranks.wait()
-        with torch.no_grad():
-            step.forward()
-        torch.cuda.synchronize()
-        stamps = clock.stamps.cpu()
-        mine = int(stamps[0]), int(stamps[1]), int(stamps[2:].max())  # began to wait, saw, raised
-        everyone = ranks.comm.from_all(mine)
-        for (_, _, raised), (began, saw, _) in zip(everyone, everyone[1:], strict=False):
-            if began < raised:  # it was waiting
-                found.append((saw - raised) / 1e3)
+        if ranks.first and not one_gpu:
+            torch.cuda._sleep(AHEAD)  # the others wait when this one raises
+        o, _ = step.forward()
+        there = stamps()
+        if one_gpu:
+            found += hops_there(there)
+            continue
+        if ranks.grid.rank == last:
+            torch.cuda._sleep(AHEAD)
+        torch.autograd.grad(o, list(step.inputs.values()), step.do)
+        found += hops_and_back(there, stamps())
     return found
+
+
+class Stamps(NamedTuple):
+    """Of a rank's pass, by its GPU's timer, ns: when it began to wait for its message, saw it, and raised the next."""
+
+    began: int
+    saw: int
+    raised: int
+
+
+def hops_there(ranks: Sequence[Stamps]) -> list[float]:
+    """Microseconds of the hops to ranks that were waiting, where all have one timer."""
+    pairs = zip(ranks, ranks[1:], strict=False)
+    return [(after.saw - before.raised) / 1e3 for before, after in pairs if after.began < before.raised]
+
+
+def hops_and_back(there: Sequence[Stamps], back: Sequence[Stamps]) -> list[float]:
+    """The same where every rank has a timer of its own, of which differences alone count: half of what is left of the
+    time between a rank's raising in the forward pass and its sight of the answer in the backward one, without the time
+    that the next rank had the message."""
+    return [
+        ((back[r].saw - there[r].raised) - (back[r + 1].raised - there[r + 1].saw)) / 2e3 for r in range(len(there) - 1)
+    ]
 
 
 def _replays(layout: Layout, request: dict[str, Any], ranks: Ranks, like: Step) -> dict[int, list[Work]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dnsp.bench.scan import Work, _shortest, makespan, table
+from dnsp.bench.scan import Stamps, Work, _shortest, hops_and_back, hops_there, makespan, table
 from dnsp.cli import main
 from dnsp.parallel.layout import Layout
 
@@ -82,6 +82,19 @@ def test_the_shortest_of_several_segment_lengths_counts() -> None:
     fast = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0) for _ in range(2)]
     full = [Work(9.0, [4.0], 0.0, 19.0, [8.0], 0.0, 4.0) for _ in range(2)]  # more segments, a longer chain
     assert _shortest(layout, {64: full, 256: fast}, 1000.0) == (43.0, 256)
+
+
+def test_hops_by_one_timer_and_by_several() -> None:
+    """Three ranks; a hop takes 7 us there and 9 us back, and the one in the middle has a message for 20 us each way. Then
+    with timers that are 1 s and 2 s ahead."""
+    there = [Stamps(0, 0, 10_000), Stamps(1_000, 17_000, 37_000), Stamps(2_000, 44_000, 0)]
+    assert hops_there(there) == [7.0, 7.0]
+    assert hops_there([there[0], there[1]._replace(began=11_000), there[2]]) == [7.0]  # it came late: it did not wait
+    # backward: the third raises at 100, the second sees it at 109 and raises at 129, the first sees it at 138
+    back = [Stamps(0, 138_000, 0), Stamps(0, 109_000, 129_000), Stamps(0, 0, 100_000)]
+    ahead = [0, 1_000_000_000, 2_000_000_000]
+    there, back = ([Stamps(*(x + by for x in s)) for s, by in zip(p, ahead, strict=True)] for p in (there, back))
+    assert hops_and_back(there, back) == [8.0, 8.0]
 
 
 def test_the_makespan_is_that_of_a_chain() -> None:
