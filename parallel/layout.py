@@ -51,7 +51,7 @@ class Layout:
 
     def indices(self, rank: int) -> tuple[int, ...]:
         """The intervals of a rank by index, increasing: its local order."""
-        return tuple(i for i in range(self.count) if self.owner(i) == rank)
+        return (rank, self.count - 1 - rank) if self.count > self.ranks else (rank,)
 
     def bounds(self, interval: int) -> tuple[int, int]:
         """Global (start, stop) of an interval."""

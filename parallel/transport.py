@@ -105,7 +105,8 @@ class Transport:
             sends = [(peer, _on_host(tensor)) for peer, tensor in sends]
             staged = [(torch.empty_like(buffer, device="cpu", pin_memory=True), buffer) for _, buffer in receives]
             receives = [(peer, host) for (peer, _), (host, _) in zip(receives, staged, strict=True)]
-            torch.cuda.current_stream(tensors[0].device).synchronize()  # gloo reads the host's memory at once
+            if sends:
+                torch.cuda.current_stream(tensors[0].device).synchronize()  # gloo reads the host's memory at once
             tensors += [tensor for _, tensor in [*sends, *receives]]
         ops = [dist.P2POp(dist.isend, tensor, self.ranks[peer], self.group) for peer, tensor in sends]
         ops += [dist.P2POp(dist.irecv, buffer, self.ranks[peer], self.group) for peer, buffer in receives]

@@ -27,11 +27,12 @@ from dnsp.bench.common import make_console, reason
 from dnsp.errors import UsageError
 from dnsp.launch.environment import find_environment
 from dnsp.launch.local import start_ranks
+from dnsp.parallel.errors import PeerLost
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import KINDS, Layout
 from dnsp.parallel.transport import Transport
 
-TIMEOUT = 600.0  # seconds that a message may take: peers tune their kernels at their first call, each rank for itself
+TIMEOUT = 300.0  # seconds that a message may take: peers tune their kernels at their first call, each rank for itself
 WARM = 2  # turns before any is timed
 Work = Callable[[], Any]
 
@@ -70,6 +71,8 @@ class Ranks:
             try:
                 work()
                 self.synchronize()
+            except PeerLost:
+                raise
             except Exception as error:  # a peer may fail in any way; its ranks then fail alike
                 words = reason(error)
             if said := next(filter(None, self.comm.from_all(words)), None):

@@ -85,8 +85,8 @@ def test_the_shortest_of_several_segment_lengths_counts() -> None:
 
 
 def test_hops_by_one_timer_and_by_several() -> None:
-    """Three ranks; a hop takes 7 us there and 9 us back, and the one in the middle has a message for 20 us each way. Then
-    with timers that are 1 s and 2 s ahead."""
+    """Three ranks; a hop takes 7 us there and 9 us back, and the one in the middle has a message for 20 us each way.
+    Then with timers that are 1 s and 2 s ahead."""
     there = [Stamps(0, 0, 10_000), Stamps(1_000, 17_000, 37_000), Stamps(2_000, 44_000, 0)]
     assert hops_there(there) == [7.0, 7.0]
     assert hops_there([there[0], there[1]._replace(began=11_000), there[2]]) == [7.0]  # it came late: it did not wait
