@@ -75,7 +75,7 @@ TURNS = ("kv", "copy", "mqar", "ablations", "recall32k", "lm")
 
 
 def turn(cell: Cell, scale: Scale) -> tuple[bool, bool, int]:
-    """By what a queue sorts its tables, so that it has whole ones at any moment, and part of one: as in ``TURNS``, those
+    """By what a queue sorts its tables, so that it has whole ones at any time, and part of one: as in ``TURNS``, those
     of other widths than the usual behind all that have it, and ``lm`` behind them."""
     beside = cell.labels.get("width", RECALL_WIDTH[scale]) != RECALL_WIDTH[scale]
     return cell.task == "lm", beside, TURNS.index(cell.task)
