@@ -20,10 +20,9 @@ from dnsp import watchdog
 from dnsp.config import Config, FaultsConfig
 from dnsp.engine import Engine, out_of_memory
 from dnsp.errors import Echo, RunError
-from dnsp.fits import model_bytes
+from dnsp.memory import GIB, model_bytes
 from dnsp.parallel.grid import Grid
 
-GIB = 2**30
 Parts = dict[str, float]  # bytes by what they are for
 Ways = Iterator[tuple[str, str]]  # a setting, and why
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +13,13 @@ import torch
 from dnsp import checkpoint
 from dnsp.begin import check_free, check_settings
 from dnsp.cli import check_ranks
-from dnsp.config import Config, EngineConfig
+from dnsp.config import Config
 from dnsp.data.mix import open_data
 from dnsp.data.tokenizer import load_tokenizer
-from dnsp.deepspeed_json import BUCKET
 from dnsp.errors import RunError, UsageError
 from dnsp.flops import step_flops
 from dnsp.launch.local import cores
+from dnsp.memory import GIB, Held, model_bytes
 from dnsp.model.decoder import Decoder
 from dnsp.parallel.errors import LayoutError, PlanError
 from dnsp.schedule import spans
@@ -28,10 +27,7 @@ from dnsp.schedule import spans
 if TYPE_CHECKING:
     from dnsp.doctor import Row
 
-GIB = 2**30
-FP32 = 4  # bytes of everything that the engine keeps
 ROOM = 0.9  # of the memory that is there may be planned with
-LIVE = 10**9  # parameters that DeepSpeed leaves gathered under ZeRO 3, where engine.deepspeed does not say otherwise
 
 
 def ranks_of(config: Config, asked: int | None, slots: int | None) -> int:
@@ -98,35 +94,6 @@ def _data(config: Config) -> str:
         for span in spans(config):
             data.check_length(span.sequence_length)
     return f"{len(config.data.sources)} source{'s' if len(config.data.sources) > 1 else ''}"
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes of a rank on its device and in the host's memory."""
-
-    device: float
-    host: float = 0.0
-
-
-def model_bytes(parameters: int, engine: EngineConfig, ranks: int) -> dict[str, Held]:
-    """What a rank keeps of the model by ZeRO stage and offloading; what comes with the tokens is not in it."""
-    whole, stage = float(FP32 * parameters), engine.zero_stage
-    shard = whole / ranks
-    weights = shard if stage == 3 else whole
-    gradients = shard if stage >= 2 else whole
-    optimizer = 3 * shard if stage else 2 * whole  # with a stage, weights of its own beside the two moments
-    held = {
-        "parameters": Held(0, weights) if engine.offload_parameters else Held(weights),
-        # they go where the update is made, a shard at a time
-        "gradients": Held(0, gradients) if engine.offload_optimizer and stage >= 2 else Held(gradients),
-        "moments and master weights": Held(0, optimizer) if engine.offload_optimizer else Held(optimizer),
-    }
-    if stage and ranks > 1:
-        held["buckets"] = Held(2 * FP32 * min(BUCKET, parameters))  # one is filled while the other is reduced
-    if stage == 3 and ranks > 1:
-        live = engine.deepspeed.get("zero_optimization", {}).get("stage3_max_live_parameters", LIVE)
-        held["gathered layers"] = Held(FP32 * min(float(live), parameters))
-    return held
 
 
 def activation_bytes(config: Config, ranks: int) -> float:

@@ -4,9 +4,10 @@
     OUT/runs/TASK/CELL/lr-L-seed-S/       a run: its configuration, metrics, log, and result.json once it is finished
     OUT/runs/TASK/NAME/                   a measurement: its log and result.json
 
-Nothing else is state, and no path in it is absolute: the folder can be moved, and goes on elsewhere. Which run comes
-next follows from the results that are there: table by table the search of every cell, and behind a cell's search its
-final seeds. Measurements of time go first, one at a time, with the device to themselves.
+Nothing else is state, and where the folder lies is read from nothing in it (a run's configuration and its checkpoints
+record ``run.dir``, for people): it can be moved, and goes on elsewhere. Which run comes next follows from the results
+that are there: table by table the search of every cell, and behind a cell's search its final seeds. Measurements of
+time go first, one at a time, with the device to themselves.
 """
 
 from __future__ import annotations
@@ -272,7 +273,7 @@ class Queue:
             self.taken.discard(name)
             self.at_work.pop(worker, None)
             result = _read(Path(job["folder"]) / RESULT)
-            if answer["status"] == "finished" and result is not None:
+            if result is not None:  # whatever became of its process afterwards
                 self.results[name] = result
             elif answer["status"] == "failed":
                 # once more: processes that share a GPU can be ended by each other's faults

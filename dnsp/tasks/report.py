@@ -30,14 +30,19 @@ from dnsp.tasks.tables import (
 )  # fmt: skip
 from dnsp.tasks.worker import RESULT
 
+UNPLANNED = (
+    "  - which are missing is not in its queue.json, of an earlier version: the same command adds it, and goes on"
+)
+
 
 def report(folders: list[Path], json_file: Path | None = None) -> int:
     """Write ``report.md``, ``tables/*.csv`` and ``plots/*.png`` into the first folder, and print the tables.
 
     json_file: where all tables go as one mapping, too.
 
-    Raises UsageError for folders without results, or whose results cannot stand in one table; behind the tables where
-    matplotlib is not installed.
+    Without matplotlib there are no plots, which is said.
+
+    Raises UsageError for folders without results, or whose results cannot stand in one table.
     """
     console = Console(highlight=False)
     queues = [read_queue(folder) for folder in folders]
@@ -57,9 +62,10 @@ def report(folders: list[Path], json_file: Path | None = None) -> int:
     tables = all_tables(list(results.values()), scale)
     out = folders[0]
     try:
-        plots, no_plots = all_plots(list(results.values()), scale, out / "plots"), None
+        plots = all_plots(list(results.values()), scale, out / "plots")
+        made = f"{len(plots)} plots in plots/"
     except UsageError as error:
-        plots, no_plots = [], error
+        plots, made = [], f"no plots: {error}"
     (out / "tables").mkdir(exist_ok=True)
     for table in tables:
         with (out / "tables" / f"{table.name}.csv").open("w", newline="") as file:
@@ -77,9 +83,7 @@ def report(folders: list[Path], json_file: Path | None = None) -> int:
     (out / "report.md").write_text("\n".join([*lines, *_markdown(tables), *_pictures(plots, out)]) + "\n")
     for line in lines[2:]:
         console.print(line, markup=False)
-    if no_plots is not None:
-        raise UsageError(f"{no_plots}; the tables are in {out}/report.md")
-    console.print(f"{out}/report.md, {len(tables)} CSV files in tables/, {len(plots)} plots in plots/", markup=False)
+    console.print(f"{out}/report.md, {len(tables)} CSV files in tables/, {made}", markup=False)
     return 0
 
 
@@ -134,7 +138,7 @@ def _head(folders: list[Path], queues: list[dict[str, Any]], results: list[Resul
         command = " ".join(queue["command"])
         lines.append(f"- `{command}`: {len(found)} of {queue['total']} finished")
         if len(found) < queue["total"]:
-            lines += _missing(queue["planned"], found)
+            lines += _missing(queue["planned"], found) if "planned" in queue else [UNPLANNED]
     versions = sorted({json.dumps(result["versions"], sort_keys=True) for result in results})
     for text in versions:
         lines.append("- " + ", ".join(f"{name} {number}" for name, number in json.loads(text).items()))

@@ -71,14 +71,14 @@ class Suite:
     measurements: tuple[Measurement, ...]
 
 
-# Tables in the order in which a queue fills them: what it has at any moment is whole tables, and part of one.
-TURNS = ("kv", "copy", "mqar", "ablations", "recall32k", "mqar at other widths", "lm")
+TURNS = ("kv", "copy", "mqar", "ablations", "recall32k", "lm")
 
 
-def turn(cell: Cell, scale: Scale) -> int:
-    """The place of a cell's table among ``TURNS``."""
+def turn(cell: Cell, scale: Scale) -> tuple[bool, bool, int]:
+    """By what a queue sorts its tables, so that it has whole ones at any time, and part of one: as in ``TURNS``, those
+    of other widths than the usual behind all that have it, and ``lm`` behind them."""
     beside = cell.labels.get("width", RECALL_WIDTH[scale]) != RECALL_WIDTH[scale]
-    return TURNS.index(f"{cell.task} at other widths" if beside else cell.task)
+    return cell.task == "lm", beside, TURNS.index(cell.task)
 
 
 def suite(

@@ -314,17 +314,17 @@ def configuration_table(results: Iterable[Result]) -> Table:
     by_size: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
     for result in results:
         if result["kind"] == "train" and "config" in result:
-            size = result["config"]["model"]["hidden_size"], _lengths(result)
-            by_size[NAMES.index(result["task"]), *size].append(result)
+            width = result["config"]["model"]["hidden_size"]
+            by_size[NAMES.index(result["task"]), width, *_lengths(result)].append(result)
     rows = []
-    for (task, width, lengths), runs in sorted(by_size.items(), key=lambda item: item[0]):
+    for (task, width, *lengths), runs in sorted(by_size.items(), key=lambda item: item[0]):
         model, train = runs[0]["config"]["model"], runs[0]["config"]["train"]
         sources = [" ".join([s["path"], *(f"{k}={v}" for k, v in s.get("options", {}).items())])
                    for s in runs[0]["config"]["data"]["sources"]]  # fmt: skip
         rows.append([
-            NAMES[task], width, model["num_hidden_layers"], model["vocab_size"], "; ".join(sources), lengths,
-            train["global_batch"], max(run["training"]["steps"] for run in runs), train["warmup_steps"],
-            ", ".join(f"{lr:g}" for lr in sorted({run["lr"] for run in runs})),
+            NAMES[task], width, model["num_hidden_layers"], model["vocab_size"], "; ".join(sources),
+            ", ".join(map(str, lengths)), train["global_batch"], max(run["training"]["steps"] for run in runs),
+            train["warmup_steps"], ", ".join(f"{lr:g}" for lr in sorted({run["lr"] for run in runs})),
             runs[0]["config"]["engine"]["dtype"],
         ])  # fmt: skip
     columns = ["task", "width", "layers", "vocabulary", "data", "length", "sequences a step", "steps", "warm-up",
@@ -333,7 +333,7 @@ def configuration_table(results: Iterable[Result]) -> Table:
     return Table("configuration", "What was trained", columns, rows, note)
 
 
-def _lengths(result: Result) -> str:
-    """Tokens of a sequence; of several, one after another."""
+def _lengths(result: Result) -> list[int]:
+    """Tokens of a sequence, stage by stage."""
     stages = result["config"]["train"].get("stages") or [result["config"]["data"]]
-    return ", ".join(str(stage["sequence_length"]) for stage in stages)
+    return [stage["sequence_length"] for stage in stages]

@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from dnsp import checkpoint, stalls
 from dnsp.config import Config, parse_config
@@ -82,10 +83,8 @@ def train_and_ask(job: dict[str, Any], folder: Path) -> dict[str, Any] | None:
     """A run by the ordinary loop, gone on with where it was, and its tests. None: it was asked to stop, and saved."""
     config = run_config(job, folder)
     began = time.time()
-    if checkpoint.checkpoints(folder) and checkpoint.latest(folder)[0] is None:
-        shutil.rmtree(folder / checkpoint.FOLDER)  # copied while it was written, say: the run begins anew
     try:
-        figures = _train(config, folder, job.get("ranks") or 1)
+        figures = _go_on(config, folder, job.get("ranks") or 1)
     except RunError as error:
         if any(words in str(error) for words in DIVERGED):
             return {"outcome": "diverged", "message": str(error), "tests": {}, "training": training_record(folder)}
@@ -111,6 +110,28 @@ def run_config(job: dict[str, Any], folder: Path) -> Config:
         tree[section] = {**tree.get(section, {}), **settings}
     tree["resume"] = "auto"
     return parse_config(tree, job["name"])
+
+
+def _go_on(config: Config, folder: Path, ranks: int) -> dict[str, Any]:
+    try:
+        return _train(config, folder, ranks)
+    except UsageError:
+        if not without_damaged(folder):
+            raise
+    return _train(config, folder, ranks)
+
+
+def without_damaged(folder: Path) -> bool:
+    """Remove a run's checkpoints where none is whole (copied while it was written, say) and no process is at it.
+    Returns whether there were such: the run can begin anew."""
+    try:
+        with FileLock(folder / ".lock", blocking=False):
+            if not checkpoint.checkpoints(folder) or checkpoint.latest(folder)[0] is not None:
+                return False
+            shutil.rmtree(folder / checkpoint.FOLDER)
+            return True
+    except Timeout:
+        return False
 
 
 def _train(config: Config, folder: Path, ranks: int) -> dict[str, Any]:
@@ -176,19 +197,30 @@ def surroundings() -> dict[str, Any]:
 
 def make_small(folder: Path) -> None:
     """A finished run's folder, of which there are hundreds and which may be sent elsewhere: without checkpoints and
-    what a failure leaves, and with a curve of at most ``CURVE`` of its steps in place of the metrics."""
-    for name in (checkpoint.FOLDER, stalls.STACKS):
+    what a failure leaves, and with a curve of at most ``CURVE`` of its steps in place of the metrics. Its result is
+    there already: on a full disk the metrics stay as they are."""
+    packed = folder / "metrics.jsonl.gz"
+    try:
+        pack_metrics(folder / "metrics.jsonl", packed)
+    except OSError as error:
+        print(f"the metrics are not packed: {error}")
+        packed.unlink(missing_ok=True)
+    for name in (checkpoint.FOLDER, stalls.STACKS, "tensorboard"):  # the last in runs of earlier versions
         shutil.rmtree(folder / name, ignore_errors=True)
-    metrics = folder / "metrics.jsonl"
-    if metrics.exists():
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-        every = -(-len(lines) // CURVE)
-        curve = [line for line in lines if line["step"] % every == 0 or line is lines[-1]]
-        with gzip.open(folder / "metrics.jsonl.gz", "wt") as packed:
-            for line in curve:
-                short = {name: float(f"{line[name]:.5g}") for name in ("loss", "grad_norm", "lr", "step_s")}
-                packed.write(json.dumps({"step": line["step"], **short}) + "\n")
-        metrics.unlink()
+
+
+def pack_metrics(metrics: Path, packed: Path) -> None:
+    """A curve of a run's metrics in their place."""
+    if not metrics.exists():
+        return
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    every = -(-len(lines) // CURVE)
+    curve = [line for line in lines if line["step"] % every == 0 or line is lines[-1]]
+    with gzip.open(packed, "wt") as file:
+        for line in curve:
+            short = {name: float(f"{line[name]:.5g}") for name in ("loss", "grad_norm", "lr", "step_s")}
+            file.write(json.dumps({"step": line["step"], **short}) + "\n")
+    metrics.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -180,7 +180,7 @@ def one_process() -> dict[str, Any]:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("world", sorted(CASES))
 def test_a_step_is_the_single_process_step_and_its_state_comes_back(world: int, tmp_path: Path) -> None:
-    from dnsp.fits import model_bytes
+    from dnsp.memory import model_bytes
 
     (truth,) = run_ranks(one_process, 1)
     ranks = run_ranks(all_cases, world, CASES[world], str(tmp_path), timeout=360)

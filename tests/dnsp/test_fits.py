@@ -12,6 +12,7 @@ import torch
 from dnsp import engine, fits
 from dnsp.cli import main
 from dnsp.config import EngineConfig
+from dnsp.memory import Held, model_bytes
 
 
 def findings(workplace: Path, out: Path, *arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
@@ -87,12 +88,12 @@ def test_memory_by_stage(
 
 def test_what_is_away_is_on_the_host() -> None:
     engine = EngineConfig(zero_stage=3, offload_optimizer=True, offload_parameters=True)
-    held = fits.model_bytes(10**9, engine, 8)
-    assert held["parameters"] == held["gradients"] == fits.Held(0, 0.5e9)
-    assert held["moments and master weights"] == fits.Held(0, 1.5e9)
-    assert held["gathered layers"] == fits.Held(4e9)  # what DeepSpeed leaves gathered, and that can be said to it
+    held = model_bytes(10**9, engine, 8)
+    assert held["parameters"] == held["gradients"] == Held(0, 0.5e9)
+    assert held["moments and master weights"] == Held(0, 1.5e9)
+    assert held["gathered layers"] == Held(4e9)  # what DeepSpeed leaves gathered, and that can be said to it
     fewer = engine.model_copy(update={"deepspeed": {"zero_optimization": {"stage3_max_live_parameters": 10**8}}})
-    assert fits.model_bytes(10**9, fewer, 8)["gathered layers"] == fits.Held(0.4e9)
+    assert model_bytes(10**9, fewer, 8)["gathered layers"] == Held(0.4e9)
 
 
 def test_a_folder_that_holds_a_run(workplace: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -14,13 +15,14 @@ from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from dnsp.config import load_config
 from dnsp.errors import UsageError
 from dnsp.tasks.pool import Worker, devices_of, run
 from dnsp.tasks.queue import Queue, Request, chosen_rate, train_job, with_overrides
-from dnsp.tasks.suite import ABLATIONS, MODELS, NAMES, SEARCH_SEED, VALIDATION, suite
-from dnsp.tasks.worker import RESULT, make_small, run_config
+from dnsp.tasks.suite import ABLATIONS, MODELS, NAMES, SEARCH_SEED, VALIDATION, Cell, suite, turn
+from dnsp.tasks.worker import RESULT, make_small, run_config, without_damaged
 from tests.ranks import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,6 +188,25 @@ def test_a_queue_fills_one_table_after_another(tmp_path: Path) -> None:
     assert queue.planned["kv"] == dict.fromkeys(best, 7) and queue.total == 7 * (5 + 15 + 5 + 12) + 3
 
 
+def test_any_task_may_have_other_widths() -> None:
+    kv, wide, last, lm = (
+        turn(Cell(task, "", {}, {}, (), labels={"width": width} if width else {}), "full")
+        for task, width in (("kv", 128), ("kv", 256), ("recall32k", 128), ("lm", 0))
+    )
+    assert kv < last < wide < lm
+
+
+def test_a_result_counts_whatever_its_process_says(tmp_path: Path) -> None:
+    queue = Queue(suite(["kv"], "smoke", False), Request(["kv"], "smoke", "cpu", tmp_path))
+    queue.open().release()
+    job = queue.next_job(0, False)
+    assert job is not None
+    Path(job["folder"]).mkdir(parents=True)
+    (Path(job["folder"]) / RESULT).write_text(json.dumps(result(1e-3, 1, 1)))
+    queue.done(0, job, {"status": "failed", "message": "its process ended with signal SIGKILL"})
+    assert list(queue.results) == [job["name"]] and not queue.tries and not queue.failed
+
+
 def work(jobs: list[dict[str, Any]], folders: list[Path]) -> list[dict[str, Any]]:
     """What one worker process answers to these jobs, one after another."""
     lines = "".join(json.dumps({**job, "folder": str(at)}) + "\n" for job, at in zip(jobs, folders, strict=True))
@@ -247,11 +268,41 @@ def test_of_a_long_run_a_curve_is_kept(tmp_path: Path) -> None:
     steps = range(1, 2501)
     record = {"loss": 1 / 3, "grad_norm": 2 / 3, "lr": 1e-3, "step_s": 0.01, "tokens_per_s": 1.0}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": n, **record}) + "\n" for n in steps))
+    (tmp_path / "tensorboard").mkdir()
     make_small(tmp_path)
     with gzip.open(tmp_path / "metrics.jsonl.gz", "rt") as packed:
         curve = [json.loads(line) for line in packed]
     assert [line["step"] for line in curve] == list(range(10, 2501, 10))
-    assert curve[0]["loss"] == 0.33333 and not (tmp_path / "metrics.jsonl").exists()
+    assert curve[0]["loss"] == 0.33333 and [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl.gz"]
+
+
+def test_a_full_disk_behind_a_result_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, mode: str) -> None:
+        assert (tmp_path / "checkpoints").exists()
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gzip, "open", full)
+    line = json.dumps({"step": 1, "loss": 1.0}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(line)
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    make_small(tmp_path)
+    assert "not packed: [Errno 28] No space left" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_text() == line
+
+
+def test_damaged_checkpoints_of_a_living_run_are_left_alone(tmp_path: Path) -> None:
+    cut = tmp_path / "checkpoints" / "step-00000003"
+    cut.mkdir(parents=True)
+    (cut / "manifest.json").write_text("{")
+    with FileLock(tmp_path / ".lock"):
+        assert not without_damaged(tmp_path)
+    assert cut.exists()
+    assert without_damaged(tmp_path) and not cut.exists()
+    assert not without_damaged(tmp_path)  # there is none: whatever was refused, it was not for them
 
 
 def test_the_cpu_is_one_device() -> None:
