@@ -23,6 +23,7 @@ from dnsp.figures import FIGURES, shares
 PLAIN_INTERVAL = 2.0  # seconds between lines when the output is not a terminal
 CURVES = ("loss", "grad_norm", "lr", "tokens_per_s")
 RANKS_INTERVAL = 10.0  # seconds between lines of ranks.jsonl
+BACKLOG = 2**20  # bytes
 RECORDS = ("metrics.jsonl", "evaluations.jsonl", "ranks.jsonl")
 
 
@@ -151,7 +152,7 @@ class Telemetry:
                 board.close()
 
     def say(self, what: RenderableType, style: str | None = None) -> None:
-        """A line, or a table, above the progress line; lost where the output is a file on a disk that is full."""
+        """A line, or a table, above the progress line; late or lost where the output is a file on a full disk."""
         if self.folder is not None:
             self.console.print(what, markup=False, style=style)
 
@@ -181,24 +182,27 @@ class Telemetry:
             self._unrecorded = self._failed = True
 
 
-class _Lossy(FileIO):
-    """What cannot be written is lost, and not tried again."""
+class _Patient(FileIO):
+    """Never fails: what cannot be written goes out before the next write, once; beyond a BACKLOG it is lost."""
+
+    backlog = b""
 
     def write(self, data: Any) -> int:
-        rest = memoryview(data)
+        self.backlog += data
         with suppress(OSError):
-            while rest:  # a signal may cut a write short
-                rest = rest[super().write(rest) or len(rest) :]
+            while self.backlog and (written := super().write(self.backlog)):
+                self.backlog = self.backlog[written:]
+        if len(self.backlog) > BACKLOG:
+            self.backlog = self.backlog[: -len(data)]
         return len(data)
 
 
 def _standard_output() -> IO[str]:
-    """For the console. Python's own keeps what it could not write, as the console does, and comes out with all of it
-    again and again."""
+    """For the console. Where Python's own fails, the console keeps its lines as well, and they come out many times."""
     with suppress(OSError):
         sys.stdout.flush()  # what was said before comes before
     try:
-        raw = _Lossy(sys.stdout.fileno(), "w", closefd=False)
+        raw = _Patient(sys.stdout.fileno(), "w", closefd=False)
     except OSError:  # it is no file
         return sys.stdout
     return TextIOWrapper(raw, sys.stdout.encoding, sys.stdout.errors, write_through=True)

@@ -47,19 +47,28 @@ def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def test_words_that_find_no_room_are_lost_and_those_after_them_come_once(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_words_that_find_no_room_come_later_and_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, output = open_run(folder, monkeypatch)
     print("from elsewhere")
     sys.stdout.flush()
     run.say("before")
     with files_end_at(output.stat().st_size):
         for n in range(50):
-            run.say(f"lost {n}")
+            run.say(f"late {n}")
     run.say("after")
     run.say("at last")
-    assert output.read_text() == "from elsewhere\nbefore\nafter\nat last\n"
+    late = [f"late {n}" for n in range(50)]
+    assert output.read_text().splitlines() == ["from elsewhere", "before", *late, "after", "at last"]
+
+
+def test_words_are_not_kept_without_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, output = open_run(folder, monkeypatch)
+    monkeypatch.setattr(telemetry, "BACKLOG", 20)
+    with files_end_at(3):
+        for n in range(50):
+            run.say(f"late {n}")
+    run.say("after")
+    assert output.read_text().splitlines() == ["late 0", "late 1", "late 2", "after"]
 
 
 def test_a_line_that_is_cut_short_is_taken_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
