@@ -404,6 +404,9 @@ def without_memory(folder: str) -> list[str]:
     def none(*_: Any, **__: Any) -> None:
         raise MemoryError("cannot allocate")
 
+    def none_for_the_copy(*size: Any, zeros: Any = torch.zeros, **how: Any) -> torch.Tensor | None:
+        return none() if "pin_memory" in how else zeros(*size, **how)
+
     engine = make(settings(1), 1)
     take_step(engine)
     saver = Saver(Path(folder), engine, CheckpointConfig())
@@ -418,7 +421,7 @@ def without_memory(folder: str) -> list[str]:
     said += saver.news()
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr(torch, "zeros", none)
+            patch.setattr(torch, "zeros", none_for_the_copy)
         another = Saver(Path(folder), engine, CheckpointConfig())
         another.wait()
         another.save(3, {})
