@@ -64,8 +64,8 @@ def check_free(config: Config) -> None:
     if config.run.dir is None or not lock.exists():
         return
     try:
-        with lock.open("r+b") as file:  # over NFS whoever locks must be able to write
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with lock.open("rb") as file:  # shared: over NFS too it needs no right to write
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UsageError(IN_USE.format(folder=config.run.dir)) from None
     except OSError:
@@ -73,6 +73,7 @@ def check_free(config: Config) -> None:
 
 
 IN_USE = "{folder} is in use by a running run; wait for it, or choose another run.dir"
+GLANCE = 1.0  # seconds; check_free of another process holds the lock for an instant
 _LOCKS: list[FileLock] = []  # held until the process ends
 
 
@@ -93,7 +94,7 @@ def _make_folder(config: Config, identity: dict[str, Any], name: str) -> Path:
         if config.resume == "none" and (folder / "metrics.jsonl").exists():
             raise UsageError(f"{folder} holds a run already; resume=auto continues it, or choose another run.dir")
         folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", blocking=False)
+    lock = FileLock(folder / ".lock", timeout=GLANCE)
     try:
         lock.acquire()
     except Timeout:

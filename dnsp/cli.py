@@ -12,6 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -447,8 +448,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = app(standalone_mode=False)
         status = status if isinstance(status, int) else 0
         if "RANK" in os.environ:  # no destructors: threads of gloo still winding down would abort it
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError):  # a full disk under them is no failure of a run that is saved
+                    stream.flush()
             os._exit(status)
         return status
     except (UsageError, LaunchError, LayoutError, PlanError) as error:
@@ -477,8 +479,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         if "RANK" not in os.environ:
             raise
-        traceback.print_exc()
-        sys.stderr.flush()
+        with suppress(OSError):
+            traceback.print_exc()
+            sys.stderr.flush()
         os._exit(1)  # see ending.end
 
 

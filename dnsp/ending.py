@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from dnsp.launch.local import ERROR_FILE
@@ -15,15 +16,18 @@ def end(status: int, message: str, consequence: bool = False, quiet: bool = Fals
     """Say why this process ends and, if it is a rank, end it.
 
     ``consequence``: of another rank's failure. ``quiet``: to be said only where the ranks' starter collects reports,
-    and has nothing better.
+    and has nothing better. What cannot be said, on a disk that is full, keeps no rank from its end.
     """
     text = "error: " + message.strip()
     if ERROR_FILE in os.environ:
         said = {"time": time.time(), "message": text, "consequence": consequence, "quiet": quiet}
-        Path(os.environ[ERROR_FILE]).write_text(json.dumps(said))
+        with suppress(OSError):
+            Path(os.environ[ERROR_FILE]).write_text(json.dumps(said))
     elif not quiet:
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
     if "RANK" in os.environ:  # no destructors: a process group would wait in them for ranks that are gone
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(status)
     return status

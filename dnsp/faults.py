@@ -217,7 +217,8 @@ def _ways_to_start(grid: Grid, config: Config, gpu: bool, held: Parts) -> Ways:
         stage = "" if config.engine.zero_stage == 3 else "engine.zero_stage=3 "
         yield f"{stage}engine.offload_parameters=true", "weights wait on the host between their uses"
     yield "more ranks", "with engine.zero_stage=3 each keeps less of everything"
-    yield f"model.num_hidden_layers={max(1, config.model.num_hidden_layers // 2)}", "half the layers"
+    if config.model.num_hidden_layers > 1:
+        yield f"model.num_hidden_layers={config.model.num_hidden_layers // 2}", "half the layers"
     yield f"model.hidden_size={config.model.hidden_size // 2}", "narrower layers"
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dnsp import checkpoint, watchdog
 from dnsp.config import CheckpointConfig
-from dnsp.engine import Engine
+from dnsp.engine import Engine, out_of_memory
 
 SETTLE = 15.0  # seconds
 LOG = "checkpoints.jsonl"  # in the run folder: a line for every attempt
@@ -88,6 +88,8 @@ class Saver:
         began = time.perf_counter()
         self.wait()
         waited = time.perf_counter() - began
+        if not self._host:
+            self._make_room()  # there was none, and may be some now
         fragments = self.engine.fragments()
         for fragment in fragments if not self._no_room else ():
             for what, tensor in fragment.tensors.items():
@@ -137,12 +139,15 @@ class Saver:
         pinned = self.engine.device.type == "cuda"
         if pinned:
             torch.cuda.set_device(self.engine.device)  # a thread of its own begins on the first GPU
+        host, self._no_room = {}, ""
         try:
             for fragment in self.engine.fragments():
                 for what, tensor in fragment.tensors.items():
-                    self._host[what, fragment.name] = torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+                    host[what, fragment.name] = torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            self._host = host
         except (RuntimeError, MemoryError) as error:
-            self._host.clear()
+            if not out_of_memory(error):
+                raise
             self._no_room = f"the host has no memory for the copy: {reason(error)}"
 
     def _write(

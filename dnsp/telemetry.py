@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from io import FileIO, TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dnsp.errors import RunError
@@ -21,6 +23,8 @@ from dnsp.figures import FIGURES, shares
 PLAIN_INTERVAL = 2.0  # seconds between lines when the output is not a terminal
 CURVES = ("loss", "grad_norm", "lr", "tokens_per_s")
 RANKS_INTERVAL = 10.0  # seconds between lines of ranks.jsonl
+BACKLOG = 2**20  # bytes
+RECORDS = ("metrics.jsonl", "evaluations.jsonl", "ranks.jsonl")
 
 
 class Telemetry:
@@ -40,11 +44,9 @@ class Telemetry:
         self._new_board: Callable[..., Any] | None = None
         self._board: Any = None
         try:
-            self.path = folder / "metrics.jsonl"
-            _keep_until(self.path, start)
-            _keep_until(folder / "evaluations.jsonl", start)
-            _keep_until(folder / "ranks.jsonl", start)
-            self.file = self.path.open("a")
+            for name in RECORDS:
+                _keep_until(folder / name, start)
+            self.file = _open(folder / "metrics.jsonl")
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -55,8 +57,9 @@ class Telemetry:
         except OSError as error:
             why = f"cannot write into {folder}: {error.strerror}"
             raise RunError(f"{why}; make room there, then resume=auto continues the run") from None
-        self._unrecorded = False  # since the last record
-        self.console = Console(highlight=False, soft_wrap=True)
+        self._unrecorded = False  # said, and not taken back yet
+        self._failed = False  # something could not be recorded since the last step
+        self.console = Console(file=_standard_output(), highlight=False, soft_wrap=True)
         self.progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=8),
@@ -77,10 +80,14 @@ class Telemetry:
         if self.folder is None:
             return
         with self._recording():
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-            self._scalars("train", {name: record[name] for name in CURVES}, record["step"])
-            self._scalars("machine", {name: record[name] for name in record.keys() & {*FIGURES}}, record["step"])
+            _append(self.file, record)
+        curves = {f"train/{name}": record[name] for name in CURVES}
+        machine = {f"machine/{name}": record[name] for name in record.keys() & {*FIGURES}}
+        self._scalars(curves | machine, record["step"])
+        if self._unrecorded and not self._failed:
+            self.say(f"{self.folder} can be written again")
+            self._unrecorded = False
+        self._failed = False
         speed, norm = record["tokens_per_s"], record["grad_norm"]
         line = f"loss {record['loss']:.4f} {speed:,.0f} tokens/s gradient norm {norm:.3f}"
         self.progress.update(self.task, completed=record["step"], description=line, shares=shares(record))
@@ -96,31 +103,58 @@ class Telemetry:
         now = time.monotonic()
         if self.folder is None or (now - self.last_ranks < RANKS_INTERVAL and record["step"] != self.steps):
             return
-        self.last_ranks = now
-        with self._recording(board=False), (self.folder / "ranks.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        with self._recording():
+            with _open(self.folder / "ranks.jsonl") as file:
+                _append(file, record)
+            self.last_ranks = now
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> None:
         """Held-out figures: ``loss`` and ``by_position`` under the step they belong to."""
         if self.folder is None:
             return
-        with self._recording():
-            with (self.folder / "evaluations.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
-            self._scalars("heldout", {"loss": figures["loss"]}, step)
-            self._scalars("heldout_by_position", figures["by_position"], step)
+        with self._recording(), _open(self.folder / "evaluations.jsonl") as file:
+            _append(file, {"step": step, **figures})
+        by_position = {f"heldout_by_position/{name}": value for name, value in figures["by_position"].items()}
+        self._scalars({"heldout/loss": figures["loss"], **by_position}, step)
         self.say(f"step {step}: held-out loss {figures['loss']:.4f}")
 
-    def _scalars(self, group: str, values: dict[str, float], step: int) -> None:
-        if (board := self.board) is not None:
-            for name, value in values.items():
-                board.add_scalar(f"{group}/{name}", value, step)
+    def back_to(self, step: int) -> None:
+        """Drop what was recorded of the steps after ``step``: they are done again."""
+        if self.folder is None:
+            return
+        with self._recording():
+            for name in RECORDS:
+                _keep_until(self.folder / name, step)
+            self.file.close()
+            self.file = _open(self.folder / "metrics.jsonl")
+        self._drop_board()
+        with self._recording():
+            self._board = self._new_board(purge_step=step + 1) if self._new_board else None
+        self.progress.update(self.task, completed=step)
 
-    def say(self, text: str) -> None:
-        """A line above the progress line; lost where the output is a file on a disk that is full."""
-        if self.folder is not None:
+    def _scalars(self, values: dict[str, float], step: int) -> None:
+        """Into TensorBoard; after a writer whose thread a full disk has ended, into another."""
+        if self._new_board is None:
+            return
+        with self._recording():
+            self._board = self._board or self._new_board()
+            try:
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
+            except OSError:
+                self._drop_board()
+                raise
+
+    def _drop_board(self) -> None:
+        board, self._board = self._board, None
+        if board is not None:
             with suppress(OSError):
-                self.progress.console.print(text, markup=False)
+                board.close()
+
+    def say(self, what: RenderableType, style: str | None = None) -> None:
+        """A line, or a table, above the progress line; late or lost where the output is a file on a full disk."""
+        if self.folder is not None:
+            self.console.print(what, markup=False, style=style)
 
     def stop(self) -> None:
         """End the progress line: the terminal is the caller's again."""
@@ -136,28 +170,60 @@ class Telemetry:
             with self._recording():
                 self.file.close()
 
-    @property
-    def board(self) -> Any:
-        """TensorBoard's writer, None without one; after one whose thread a full disk has ended, another."""
-        if self._board is None and self._new_board is not None:
-            self._board = self._new_board()
-        return self._board
-
     @contextmanager
-    def _recording(self, board: bool = True) -> Iterator[None]:
-        """Around a record: where it cannot be written the run goes on without it, and says so once. ``board``:
-        TensorBoard's writer was in it."""
+    def _recording(self) -> Iterator[None]:
+        """Around a record: where it cannot be written the run goes on without it, and says so until a whole step is
+        recorded again once."""
         try:
             yield
         except OSError as error:
-            self._board = None if board else self._board
             if not self._unrecorded:
                 self.say(f"NOT RECORDED: cannot write into {self.folder}: {error.strerror}; the run goes on")
-            self._unrecorded = True
-        else:
-            if self._unrecorded:
-                self.say(f"{self.folder} can be written again")
-            self._unrecorded = False
+            self._unrecorded = self._failed = True
+
+
+class _Patient(FileIO):
+    """Never fails: what cannot be written goes out before the next write, once; beyond a BACKLOG it is lost."""
+
+    backlog = b""
+
+    def write(self, data: Any) -> int:
+        self.backlog += data
+        with suppress(OSError):
+            while self.backlog and (written := super().write(self.backlog)):
+                self.backlog = self.backlog[written:]
+        if len(self.backlog) > BACKLOG:
+            self.backlog = self.backlog[: -len(data)]
+        return len(data)
+
+
+def _standard_output() -> IO[str]:
+    """For the console. Where Python's own fails, the console keeps its lines as well, and they come out many times."""
+    with suppress(OSError):
+        sys.stdout.flush()  # what was said before comes before
+    try:
+        raw = _Patient(sys.stdout.fileno(), "w", closefd=False)
+    except OSError:  # it is no file
+        return sys.stdout
+    return TextIOWrapper(raw, sys.stdout.encoding, sys.stdout.errors, write_through=True)
+
+
+def _open(path: Path) -> FileIO:
+    """For :func:`_append`: without a buffer, which would keep what could not be written."""
+    return FileIO(path, "a")
+
+
+def _append(file: FileIO, record: dict[str, Any]) -> None:
+    """A line of JSON or nothing: half a line would be glued to the next one."""
+    line = (json.dumps(record) + "\n").encode()
+    size = os.fstat(file.fileno()).st_size
+    try:
+        while line:
+            line = line[file.write(line) :]
+    except OSError:
+        with suppress(OSError):
+            file.truncate(size)
+        raise
 
 
 def _not_twice(failure: threading.ExceptHookArgs) -> None:
@@ -169,13 +235,16 @@ def _keep_until(path: Path, step: int) -> None:
     """Drop the lines of steps after ``step``, which will be done again, and a line cut short by a kill."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
+    kept, old = b"", path.read_bytes()
+    for line in old.splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
+                kept += line + b"\n"
         except (ValueError, KeyError):
             continue
+    if old.startswith(kept):
+        os.truncate(path, len(kept))  # needs no room on the disk
+        return
     new = path.with_suffix(".part")
-    new.write_text("".join(line + "\n" for line in kept))
+    new.write_bytes(kept)
     os.replace(new, path)

@@ -228,9 +228,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                     passed_over.add(cursor.sequences)
                     these = f"sequences {cursor.sequences} to {work.cursor.sequences - 1}"
                     done, cursor, tokens = back.step, Cursor.from_dict(back.state["cursor"]), back.state["tokens"]
-                    telemetry.close()  # the records of the steps that are done again are dropped
-                    telemetry = Telemetry(folder if first else None, steps, done, config.run.tensorboard)
-                    meter.telemetry = telemetry
+                    telemetry.back_to(done)
                     telemetry.say(f"{said}; back to step {done}, {these} of the data are passed over")
                     continue
                 telemetry.say(f"{said}; there is no checkpoint to go back to: skipped")
@@ -304,9 +302,9 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     watchdog.leave()  # what is left concerns rank 0 alone
     if first:
         telemetry.stop()
-        telemetry.console.print(table(figures))
+        telemetry.say(table(figures))
         if config.generate.tokens:
-            telemetry.console.print(sample_text(model, tokenizer, config.generate), markup=False, style="cyan")
+            telemetry.say(sample_text(model, tokenizer, config.generate), style="cyan")
         telemetry.say(f"held-out bits per byte {figures['bits_per_byte']:.3f} after {time.monotonic() - began:.0f} s")
         telemetry.say(f"run folder: {folder}")
     telemetry.close()

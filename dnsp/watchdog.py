@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -225,11 +225,14 @@ class Watch:
 
     def _stalled(self, message: str) -> None:
         """What the watching thread does with a rank that stands still."""
-        first = self._claim(message)
-        others = self.stalls.where_the_others_are(self.world)
-        self.at_end()
-        end(1, self._verdict(message, others), consequence=not first, quiet=not first)
-        os._exit(1)
+        try:
+            first = self._claim(message)
+            others = self.stalls.where_the_others_are(self.world)
+            with suppress(Exception):
+                self.at_end()
+            end(1, self._verdict(message, others), consequence=not first, quiet=not first)
+        finally:  # whatever fails on the way: nobody else ends this rank
+            os._exit(1)
 
     def _verdict(self, message: str, others: str) -> str:
         stacks = f"; Python stacks in {self.folder / STACKS}" if self.folder else ""
@@ -243,10 +246,13 @@ class Watch:
             except PeerLost as lost:
                 if self._ended.wait(NOTICE):
                     return
-                self.at_end()
-                error = self._lost(str(lost))
-                end(1, str(error), consequence=True, quiet=not isinstance(error, PeerFailed))
-                os._exit(1)
+                try:
+                    with suppress(Exception):
+                        self.at_end()
+                    error = self._lost(str(lost))
+                    end(1, str(error), consequence=True, quiet=not isinstance(error, PeerFailed))
+                finally:
+                    os._exit(1)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.stop and number != signal.SIGUSR1:

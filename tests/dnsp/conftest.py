@@ -46,8 +46,9 @@ def command(*arguments: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Of a child that finds the package wherever it runs."""
-    return {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
+    """Of a child that finds the package wherever it runs, and whose output is buffered as a user's is."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return {**inherited, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")

@@ -316,6 +316,10 @@ def test_a_rank_that_hangs_is_given_up(
     ranks = psutil.Process(process.pid).children()
     victim = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
     victim.suspend()
+    stacks = [run / "stacks" / f"rank-{rank:05d}.txt" for rank in range(0, world, 2)]
+    deadline = time.monotonic() + LATER
+    while not all(file.exists() for file in stacks) and time.monotonic() < deadline:
+        time.sleep(0.05)
     _, stderr = process.communicate(timeout=LATER)
     assert process.returncode == 1
     # who, where, in which step and layer, waiting for what; whose stack is there, and whose cannot be
@@ -324,10 +328,9 @@ def test_a_rank_that_hangs_is_given_up(
     place_of = r"rank [02] \(node \S+\) was at step \d+(, layer \d \(\w+\))?, in the \w+"
     silent = r"rank (0, )?1(, 2)? left no stack: stopped or gone"  # a busy machine may be slow to tell
     assert re.search(place_of, stderr) and re.search(silent, stderr), stderr
-    for rank in range(0, world, 2):
-        stacks = run / "stacks" / f"rank-{rank:05d}.txt"
-        assert "dnsp/train.py" in stacks.read_text()
-        assert json.loads(stacks.with_suffix(".json").read_text())["entries"]  # torch's flight recorder
+    for file in stacks:
+        assert "dnsp/train.py" in file.read_text()
+        assert json.loads(file.with_suffix(".json").read_text())["entries"]  # torch's flight recorder
     _, alive = psutil.wait_procs(ranks, timeout=5)
     assert not alive
 

@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -271,15 +272,28 @@ def test_a_run_folder_in_use_is_refused(
 def test_a_lock_is_asked_for_as_nfs_wants_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: int, refused: bool
 ) -> None:
-    """There an exclusive lock needs a file that is open for writing; and where there are no locks nobody holds one."""
-    asked: list[int] = []
+    """There an exclusive lock needs a file that is open for writing; where there are no locks nobody holds one."""
+    asked: list[tuple[int, int]] = []
 
     def flock(file: Any, how: int) -> None:
-        asked.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE)
+        asked.append((fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE, how))
         raise OSError(failure, "")
 
     monkeypatch.setattr(fcntl, "flock", flock)
     (tmp_path / ".lock").touch()
     with pytest.raises(UsageError, match="in use by a running run") if refused else nullcontext():
         begin.check_free(parse_config({"run": {"dir": str(tmp_path)}}, "the test"))
-    assert asked == [os.O_RDWR]
+    assert asked == [(os.O_RDONLY, fcntl.LOCK_SH | fcntl.LOCK_NB)]
+
+
+def test_who_only_looks_at_a_lock_refuses_nobody(tmp_path: Path) -> None:
+    """Neither another that looks nor, beyond the moment it takes, a run that starts."""
+    config = parse_config({"run": {"dir": str(tmp_path)}}, "the test")
+    with (tmp_path / ".lock").open("wb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        begin.check_free(config)
+        threading.Timer(begin.GLANCE / 4, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        begin._make_folder(config, {}, "run")
+    with pytest.raises(UsageError, match="in use by a running run"):
+        begin.check_free(config)
+    begin._LOCKS.pop().release()

@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from dnsp.data.mix import open_data
 from dnsp.data.prepare import prepare
 from dnsp.faults import Skipped, Spikes
 from dnsp.telemetry import RANKS_INTERVAL
+from tests.dnsp.conftest import environment
 from tests.ranks import run_ranks
 
 Dnsp = Callable[..., Any]
@@ -89,6 +91,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     prepare("text.jsonl", "text", "bytes")
     given = ("data.sources=[{path: text}]", "data.sequence_length=256", "model.tie_word_embeddings=false")
     config = load_config(workplace / "tiny.yaml", given)
+    torch.manual_seed(0)
     model = Decoder(config.model)
     with torch.no_grad():
         model.model.embed_tokens.weight[ord("~")] = math.inf
@@ -314,6 +317,7 @@ def test_a_disk_that_is_full_for_a_while(workplace: Path, start: Callable[..., s
             rank.rlimit(psutil.RLIMIT_FSIZE, (1, psutil.RLIM_INFINITY))
         time.sleep(RANKS_INTERVAL + 2)  # every file was to be written
         assert process.poll() is None, process.communicate()
+        recorded = len((run / "metrics.jsonl").read_text().splitlines())
         for rank in ranks:
             rank.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
         wait(lambda: checkpoint.checkpoints(run)[-1] > before and "can be written again" in log.read_text(), process)
@@ -325,10 +329,56 @@ def test_a_disk_that_is_full_for_a_while(workplace: Path, start: Callable[..., s
     assert said.count("NOT RECORDED: cannot write into brim: File too large; the run goes on") == 1, said
     assert "NOT SAVED: the checkpoint of step" in said and "File too large" in said
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)) and steps[-1] - steps[0] >= len(steps) - 1
+    last, *after = steps[recorded - 1 :]  # what the outage has left out, and nothing else, is missing
+    assert steps[:recorded] == list(range(1, last + 1))
+    assert after and after[0] > last + 1 and after == list(range(after[0], after[-1] + 1))
     saved = checkpoint.latest(run)[0]
     assert saved is not None and saved.step == steps[-1]
     assert len(list((run / "tensorboard").glob("events.*"))) >= 2
+
+
+STALLED = """
+import sys, threading
+from dnsp.launch.environment import Environment
+from dnsp.watchdog import Watch
+
+def busy():
+    raise OSError("the terminal is gone")
+
+watch = Watch(Environment("torchrun", 0, 2, 0, 2, "127.0.0.1", 0))
+watch.at_end = busy
+print("a word that is still to come out")
+threading.Thread(target=watch._stalled, args=("no progress",)).start()
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("report", [{}, {"DNSP_ERROR_FILE": "/dev/full"}, {"DNSP_ERROR_FILE": "/no/folder"}])
+def test_a_rank_that_stands_still_ends_though_it_cannot_say_so(report: dict[str, str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", STALLED],
+            env={**environment(), "RANK": "0", **report},
+            stdout=full,
+            stderr=full,
+            timeout=40,
+        )
+    assert done.returncode == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [(), ("--ranks", 2)])
+def test_a_run_that_is_saved_has_not_failed_for_words_that_found_no_room(
+    ranks: tuple[object, ...], workplace: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    name = f"mute-{len(ranks)}"
+    settings = ("train.steps=2", "generate.tokens=5", f"run.dir={name}")
+    with open("/dev/full", "w") as full:
+        process = start("train", "tiny.yaml", *ranks, *settings, cwd=workplace, stdout=full)
+        _, stderr = process.communicate(timeout=90)
+    assert (process.returncode, stderr) == (0, "")
+    saved = checkpoint.latest(workplace / name)[0]
+    assert saved is not None and saved.step == 2
 
 
 @pytest.mark.slow
