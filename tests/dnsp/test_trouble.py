@@ -397,7 +397,7 @@ def test_a_run_that_cannot_save_goes_on_and_says_so(
         (run / "checkpoints").rename(run / "elsewhere")
         (run / "checkpoints").write_text("no folder")
         log = run / "checkpoints.jsonl"
-        wait(lambda: any(json.loads(line)["error"] for line in log.read_text().splitlines()), process)
+        wait(lambda: log.exists() and any(json.loads(line)["error"] for line in log.read_text().splitlines()), process)
         failed = log.read_text().count("\n")
         (run / "checkpoints").unlink()
         (run / "elsewhere").rename(run / "checkpoints")
