@@ -15,6 +15,8 @@ A pass is started and awaited (see ``kernels.scan.Scan``). On a GPU all of it ru
 kernels others of this rank give way; the compute stream goes on with what needs no state, and follows that stream when
 the pass is awaited. Where the host carries messages (gloo), a pass is started as far as it goes without waiting for
 another rank (what is sent before anything is awaited is sent), and the rest is done when it is awaited.
+
+Long because when a part comes, what is posted with it and what folds it are read together.
 """
 
 from __future__ import annotations

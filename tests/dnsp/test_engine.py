@@ -1,4 +1,7 @@
-"""The engine's gradients are one process's at every stage and grid, and what it keeps comes back whole at any other."""
+"""The engine's gradients are one process's at every stage and grid, and what it keeps comes back whole at any other.
+
+Long because every case shares its ranks, which take long to start.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a step can meet: numbers that are not finite, a loss that jumps, memory and disks that do not suffice."""
+"""What a step can meet: numbers that are not finite, a loss that jumps, memory and disks that do not suffice.
+
+Long because each trouble is made by hand, in processes that are real.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The queue of runs: what is chosen, refused, stopped, killed and gone on with. Processes and files are real."""
+"""The queue of runs: what is chosen, refused, stopped, killed and gone on with. Processes and files are real.
+
+Long because one queue, made once, is stopped, killed and moved in turn.
+"""
 
 from __future__ import annotations
 
