@@ -69,7 +69,7 @@ def check_free(config: Config) -> None:
     except BlockingIOError:
         raise UsageError(IN_USE.format(folder=config.run.dir)) from None
     except OSError:
-        pass  # not to be written, or a file system without locks: making the folder says so
+        pass  # not to be read, or a file system without locks: making the folder says so
 
 
 IN_USE = "{folder} is in use by a running run; wait for it, or choose another run.dir"

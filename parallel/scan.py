@@ -337,7 +337,7 @@ class _Chain:
         source, target = self.route.ends(place) if enters else None, self.route.ends(place + 1) if goes_on else None
         comes = self.near.index(source[0]) if source and source[0] in self.near else None
         goes = self.near.index(target[1]) if target and target[1] in self.near else None
-        if self.memory is None or comes is goes is None:
+        if self.memory is None or (comes is None and goes is None):
             return {}
         self.scan.comm.calls += 1
         inbox, outbox = self.memory.wait(self.U, rows, comes, goes, self._what([place]))

@@ -15,6 +15,8 @@
 
     hop           a flag seen by the waiting kernel minus the flag's raising, by the device's timer; of several GPUs,
                   whose timers differ, half of the way there and back
+
+Long because what is replayed, and the makespan that follows from it, are read beside the real steps.
 """
 
 from __future__ import annotations
