@@ -153,3 +153,24 @@ def test_a_world_that_does_not_fit(launched: Launched) -> None:
     assert done.stderr.count("error: parallel.sequence=3 does not divide 2 ranks") == 1
     done = launched(*torchrun, "train", "tiny.yaml", "run.dir=odd", "parallel.sequence=1", "train.global_batch=3")
     assert done.stderr.count("error: train.global_batch=3 is not a multiple of train.micro_batch=1 times 2 data") == 1
+
+
+LATE = """
+import os, sys, time
+from dnsp.ending import end
+late = os.environ["LOCAL_RANK"] == "0"
+time.sleep(3 * late)
+sys.exit(end(2, "the reason", quiet=not late))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("launcher", [("torchrun", "--nproc-per-node"), ("deepspeed", "--num_accelerators")])
+def test_the_rank_that_speaks_may_be_late(folder: Path, launched: Launched, launcher: tuple[str, str]) -> None:
+    """A launcher ends every rank with the first that ended: one that keeps quiet leaves time to the one that does not."""
+    (folder / "late.py").write_text(LATE)
+    command, ranks = launcher
+    done = launched(str(SCRIPTS / command), ranks, "2", "--master_port", str(free_port()), "late.py")
+    assert done.returncode != 0
+    assert done.stderr.count("error: the reason\n") == 1, done.stderr
