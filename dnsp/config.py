@@ -43,8 +43,9 @@ class DeltaNetConfig(Section):
     num_heads: int = Field(4, gt=0)
     head_dim: int | None = Field(None, gt=0)  # key width; None: hidden_size // num_heads
     value_head_dim: int | None = Field(None, gt=0)  # None: the key width
-    use_beta_gate: bool = True  # beta = beta_cap * sigmoid(W x) per token; otherwise one trainable beta a head
-    beta_init: float = Field(0.3, gt=0)  # of the trainable beta a head
+    use_beta_gate: bool = True  # beta = beta_cap * sigmoid(W x) per token; otherwise one beta a head
+    beta_init: float = Field(0.3, gt=0)  # of the beta a head
+    train_beta: bool = True  # the beta a head; False: it stays at beta_init
     beta_cap: float = Field(1.0, gt=0, le=2)  # of the learned beta; the document's advice is 0.5
     use_output_gate: bool = True
     qk_norm: Literal["l2", "rms"] = "l2"
@@ -69,6 +70,11 @@ class DeltaNetConfig(Section):
             raise ValueError(
                 f"deltanet.beta_cap={self.beta_cap:g} bounds the learned beta, and use_beta_gate=false has none; "
                 "set deltanet.beta_init instead"
+            )
+        if self.use_beta_gate and not self.train_beta:
+            raise ValueError(
+                "deltanet.train_beta=false keeps the beta a head at beta_init, and use_beta_gate=true has none; "
+                "set deltanet.use_beta_gate=false"
             )
         return self
 

@@ -44,7 +44,7 @@ class DeltaNet(nn.Module):
         self.v_proj = nn.Linear(hidden, values, bias=False)
         if options.use_beta_gate:
             self.beta_proj = nn.Linear(hidden, self.heads, bias=False)
-        else:
+        elif options.train_beta:
             self.beta = nn.Parameter(torch.empty(self.heads))
         if options.use_output_gate:
             self.g_proj = nn.Linear(hidden, values, bias=False)
@@ -64,7 +64,7 @@ class DeltaNet(nn.Module):
         if self.options.use_beta_gate:
             # sigmoid(0) = 0.5. The document also zeroes beta_proj.bias, which its bias-free projection does not have.
             nn.init.zeros_(self.beta_proj.weight)
-        else:
+        elif self.options.train_beta:
             nn.init.constant_(self.beta, self.options.beta_init)
         if self.options.use_output_gate:
             nn.init.xavier_uniform_(self.g_proj.weight)
@@ -99,8 +99,11 @@ class DeltaNet(nn.Module):
         options = self.options
         if options.use_beta_gate:
             beta = variants.learned_beta(self.beta_proj(x), options.beta_cap)
-        else:
+        elif options.train_beta:
             beta = variants.fixed_beta(self.beta, *position_BT.shape)
+        else:
+            fixed = x.new_full((self.heads,), options.beta_init, dtype=torch.promote_types(x.dtype, torch.float32))
+            beta = variants.fixed_beta(fixed, *position_BT.shape)
         g = variants.forget_gate(self.f_proj(x)) if options.forget_gate else None
         if options.decay_every:
             reset = variants.periodic_decay(

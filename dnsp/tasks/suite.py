@@ -218,8 +218,8 @@ def recall_cells(task: str, scale: Scale, gpu: bool, models: tuple[str, ...]) ->
 
 ABLATIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("base", "learned beta, q and k by l2", {}),
-    ("beta", "fixed 0.1", {"use_beta_gate": False, "beta_init": 0.1}),
-    ("beta", "fixed 0.5", {"use_beta_gate": False, "beta_init": 0.5}),
+    ("beta", "fixed 0.1", {"use_beta_gate": False, "train_beta": False, "beta_init": 0.1}),
+    ("beta", "fixed 0.5", {"use_beta_gate": False, "train_beta": False, "beta_init": 0.5}),
     ("beta", "learned, at most 0.5", {"beta_cap": 0.5}),
     ("norm", "none", {"normalise": "none", "scaled": False}),
     ("norm", "k by RMSNorm, as written", {"qk_norm": "rms", "normalise": "k", "scaled": False}),

@@ -37,6 +37,7 @@ DELTANETS = {
         "norm": "layer",
         "feed_forward": False,
     },
+    "a fixed beta": {"use_beta_gate": False, "train_beta": False},
 }
 
 

@@ -29,6 +29,7 @@ OPTIONS = {
     "k alone": {"normalise": "k"},
     "k alone, rms": {"qk_norm": "rms", "normalise": "k"},
     "a beta a head": {"use_beta_gate": False, "beta_init": 0.4},
+    "a fixed beta": {"use_beta_gate": False, "train_beta": False, "beta_init": 0.4},
     "beta capped": {"beta_cap": 0.5},
     "no output gate": {"use_output_gate": False},
     "forget gate": {"forget_gate": True},
@@ -100,7 +101,10 @@ def from_the_document(layer: DeltaNet, x_BTD: torch.Tensor, starts: list[list[in
                 q = norm(q, "q_norm")
             if o.normalise in ("qk", "k"):
                 k = norm(k, "k_norm")
-            beta = torch.sigmoid(weight["beta_proj.weight"] @ x) * o.beta_cap if o.use_beta_gate else weight["beta"]
+            if o.use_beta_gate:
+                beta = torch.sigmoid(weight["beta_proj.weight"] @ x) * o.beta_cap
+            else:
+                beta = weight["beta"] if o.train_beta else x.new_full((layer.heads,), o.beta_init)
             if o.decay_every and (t - begin) % o.decay_every == 0:
                 S = o.decay_factor * S
             error = v - torch.einsum("hd,hde->he", k, S)
@@ -233,6 +237,7 @@ def test_block(norm: str, feed_forward: bool) -> None:
     [
         ({"normalise": "none"}, "deltanet.scaled=false"),
         ({"use_beta_gate": False, "beta_cap": 0.5}, "deltanet.beta_init"),
+        ({"train_beta": False}, "deltanet.use_beta_gate=false"),
         ({"beta_cap": 3.0}, "less than or equal to 2"),
         ({"decay_factor": 0.0}, "greater than 0"),
     ],
