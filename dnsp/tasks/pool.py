@@ -24,7 +24,8 @@ from dnsp.launch.local import SUPERVISOR, cores
 from dnsp.tasks.queue import Queue, Request
 from dnsp.tasks.suite import Suite
 
-GRACE = 30.0  # seconds that a stopped run has to save
+GRACE = 20.0  # seconds that a stopped run has to save: schedulers kill half a minute after they ask
+END = 10.0  # seconds that a process without a job has to end
 WORKERS_A_GPU = 12
 QUEUES = 64  # of a GPU
 PLAIN_INTERVAL = 10.0  # seconds between lines where the output is not a terminal
@@ -60,6 +61,7 @@ class Worker(threading.Thread):
         super().__init__(daemon=True)
         self.queue, self.number, self.environ, self.measurements = queue, number, environ, measurements
         self.process: subprocess.Popen[str] | None = None
+        self._asked: subprocess.Popen[str] | None = None
         self.log: IO[bytes] | None = None
 
     def run(self) -> None:
@@ -102,24 +104,34 @@ class Worker(threading.Thread):
             start_new_session=True,
         )  # fmt: skip
 
-    def ask_to_stop(self, number: int = signal.SIGTERM) -> None:
+    def ask_to_stop(self) -> None:
+        """Once: asked a second time a run no longer saves."""
+        if self.process is not self._asked:
+            self._asked = self.process
+            self._send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
         process = self.process
         if process is not None and process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
 
     def end(self) -> None:
-        process, self.process = self.process, None
+        process = self.process
         if process is not None:
             assert process.stdin is not None and process.stdout is not None
             with contextlib.suppress(OSError):
                 process.stdin.close()  # a worker without a job ends by itself
             try:
-                process.wait(GRACE)
+                process.wait(END)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
             process.stdout.close()
+            self.process = None
         if self.log is not None:
             self.log.close()
             self.log = None
@@ -160,8 +172,8 @@ def run(suite: Suite, request: Request, console: Console | None = None) -> int:
     try:
         environ = _environment()
         for measurements in (True, False):
-            if queue.stopping:
-                break
+            if queue.stopping or not queue.left(measurements):
+                continue
             sharing = on_gpu and not measurements and count > len(groups)
             wanted = request.mps if sharing else False
             with mps.asked_for(wanted, devices[0]) as (variables, words):
@@ -176,8 +188,7 @@ def run(suite: Suite, request: Request, console: Console | None = None) -> int:
                     Worker(queue, n, {**environ, "CUDA_VISIBLE_DEVICES": names}, measurements)
                     for n, names in enumerate(visible)
                 ]
-                if queue.left(measurements):
-                    _watch(queue, workers, deadline, console)
+                _watch(queue, workers, deadline, console)
     finally:
         stop.restore()
         lock.release()
@@ -199,13 +210,12 @@ def _watch(queue: Queue, workers: list[Worker], deadline: float | None, console:
                 with queue.changed:
                     queue.stopping = True
                     queue.changed.notify_all()
-            if queue.stopping and asked_at is None:
-                asked_at = now
-                for worker in workers:
+            if queue.stopping:
+                asked_at = asked_at or now
+                for worker in workers:  # one may have begun a job in the meantime
                     worker.ask_to_stop()
-            if asked_at is not None and now > asked_at + GRACE:
-                for worker in workers:
-                    worker.ask_to_stop(signal.SIGKILL)
+                    if now > asked_at + GRACE:
+                        worker.kill()
             names = sorted(queue.at_work.values())
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             text = f"{names[0]}{more}" if names else "starting"

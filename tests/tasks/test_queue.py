@@ -22,6 +22,7 @@ from filelock import FileLock
 
 from dnsp.config import load_config
 from dnsp.errors import UsageError
+from dnsp.tasks import pool
 from dnsp.tasks.pool import Worker, devices_of, run
 from dnsp.tasks.queue import Queue, Request, chosen_rate, train_job, with_overrides
 from dnsp.tasks.suite import ABLATIONS, MODELS, NAMES, SEARCH_SEED, VALIDATION, Cell, suite, turn
@@ -265,6 +266,33 @@ def test_a_process_that_failed_has_ended_before_its_job_is_tried_again(tmp_path:
 
     Told(Stub(), 0, {}, False).run()  # type: ignore[arg-type]
     assert said == ["ended", "a run failed", "ended"]
+
+
+DEAF = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: print("asked", file=sys.stderr, flush=True))
+print("ready", file=sys.stderr, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_process_is_asked_to_stop_once_and_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked a second time a run would no longer save; one that does not end is killed."""
+    worker = Worker(None, 0, {}, False)  # type: ignore[arg-type]
+    monkeypatch.setattr(pool, "END", 0.2)
+    for _ in range(2):  # the next process is asked, too
+        process = worker.process = subprocess.Popen(
+            [sys.executable, "-c", DEAF], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stderr is not None and process.stderr.readline() == "ready\n"
+        worker.ask_to_stop()
+        assert process.stderr.readline() == "asked\n"
+        worker.ask_to_stop()
+        worker.end()
+        assert process.returncode == -signal.SIGKILL and worker.process is None
+        assert process.stderr.read() == ""
+        process.stderr.close()
 
 
 def test_of_a_long_run_a_curve_is_kept(tmp_path: Path) -> None:
