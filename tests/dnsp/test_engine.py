@@ -237,6 +237,20 @@ def test_the_probe_holds_at_every_stage_size_and_layout(world: int) -> None:
             assert error < PROBE["error"], (world, case, error)
 
 
+def test_gradients_that_are_not_finite_are_no_fault_of_the_reduction() -> None:
+    """A layer that diverges on the probe's tokens is the run's to name; the rest of its gradients is compared."""
+    from dnsp.probe import BUCKETS, _judge
+
+    want = torch.ones(2, BUCKETS, dtype=torch.float64)
+    want[0, 3], want[0, 4] = float("nan"), float("inf")
+    assert _judge(["a", "b"], want.clone(), want, 0.0).ok
+    for row, column in ((1, 3), (0, 5), (0, 3)):  # the last: finite on one side alone
+        got = want.clone()
+        got[row, column] = 2.0
+        found = _judge(["a", "b"], got, want, 0.0)
+        assert not found.ok and found.name == "ab"[row], (row, column)
+
+
 def broken(stage: int, options: dict[str, Any]) -> str:
     from dnsp.errors import UsageError
     from dnsp.probe import probe
