@@ -100,6 +100,8 @@ def _by_size(cell: Summary, unit: str) -> dict[int, list[float]]:
 
 
 def _by_position(cell: Summary) -> dict[int, list[float]]:
+    if not cell.tests:
+        return {}
     test = cell.tests[-1]
     spans = {span for result in cell.finals for span in result["tests"].get(test, {}).get("by_position", {})}
     return {int(span.partition("-")[2]) + 1: by_position(cell, test, span)

@@ -36,6 +36,7 @@ Result = dict[str, Any]
 ABLATION_ORDER = {variant: n for n, (_, variant, _) in enumerate(ABLATIONS)}
 
 
+LARGEST = 700.0  # nats whose exponential is a number
 SMOKE = "scale smoke: sizes far below the document's, not to be compared with it"
 
 
@@ -99,6 +100,12 @@ def summaries(results: Iterable[Result], scale: Scale) -> list[Summary]:
     return sorted(found, key=lambda s: (order[s.task], *_label_order(s.labels), s.cell))
 
 
+def asked(cells: Sequence[Summary]) -> list[str]:
+    """The tests behind the choice of the learning rate, by name; a cell whose runs all diverged knows of none."""
+    tests = next((cell.tests for cell in cells if cell.tests), [])
+    return [test for test in tests if test != VALIDATION]
+
+
 def _label_order(labels: dict[str, Any]) -> tuple[Any, ...]:
     """As the suite has them: ablations from the document's worst to its best."""
     model, group = labels.get("model"), labels.get("group")
@@ -121,7 +128,7 @@ def deviation(values: Sequence[float]) -> float | None:
 
 
 def perplexity(losses: Sequence[float]) -> list[float]:
-    return [math.exp(loss) for loss in losses]
+    return [math.exp(loss) if loss < LARGEST else math.inf for loss in losses]
 
 
 def recall_tables(task: str, cells: list[Summary], scale: Scale = "full") -> list[Table]:
@@ -142,7 +149,7 @@ def recall_tables(task: str, cells: list[Summary], scale: Scale = "full") -> lis
     columns = ["model", "accuracy %", "deviation", "document", "difference", "learning rate", "seeds", "diverged"]
     verdict = "; ".join(recall_verdicts(task, cells, shown)) if scale == "full" else SMOKE
     tables = [Table(task, f"{TITLES[task]}, width {shown}", columns, rows, verdict)]
-    tests = [test for test in cells[0].tests if test != VALIDATION]
+    tests = asked(cells)
     if len(tests) > 1 or len(widths) > 1:
         rows = [
             [cell.labels["model"], cell.labels["width"], *(spread(cell.values(test)) for test in tests)]
@@ -188,7 +195,7 @@ SCALED_NORMS = ("none", "k by l2", "learned beta, q and k by l2")
 def ablation_tables(cells: list[Summary]) -> list[Table]:
     by_variant = {cell.labels["variant"]: cell for cell in cells}
     base = next((cell for cell in cells if cell.labels["group"] == "base"), None)
-    longer = [test for test in cells[0].tests if test.startswith("text at")]
+    longer = [test for test in asked(cells) if test.startswith("text at")]
 
     def row(cell: Summary) -> list[Any]:
         return [
@@ -259,7 +266,7 @@ def order_verdict(variants: Sequence[Summary | str]) -> str:
 
 
 def lm_tables(cells: list[Summary]) -> list[Table]:
-    tests = [test for test in cells[0].tests if test != VALIDATION]
+    tests = asked(cells)
     rows = [
         [cell.labels["model"], cell.labels["length"], *(spread(cell.values(test, "loss"), 4) for test in tests),
          cell.lr, f"{len(cell.finals)} of {cell.wanted}", cell.diverged]
@@ -267,6 +274,8 @@ def lm_tables(cells: list[Summary]) -> list[Table]:
     ]  # fmt: skip
     columns = ["model", "trained at", *(f"loss at {test}" for test in tests), "learning rate", "seeds", "diverged"]
     tables = [Table("lm", "Language modelling: held-out loss, nats a token", columns, rows)]
+    if not tests:
+        return tables
     spans: list[str] = []
     for cell in cells:
         for result in cell.finals:

@@ -156,6 +156,23 @@ def test_what_diverged_is_worse_than_what_did_not() -> None:
     assert "does not hold" in order_verdict([cells["k"], cells["none"]])
 
 
+def test_losses_beyond_all_numbers_have_a_report(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", ablation_runs({"fixed 0.1": [800.0, math.nan, 1.5], LEARNED: [1.3, 1.31, 1.32]}))
+    assert report([folder]) == 0
+    table = rows(folder / "tables" / "ablation-beta.csv")
+    assert "inf" in table["fixed 0.1"]["perplexity a byte"] and table[LEARNED]["perplexity a byte"].startswith("3.7")
+
+
+def test_where_all_diverged_there_is_a_report(tmp_path: Path) -> None:
+    for task in ("kv", "ablations", "lm"):
+        cell = suite([task], "full", True, ("deltanet",)).cells[0]
+        seeds = [(lr, 0) for lr in cell.learning_rates] + [(min(cell.learning_rates), seed) for seed in (1, 2, 3)]
+        runs = [trained(task, cell.name, cell.labels, lr, seed, {}) for lr, seed in seeds]
+        folder = write(tmp_path / task, runs)
+        assert report([folder]) == 0
+        assert "7 trained models, 7 diverged" in (folder / "report.md").read_text()
+
+
 def test_several_folders_in_one_report(tmp_path: Path) -> None:
     first, second = write(tmp_path / "kv", recall_runs("kv")), write(tmp_path / "copy", recall_runs("copy"))
     assert report([first, second]) == 0
