@@ -106,7 +106,7 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> tuple[Decoder, C
     for word in words:
         Console(stderr=True, soft_wrap=True).print(f"{word}; using {found.path.name}", markup=False)
     config = parse_config(override_tree(found.state["config"], overrides), str(found.path))
-    model = Decoder(config.model)
+    model = Decoder(config.model, mlp_tile=config.engine.mlp_tile or None)
     checkpoint.load_weights(model, found.weights(), str(found.path))
     model.set_rope_theta(found.state["rope_theta"])
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), config, found

@@ -232,7 +232,7 @@ class Queue:
                         continue
                     self.taken.add(job["name"])
                     self.at_work[worker] = job["name"]
-                    return {**job, "folder": str(self.out / "runs" / job["name"])}
+                    return {**job, "queue": str(self.out), "folder": str(self.out / "runs" / job["name"])}
                 if not waiting:
                     return None
                 self.changed.wait(1.0)

@@ -18,6 +18,8 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -37,6 +39,7 @@ from dnsp.tasks.measure import measure
 RESULT = "result.json"
 PACKAGES = ("dnsp", "torch", "triton", "deepspeed", "liger-kernel", "numpy")
 CURVE = 250  # steps of a run's curve
+LONG = 2**17  # tokens of a test above which one process at a time asks it: 2^20 take 10 GB of a GPU and more
 LEFT_OVER = 2**30  # bytes of GPU memory still taken between jobs: a new process takes over
 DIVERGED = ("the loss is not finite", "the gradient norm is")
 
@@ -63,7 +66,8 @@ def carry_out(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             if result is None:
                 return {"status": "stopped"}
             whole = {**job, **result, **surroundings(), "seconds": time.time() - began}
-            del whole["folder"]
+            for place in ("queue", "folder"):
+                whole.pop(place, None)
             write_json(folder / RESULT, whole)
             make_small(folder)
             return {"status": "finished", "recycle": _leftover()}
@@ -93,9 +97,25 @@ def train_and_ask(job: dict[str, Any], folder: Path) -> dict[str, Any] | None:
         return None
     trained = time.time() - began
     model, config, _ = load_run(folder)
-    tests = {name: measure(model, config, test) for name, test in job["tests"].items()}
+    tests = {}
+    for name, test in job["tests"].items():
+        with in_turn(job, test):
+            tests[name] = measure(model, config, test)
     record = training_record(folder) | {"parameters": sum(p.numel() for p in model.parameters()), "last_s": trained}
     return {"outcome": "finished", "tests": tests, "training": record}
+
+
+@contextmanager
+def in_turn(job: dict[str, Any], test: dict[str, Any]) -> Iterator[None]:
+    """Around a test; a long one is asked by one process of a device at a time, for runs that began together end
+    together."""
+    if test["length"] <= LONG or "queue" not in job:
+        yield
+        return
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(",", "-")
+    with FileLock(Path(job["queue"]) / f".long-{device}"):
+        yield
+        torch.cuda.empty_cache()  # the next process needs what this one took
 
 
 def run_config(job: dict[str, Any], folder: Path) -> Config:

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from dnsp.config import load_config
 from dnsp.errors import UsageError
@@ -26,7 +26,7 @@ from dnsp.tasks import pool
 from dnsp.tasks.pool import Worker, devices_of, run
 from dnsp.tasks.queue import Queue, Request, chosen_rate, train_job, with_overrides
 from dnsp.tasks.suite import ABLATIONS, MODELS, NAMES, SEARCH_SEED, VALIDATION, Cell, suite, turn
-from dnsp.tasks.worker import RESULT, make_small, run_config, without_damaged
+from dnsp.tasks.worker import RESULT, in_turn, make_small, run_config, without_damaged
 from tests.ranks import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -323,6 +323,19 @@ def test_a_full_disk_behind_a_result_is_no_failure(
     assert "not packed: [Errno 28] No space left" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert (tmp_path / "metrics.jsonl").read_text() == line
+
+
+def test_long_tests_are_asked_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes more of a GPU than a run, and runs that began together come to them together."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    job = {"queue": str(tmp_path)}
+    with in_turn(job, {"length": 2**20}), pytest.raises(Timeout), FileLock(tmp_path / ".long-0-1", blocking=False):
+        pass
+    with in_turn(job, {"length": 2**17}), FileLock(tmp_path / ".long-0-1", blocking=False):
+        pass
+    assert {test["length"] > 2**17 for cell in suite(["lm"], "full", True).cells for test in cell.tests.values()} == {
+        True, False,
+    }  # fmt: skip
 
 
 def test_damaged_checkpoints_of_a_living_run_are_left_alone(tmp_path: Path) -> None:
