@@ -103,6 +103,37 @@ def test_recall_beside_the_document(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "Key-value retrieval" in capsys.readouterr().out
 
 
+def test_speed_beside_what_was_to_be_reached(tmp_path: Path) -> None:
+    speeds = {
+        "attention": {512: 500.0, 8192: 400.0, 131072: 50.0},
+        "deltanet": {512: 600.0, 8192: 599.0, 131072: 597.0},
+        "gated_delta": {512: 600.0, 8192: 599.0, 131072: 580.0},
+    }
+    runs = []
+    for name, by_context in speeds.items():
+        for context, speed in by_context.items():
+            figures = {
+                "name": name, "context": context, "tokens_per_s": speed, "step_s": 1 / speed, "parameters": 10**9,
+                "parameter_bytes": 2 * 10**9, "prefill_tokens_per_s": 1e5, "copy_bytes_per_s": 4e12,
+                "state_bytes": 0 if name == "attention" else 10**7,
+                "cache_bytes": 10**5 * context if name == "attention" else 0,
+            }  # fmt: skip
+            run = {"kind": "speed", "task": "speed", "cell": f"{name}-{context}", "name": f"speed/{name}-{context}"}
+            runs.append({**run, "figures": figures, "seconds": 1.0})
+    folder = write(tmp_path / "speed", runs)
+    assert report([folder]) == 0
+    text, table = (folder / "report.md").read_text(), rows(folder / "tables" / "speed.csv")
+    assert float(table["deltanet"]["131,072 over 512"]) == 597 / 600 and table["document: deltanet"]["8,192"] == "155"
+    assert "deltanet keeps 0.995 of its speed from 512 to 131,072 tokens, at least the 0.98" in text
+    assert "gated_delta keeps 0.967 of its speed from 512 to 131,072 tokens, below the 0.98" in text
+    whole = (2e9 + 8192e5) / (2e9 + 2e7)
+    assert f"at 8,192: {599 / 400:.2f}, the document's 12.9; were both bound by memory" in text
+    assert f"alone it would be {whole:.2f}, for a step reads" in text
+    with (folder / "tables" / "speed-bytes.csv").open() as file:
+        (shared,) = (row for row in csv.DictReader(file) if (row["model"], row["context"]) == ("attention", "131072"))
+    assert float(shared["share of copy bandwidth"]) == pytest.approx((2e9 + 131072e5) * 50 / 4e12)
+
+
 def ablation_runs(losses: dict[str, list[float]]) -> list[dict[str, Any]]:
     found = []
     for variant, by_seed in losses.items():
