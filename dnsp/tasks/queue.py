@@ -35,6 +35,7 @@ from dnsp.tasks.suite import FINAL_SEEDS, SEARCH_SEED, VALIDATION, Cell, Measure
 from dnsp.tasks.worker import RESULT, run_config, write_json
 
 TRIES = 2  # of a job that fails
+OWN = ("train.lr", "train.seed", "data.seed", "run.dir", "run.tensorboard", "resume")  # what a queue sets in each run
 
 
 @dataclass
@@ -94,6 +95,9 @@ def with_overrides(cell: Cell, overrides: Sequence[str]) -> Cell:
     """A cell whose runs' configuration has some values replaced; tests that ask the task as it is trained follow it."""
     if not overrides:
         return cell
+    for override in overrides:
+        if (key := override.partition("=")[0]) in OWN:
+            raise UsageError(f"{override}: the queue gives every run its {key}; leave it out, or use dnsp train")
     tree = override_tree(cell.tree, overrides)
     tests = {}
     for name, test in cell.tests.items():

@@ -125,9 +125,9 @@ def run_config(job: dict[str, Any], folder: Path) -> Config:
         "train": {"lr": job["lr"], "seed": job["seed"]},
         "data": {"seed": job["data_seed"]},
         "run": {"dir": str(folder), "tensorboard": False},
-        "checkpoint": {"every": job["checkpoint_every"], "keep": 1},
     }.items():
         tree[section] = {**tree.get(section, {}), **settings}
+    tree["checkpoint"] = {"every": job["checkpoint_every"], "keep": 1, **tree.get("checkpoint", {})}
     tree["resume"] = "auto"
     return parse_config(tree, job["name"])
 

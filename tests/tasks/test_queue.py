@@ -95,9 +95,10 @@ def test_the_configuration_in_configs_is_a_run_of_the_queue() -> None:
 
 def test_overrides_reach_runs_and_their_tests() -> None:
     cell = suite(["mqar"], "smoke", False, ("deltanet",)).cells[0]
-    changed = with_overrides(cell, ["train.steps=7", "data.sources.0.options.pairs=3", "data.sequence_length=32"])
+    changed = with_overrides(cell, ["train.steps=7", "data.sources.0.options.pairs=3", "data.sequence_length=32",
+                                  "checkpoint.every=3"])  # fmt: skip
     config = run_config(train_job(changed, 1e-3, 0, "smoke"), Path("x"))
-    assert config.train.steps == 7 and config.data.sequence_length == 32
+    assert config.train.steps == 7 and config.data.sequence_length == 32 and config.checkpoint.every == 3
     assert changed.tests["test"]["sources"][0]["options"]["pairs"] == 3 and changed.tests["test"]["length"] == 32
     assert changed.tests["4 pairs"]["sources"][0]["options"]["pairs"] == 4  # asks what it is named after
 
@@ -110,6 +111,7 @@ REFUSED = (
     (["kv"], "smoke", "cpu", {"workers": 0}, "--workers 0: at least one"),
     (["kv"], "smoke", "cpu", {"minutes": -1.0}, "--minutes -1: give the minutes"),
     (["kv"], "smoke", "cpu", {"overrides": ["train.stepz=3"]}, "did you mean 'train.steps'"),
+    (["kv"], "smoke", "cpu", {"overrides": ["train.lr=1e-3"]}, "train.lr=1e-3: the queue gives every run its train.lr"),
     (["mqar"], "smoke", "cpu", {"overrides": ["data.sources.0.options.pairs=9"]}, "half of vocab=8 are 4"),
     (
         ["mqar"],
