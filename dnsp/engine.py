@@ -119,6 +119,8 @@ class Engine:
                 raise
             why = " ".join(str(error).split())[:300]
             raise UsageError(f"DeepSpeed refuses engine.deepspeed={config.engine.deepspeed}: {why}") from None
+        if grid.world == 1 and not self.stage:  # it would copy all gradients together and apart again
+            self.deepspeed.enable_backward_allreduce = False
         self.deepspeed.allreduce_gradients = WAITS.counting(self.deepspeed.allreduce_gradients)
         if self.stage == 3:  # where a layer waits for its weights
             coordinator = self.optimizer.parameter_offload.get_param_coordinator()
