@@ -20,8 +20,10 @@ import psutil
 import pytest
 from filelock import FileLock, Timeout
 
-from dnsp.config import load_config
+from dnsp.choices import delta_shapes
+from dnsp.config import ModelConfig, load_config
 from dnsp.errors import UsageError
+from dnsp.kernels.chunk_triton import WIDTHS
 from dnsp.tasks import pool
 from dnsp.tasks.pool import Worker, devices_of, run
 from dnsp.tasks.queue import Queue, Request, chosen_rate, train_job, with_overrides
@@ -83,6 +85,16 @@ def test_every_run_of_every_task_is_a_valid_configuration(scale: Any) -> None:
     for width in widths:
         cells = [c for c in whole.cells if c.task == "mqar" and c.labels["width"] == width]
         assert [c.labels["model"] for c in cells] == list(MODELS)
+
+
+def test_what_a_gpu_trains_and_times_has_kernels() -> None:
+    whole = suite(["all"], "full", gpu=True)
+    models = [cell.tree["model"] for cell in whole.cells]
+    models += [m.arguments["model"] for m in whole.measurements if m.kind == "speed"]
+    shapes = {shape for model in models for shape in delta_shapes(ModelConfig.model_validate(model))}
+    assert len(shapes) == 10
+    for _, key, value in shapes:
+        assert key in WIDTHS and value in WIDTHS, (key, value)
 
 
 def test_the_configuration_in_configs_is_a_run_of_the_queue() -> None:
