@@ -141,7 +141,8 @@ def _tree(model: dict[str, Any], sources: list[dict[str, Any]], train: dict[str,
         "model": model,
         "data": {"sources": sources, "sequence_length": length},
         "parallel": {"layout": "contiguous"},
-        "engine": {"dtype": "bf16" if gpu else "fp32"},
+        # models this narrow have room for a step's feed-forward at once, and each tile is a dozen launches of its own
+        "engine": {"dtype": "bf16" if gpu else "fp32", "mlp_tile": 65536},
         "train": {"weight_decay": 0.1, "schedule": "cosine", "min_lr_ratio": 0.1, **train},
         "eval": {"sequences": 1},  # what is asked of the model is asked behind the run
         "run": {"timeout": 300},
