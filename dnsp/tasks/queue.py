@@ -30,6 +30,8 @@ from dnsp.data.mix import open_data
 from dnsp.data.pack import Split
 from dnsp.data.prepare import ensure
 from dnsp.errors import UsageError
+from dnsp.parallel.errors import LayoutError
+from dnsp.parallel.layout import Layout
 from dnsp.schedule import spans
 from dnsp.tasks.suite import FINAL_SEEDS, SEARCH_SEED, VALIDATION, Cell, Measurement, Scale, Suite, turn
 from dnsp.tasks.worker import RESULT, run_config, write_json
@@ -162,6 +164,12 @@ class Queue:
         for cell in self.cells:
             job = train_job(cell, cell.learning_rates[0], SEARCH_SEED, self.request.scale, self.request.ranks)
             config = run_config(job, self.out / "runs" / job["name"])
+            ranks = config.parallel.sequence or self.request.ranks
+            for span in spans(config):
+                try:
+                    Layout(config.parallel.layout, ranks, span.sequence_length)
+                except LayoutError as error:
+                    raise UsageError(f"--ranks {self.request.ranks}: {cell.task}: {error}") from None
             for source in config.data.sources:
                 if not source.path.startswith("task:"):
                     ensure(source.path, config.data.tokenizer)  # once, before workers would wait for each other

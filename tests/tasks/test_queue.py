@@ -123,6 +123,7 @@ REFUSED = (
     (["kv"], "smoke", "cpu", {"workers": 0}, "--workers 0: at least one"),
     (["kv"], "smoke", "cpu", {"minutes": -1.0}, "--minutes -1: give the minutes"),
     (["kv"], "smoke", "cpu", {"overrides": ["train.stepz=3"]}, "did you mean 'train.steps'"),
+    (["kv"], "smoke", "cpu", {"ranks": 3}, "--ranks 3: kv: sequence length 16 does not split into 3 .* fewer ranks"),
     (["kv"], "smoke", "cpu", {"overrides": ["train.lr=1e-3"]}, "train.lr=1e-3: the queue gives every run its train.lr"),
     (["mqar"], "smoke", "cpu", {"overrides": ["data.sources.0.options.pairs=9"]}, "half of vocab=8 are 4"),
     (
