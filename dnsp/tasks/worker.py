@@ -46,6 +46,9 @@ DIVERGED = ("the loss is not finite", "the gradient norm is")
 
 def serve(answers: IO[str]) -> None:
     """Jobs from standard input until it ends, what came of them to ``answers``."""
+    # A run saves first. Whatever else is being done is left between two statements: on a GPU that loses a process in
+    # the middle of a kernel others may fail.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for line in sys.stdin:
         job = json.loads(line)
         answers.write(json.dumps(carry_out(job, Path(job["folder"]))) + "\n")

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import errno
 import gzip
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from dnsp.tasks import pool
 from dnsp.tasks.pool import Worker, devices_of, run
 from dnsp.tasks.queue import Queue, Request, chosen_rate, train_job, with_overrides
 from dnsp.tasks.suite import ABLATIONS, MODELS, NAMES, SEARCH_SEED, VALIDATION, Cell, suite, turn
-from dnsp.tasks.worker import RESULT, in_turn, make_small, run_config, without_damaged
+from dnsp.tasks.worker import RESULT, in_turn, make_small, run_config, serve, without_damaged
 from tests.ranks import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -257,6 +259,23 @@ def test_a_worker_goes_on_behind_what_diverged_and_what_is_damaged(tmp_path: Pat
         kept = sum(path.stat().st_size for path in (tmp_path / name).rglob("*") if path.is_file())
         assert kept < KEPT, (name, kept)
         assert not (tmp_path / name / "tensorboard").exists()
+
+
+def test_a_worker_without_a_run_leaves_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked to stop behind a run, while its model is asked: no run of its own saves, others use the GPU."""
+
+    def asked() -> Iterator[str]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield "{}"
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "stdin", asked())
+    try:
+        with pytest.raises(SystemExit) as left:
+            serve(io.StringIO())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left.value.code == 128 + signal.SIGTERM
 
 
 def test_a_process_that_failed_has_ended_before_its_job_is_tried_again(tmp_path: Path) -> None:
