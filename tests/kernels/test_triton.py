@@ -35,6 +35,10 @@ CASES = {
     "previous": (Case(130, decays=WEAK, V=16, rule=Rule(error_decay="previous")), 64),
     "no erase": (Case(130, decays=("weak", "any"), V=16, rule=Rule(erase=False)), 64),
     "no decay": (Case(100, decays=("none",), V=16, g=False, l2norm=True, initial=True, final=True), 128),
+    "neither decay nor erase": (  # linear attention, whose sum of keys is a case of one value column
+        Case(100, decays=("none",), V=1, HV=1, g=False, rule=Rule(erase=False), starts=((0, 33, 70),)),
+        64,
+    ),
     "two halves of K": (Case(70, decays=("weak",), K=128, V=32, H=1, HV=1, l2norm=True), 64),
     "documents": (Case(200, decays=WEAK, V=32, K=32, starts=PACKED, initial=True, final=True, l2norm=True), 64),
     "decays": (Case(200, decays=("weak", "strong", "mixed"), H=2, HV=4, V=32), 64),
