@@ -191,7 +191,7 @@ def _prove(device: torch.device, signature: AnySignature, where: Toolchain, file
 def _child(device: torch.device, signature: AnySignature, table: str) -> dict[str, Any]:
     """One table's proof in a process of its own: its ``errors`` and ``binaries``, and what is ``wrong``, None if
     nothing is. A process that crashes or hangs once it has the device is a wrong table, one that never gets it not."""
-    task = {"device": str(device), "signature": to_json(signature), "table": table}
+    task = {"device": str(device), "signature": to_json(signature), "table": table, "parent": os.getpid()}
     paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     try:

@@ -13,6 +13,8 @@ import math
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -37,6 +39,7 @@ LIMITS = {torch.bfloat16: (5e-3, 1e-2), torch.float16: (5e-3, 1e-2), torch.float
 NARROW = 2.0
 STATE_LIMIT = 1e-5  # of states that are changed in fp32: by the fold, and in decoding
 RUN_SECONDS = 120  # after which kernels that were compiled before are taken to hang
+POLL = 0.5  # seconds between looks at the parent
 TOKENS, BATCH = 436, 2
 # What a wrong result tells, the first in this order: all that came before it was right.
 SUSPECTS = {
@@ -351,6 +354,17 @@ def _compile(device: torch.device, signature: AnySignature) -> None:
         pass
 
 
+def end_with(parent: int) -> None:
+    """End this process when the one that waits for it was killed: whoever stops a job wants the GPU back."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
+
+
 def child() -> None:
     """The process that :mod:`.proof` starts: a task on stdin, a report on stdout. What others print goes to stderr."""
     out = os.dup(1)
@@ -360,6 +374,7 @@ def child() -> None:
         os.write(out, (json.dumps(report) + "\n").encode())
 
     task = json.load(sys.stdin)
+    end_with(task["parent"])
     device = torch.device(task["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)

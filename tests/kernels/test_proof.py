@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -372,6 +373,34 @@ def assert_said(name: str, said: str) -> None:
     import re
 
     assert re.match(WRONG[name][3], said), (name, said)
+
+
+LEFT_ALONE = """
+import os, subprocess, sys
+child = "import os, time; from dnsp.kernels.proof_run import end_with; end_with(%d); print(os.getpid(), flush=True)"
+waiting = [sys.executable, "-c", child % os.getpid() + "; time.sleep(60)"]
+print(subprocess.Popen(waiting, stdout=subprocess.PIPE, text=True).stdout.readline(), flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_child_whose_parent_was_killed_ends() -> None:
+    killed = subprocess.run(
+        [sys.executable, "-c", LEFT_ALONE], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert killed.stdout.strip().isdigit(), killed.stderr
+    deadline = time.monotonic() + 20
+    while runs(int(killed.stdout)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not runs(int(killed.stdout))
+
+
+def runs(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.slow
