@@ -294,6 +294,17 @@ def bench_stack(
     raise typer.Exit(run(overrides or [], tokens, worlds, layouts.split(","), steps=steps, json_path=json_file))
 
 
+@bench_app.command("plot")
+def bench_plot(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What bench delta, train or scan wrote.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="A .png, .svg or .pdf.")],
+) -> None:
+    """What benchmarks wrote with --json, as one picture."""
+    from dnsp.bench.plots import plot
+
+    raise typer.Exit(plot(files, out))
+
+
 @app.command("bench-rank", hidden=True)
 def bench_rank(what: str, file: Path) -> None:
     """One rank of what bench scan, attention and stack start."""

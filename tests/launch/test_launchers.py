@@ -168,7 +168,7 @@ sys.exit(end(2, "the reason", quiet=not late))
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("launcher", [("torchrun", "--nproc-per-node"), ("deepspeed", "--num_accelerators")])
 def test_the_rank_that_speaks_may_be_late(folder: Path, launched: Launched, launcher: tuple[str, str]) -> None:
-    """A launcher ends every rank with the first that ended: one that keeps quiet leaves time to the one that does not."""
+    """A launcher ends every rank with the first that ended: one that keeps quiet leaves time to one that does not."""
     (folder / "late.py").write_text(LATE)
     command, ranks = launcher
     done = launched(str(SCRIPTS / command), ranks, "2", "--master_port", str(free_port()), "late.py")
