@@ -53,7 +53,9 @@ def _megatron() -> ModuleType:
                 del sys.modules[module]
     # Optional accelerations of its own training loop, which is not used here.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    return import_module(name)
+    from megatron.core.datasets import indexed_dataset
+
+    return indexed_dataset
 
 
 class Metadata(BaseModel):
