@@ -277,7 +277,7 @@ def check_world(request: Request, environment: Environment, truth: Truth) -> lis
             for (layout, transport), count in zip(ways, differing, strict=True):
                 mine = _check_case(request, grid, engine, step, truth, layout, transport, count)
                 watchdog.check_peers()
-                all_ranks = torch.stack(everyone.all_gather(mine, "the verdict"))
+                all_ranks = everyone.all_gather(mine, "the verdict")
                 cases.append(_judge(request, truth, grid, stage, layout, transport, all_ranks))
     watchdog.leave()
     return cases

@@ -205,9 +205,9 @@ class _Keys:
         self._k, self._v, self._plan = k, v, plan
         self._what = plan.named(f"attention's exchange of keys and values ({way})")
         self._ahead: tuple[Exchange | Posted, Tensor] | None = None
-        self._all: list[Tensor] | None = None
+        self._all: tuple[Tensor, Tensor] | None = None  # by rank
         if plan.attention_transport == "gather" and plan.crosses:
-            self._all = plan.comm.all_gather(torch.cat([k, v], dim=-1), self._what)
+            self._all = plan.comm.all_gather(k, self._what), plan.comm.all_gather(v, self._what)
 
     def next(self, work: Round) -> KV:
         """The pieces of a round; called once for each, in order."""
@@ -218,8 +218,7 @@ class _Keys:
         if shift == 0:
             return _cut(self._k, self._v, work.pieces)
         if self._all is not None:
-            k, v = self._all[work.owner].split([self._k.shape[-1], self._v.shape[-1]], dim=-1)
-            return _cut(k, v, work.pieces)
+            return _cut(self._all[0][work.owner], self._all[1][work.owner], work.pieces)
         assert ahead is not None
         ahead[0].wait()
         return _split(ahead[1], work.pieces, self._k, self._v)

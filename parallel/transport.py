@@ -23,6 +23,8 @@ T = TypeVar("T")
 Message = tuple[int, Tensor]  # (peer, contiguous tensor)
 
 
+# One tensor for all ranks' parts; torch 2.13 has another name for it, and warns of the old one.
+_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 Works = list[tuple[int | None, dist.Work]]  # by peer; None where one work is several peers'
 
 
@@ -118,15 +120,15 @@ class Transport:
         by_peer = list(zip(peers, works, strict=True))
         return Exchange(self, by_peer[: len(sends)], by_peer[len(sends) :], tensors, what, staged)
 
-    def all_gather(self, tensor: Tensor, what: str) -> list[Tensor]:
-        """Every rank's tensor, by rank of the group; equal shapes."""
+    def all_gather(self, tensor: Tensor, what: str) -> Tensor:
+        """Every rank's tensor, ``[P, ...]`` by rank of the group; equal shapes. NCCL writes them where they stay."""
         if self.group is None:
-            return [tensor]
+            return tensor[None]
         self.calls += 1
-        tensor = tensor.contiguous()
-        parts = [torch.empty_like(tensor) for _ in self.ranks]
-        self.guard(lambda: dist.all_gather(parts, tensor, group=self.group), None, what)
-        return parts
+        mine = tensor.contiguous().view(-1)  # flat on both sides, which every backend takes
+        whole = mine.new_empty(self.size * mine.numel())
+        self.guard(lambda: _gather_single(whole, mine, group=self.group), None, what)
+        return whole.view(self.size, *tensor.shape)
 
     def all_to_all(self, tensor: Tensor, what: str) -> Tensor:
         """Part r of every rank's contiguous tensor, along its first axis of as many parts as ranks, to rank r."""
