@@ -277,11 +277,13 @@ def loopback(tiles: int, device: torch.device, limit: float = 30.0) -> tuple[Inb
     return Inbox(slots, ready, taken, free), Outbox(slots, ready, sent, free), make_clock(tiles, device, limit)
 
 
-def make_clock(tiles: int, device: torch.device, limit: float, status: Tensor | None = None) -> Clock:
-    """A clock with its records at zero; ``limit``: seconds."""
+def make_clock(
+    tiles: int, device: torch.device, limit: float, status: Tensor | None = None, record: Tensor | None = None
+) -> Clock:
+    """A clock with its records at zero, where they are not given; ``limit``: seconds."""
     return Clock(
         torch.zeros(4, dtype=torch.int32, device=device) if status is None else status,
-        torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda"),
+        torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda") if record is None else record,
         torch.zeros(2 + tiles, dtype=torch.int64, device=device),
         int(limit * 1e6),
     )

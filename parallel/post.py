@@ -87,6 +87,7 @@ class Post(Region):
             return torch.zeros(n, APART, dtype=torch.int32, device=self.device)
 
         self._sent, self._taken, self._filled = counters(ranks), counters(ranks), counters(SLOTS)
+        self._kept.append((self._sent, self._taken, self._filled))
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message], what: str) -> Posted:
         """Starts sends and receives together; as ``Transport.exchange``."""

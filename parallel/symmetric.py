@@ -82,7 +82,7 @@ class Region:
         self.comm, self.device = comm, device
         self.memories: list[Tensor] = []  # int32 words, by rank; none yet
         self._where: dict[tuple[str, int | None, int | None], int] = {}
-        self._kept: list[Any] = []  # earlier, smaller memories: a graph may have captured their addresses
+        self._kept: list[Any] = []  # earlier, smaller memories and their counts: a graph may have captured addresses
         words = refusal(comm)
         if words:
             raise PlanError(f"transport peer: {words}; use p2p (parallel.transport)")
@@ -131,8 +131,10 @@ class Region:
 
     def take(self, memories: Sequence[Tensor], stamps: int = 1) -> None:
         """From here on these are the memories of the group's ranks, words that are zero."""
+        record = self.clock.record if self.memories else None  # a graph may still wait on an earlier memory
         self.memories = list(memories)
-        self.clock = triton_scan.make_clock(stamps, self.device, self.comm.timeout, self.memories[self.comm.rank][:4])
+        status = self.memories[self.comm.rank][:4]
+        self.clock: triton_scan.Clock = triton_scan.make_clock(stamps, self.device, self.comm.timeout, status, record)
         self._record = self.clock.record.numpy()
         self._kept.append((*memories, self.clock))
 
@@ -229,6 +231,7 @@ class Symmetric(Region):
         self._parts = [_Part.of(words, self.capacity) for words in memories]
         shape = 2, self.capacity
         self._taken, self._sent = (torch.zeros(shape, dtype=torch.int32, device=self.device) for _ in range(2))
+        self._kept.append((self._taken, self._sent))
 
     # Every message.
 
