@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dnsp.bench.account import Account, account
+from dnsp.bench.ranks import new_table, publish
 from dnsp.bench.scan import Stamps, Work, _shortest, accounts, hops_and_back, hops_there, makespan, table
 from dnsp.cli import main
+from dnsp.errors import UsageError
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.transport import Transport
 from dnsp.parallel.waits import WAITS
@@ -71,6 +75,19 @@ def test_figures_of_every_way(what: str, tmp_path: Path) -> None:
 def test_refusals(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_what_was_measured_stays_when_a_later_world_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def worlds() -> Iterator[dict[str, Any]]:
+        yield {"ranks": 2, "notes": ["a note"]}
+        raise UsageError("4 ranks could not be measured")
+
+    file = tmp_path / "figures.json"
+    with pytest.raises(UsageError, match="4 ranks"):
+        publish(worlds(), lambda found: [new_table(f"{found['ranks']} ranks", "ms")], {"tokens": 64}, file)
+    shown, report = capsys.readouterr().out, json.loads(file.read_text())
+    assert "2 ranks" in shown and "a note" in shown
+    assert report["tokens"] == 64 and report["worlds"] == [{"ranks": 2, "notes": ["a note"]}]
 
 
 def test_the_table_has_every_figure() -> None:
