@@ -144,8 +144,8 @@ def run(
             found = [Case(**case) for case in json.loads((folder / f"{world}.json").read_text())]
             cases += found
             if found and len(request.ranks) > 1:  # the next world may take long, or fail
-                ranks = f"{world} rank{'s' * (world > 1)}"
-                print(f"{ranks}: {sum(case.ok for case in found)} of {len(found)} hold", flush=True)
+                count = sum(case.ok for case in found)
+                print(f"{world} rank{'s' * (world > 1)}: {count} of {len(found)} hold", flush=True)
     return conclude(request, cases, json_path)
 
 

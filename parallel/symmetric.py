@@ -51,7 +51,12 @@ def tiles(rows: int, value_heads: int, value_width: int) -> int:
 
 def budget(rows: int, value_heads: int, value_width: int) -> int:
     """Bytes of symmetric memory a rank, for states of ``rows`` rows of such heads."""
-    return 4 * words_of(capacity_of(tiles(rows, value_heads, value_width)))
+    return bytes_of(tiles(rows, value_heads, value_width))
+
+
+def bytes_of(tiles: int) -> int:
+    """The same for states of so many tiles."""
+    return 4 * words_of(capacity_of(tiles))
 
 
 class _Part(NamedTuple):
