@@ -8,9 +8,9 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +27,7 @@ from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import KINDS, Layout
 from dnsp.parallel.plan import Plan, make_plan
 from dnsp.parallel.transport import Exchange, Message, Transport
-from tests.ranks import run_ranks
+from tests.ranks import dawdling, run_ranks
 
 B, HV, K, V = 2, 3, 16, 32
 ROWS = B * HV
@@ -141,28 +141,6 @@ def test_the_number_of_parts() -> None:
         assert scan.parts_of(state[:, :2], 126) == 2
     small, odd = torch.empty(1, 4, 16, 16), torch.empty(1, 64, 130, 130)
     assert scan.parts_of(small, 14) == scan.parts_of(odd, 14) == 1
-
-
-LATE, MOST = 0.25, 0.02  # how often a rank dawdles, and seconds
-
-
-@contextmanager
-def dawdling(draw: random.Random) -> Iterator[None]:
-    """This rank is late, now and then: with a message, with looking for one, with a fold."""
-
-    def late(call: Callable[..., Any]) -> Callable[..., Any]:
-        def later(*given: Any, **options: Any) -> Any:
-            if draw.random() < LATE:
-                time.sleep(MOST * draw.random() ** 3)  # mostly a little, seldom for many messages
-            return call(*given, **options)
-
-        return later
-
-    places = (Transport, "exchange"), (Exchange, "arrived"), (scan._Chain, "_fold"), (scan._Chain, "start")
-    with ExitStack() as stack:
-        for owner, name in places:
-            stack.enter_context(patch.object(owner, name, late(getattr(owner, name))))
-        yield
 
 
 def on_every_rank(ranks_are_late: bool) -> tuple[list[str], list[int]]:
