@@ -2,7 +2,8 @@
 that comes late.
 
     step      from one step's end to the next one's, on the device
-    waiting   of it, the compute stream stands still until states have come; the rest is the rank's own work
+    waiting   of it, the compute stream stands still until states have come and are folded; the rest is the rank's own
+              work
     host      what the host takes to launch a step: where that is as long as the step, the device waits for the host
 """
 
@@ -21,15 +22,26 @@ from dnsp.parallel.waits import WAITS
 
 
 class Account(NamedTuple):
-    """Of a rank, ms a step."""
+    """Of a rank, ms a step. ``waits``: one after another, on a GPU of the forward and of the backward scan."""
 
     step: float
-    waiting: float
+    waits: list[float]
     host: float
+
+    @property
+    def waiting(self) -> float:
+        return sum(self.waits)
 
     @property
     def own(self) -> float:
         return self.step - self.waiting
+
+
+class Alone(NamedTuple):
+    """What the slowest rank takes alone on its GPU, ms a step: its own work, and its folds."""
+
+    own: float
+    folds: float
 
 
 def account(work: Work | None, ranks: Ranks, repeat: int) -> list[Account]:
@@ -66,21 +78,22 @@ def _account(work: Work, ranks: Ranks, repeat: int) -> Account:
     finally:
         WAITS.on = False
     steps = [between(*pair) for pair in zip(ends, ends[1:], strict=False)]
-    waited = [1e3 * seconds + sum(between(*span) for span in spans) for seconds, spans in waits]
+    waited = [[between(*span) for span in spans] if on_gpu else [1e3 * seconds] for seconds, spans in waits]
     # In the first step the device waits for its first launches, and for whoever began later.
-    return Account(median(steps[1:]), median(waited[1:]), 1e3 * host / repeat)
+    return Account(median(steps[1:]), [median(each) for each in zip(*waited[1:], strict=True)], 1e3 * host / repeat)
 
 
-def table(title: str, found: Mapping[str, Sequence[Account]], replayed: Mapping[str, float]) -> Table:
-    """For people. ``replayed``: what the slowest rank's own work takes when it is alone on its GPU, ms."""
-    rows = new_table(title, "step, ms", "own work", "replayed alone", "waiting", "host")
+def table(title: str, found: Mapping[str, Sequence[Account]], replayed: Mapping[str, Alone]) -> Table:
+    """For people."""
+    rows = new_table(title, "step, ms", "own work", "alone", "waiting", "its folds", "host")
     for name, ranks in found.items():
         rows.add_row(
             name,
             f"{max(rank.step for rank in ranks):.3f}",
             _range([rank.own for rank in ranks]),
-            f"{replayed[name]:.3f}" if name in replayed else "",
+            f"{replayed[name].own:.3f}" if name in replayed else "",
             _range([rank.waiting for rank in ranks]),
+            f"{replayed[name].folds:.3f}" if name in replayed else "",
             _range([rank.host for rank in ranks]),
         )
     return rows

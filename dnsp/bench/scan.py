@@ -35,7 +35,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dnsp.bench import account
-from dnsp.bench.account import Account
+from dnsp.bench.account import Account, Alone
 from dnsp.bench.common import CLOCK, device_seconds
 from dnsp.bench.ranks import Ranks, check, measure, middle, new_table, publish
 from dnsp.bench.scan_peers import missing, peers
@@ -125,7 +125,7 @@ def accounts(world: dict[str, Any]) -> Table:
     """Where the time of its steps goes."""
     found = {name: [Account(**rank) for rank in ranks] for name, ranks in world["accounts"].items()}
     replayed = {
-        f"{way['layout']}, {way['transport']}": max(Work(**work).total for work in works["work_ms"])
+        f"{way['layout']}, {way['transport']}": max(Work(**work).alone for work in works["work_ms"])
         for way in world["ways"]
         if (works := way.get("replays", {}).get(str(way["segment_tokens"])))
     }
@@ -247,8 +247,9 @@ class Work:
     after: float
 
     @property
-    def total(self) -> float:
-        return sum(sum(part) if isinstance(part, list) else part for part in vars(self).values())
+    def alone(self) -> Alone:
+        own = self.before + self.beside_forward + self.between + self.beside_reverse + self.after
+        return Alone(own, sum(self.forward) + sum(self.reverse))
 
     @staticmethod
     def of(step: Step, replay: Replay, repeats: int) -> Work:
