@@ -201,14 +201,13 @@ class Symmetric(Region):
     # Once a shape.
 
     def meet(self, U_NBHKV: Tensor) -> None:
-        """Before the first message of a shape: the kernels are proven and loaded on every rank, all mean the same
-        shape, and there is room. Deadlines count from here.
+        """Before the first message of a shape, which is the same on all ranks: the kernels are proven and loaded on
+        every one, and there is room. Deadlines count from here.
 
-        Raises: PlanError, naming the rank and the field that differs, or the figures of what does not fit.
+        Raises: PlanError with the figures of what does not fit.
         """
         self.check()
-        B, HV, K, V = U_NBHKV.shape[1:]
-        shape = (B, HV, K, V)
+        shape = tuple(U_NBHKV.shape[1:])
         if shape in self._met:
             return
         if torch.cuda.is_current_stream_capturing():
@@ -219,7 +218,6 @@ class Symmetric(Region):
         proof.require_fold(U_NBHKV)
         _warm_up(U_NBHKV)
         self.comm.barrier()  # however long the others compile
-        self.comm.compare({"rows": B, "value heads": HV, "key width": K, "value width": V}, "the state of a scan")
         self.reserve(triton_scan.tiles_of(U_NBHKV))
         torch.cuda.synchronize(self.device)
         self.comm.barrier()

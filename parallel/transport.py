@@ -20,6 +20,8 @@ from .errors import PeerLost, PlanError
 from .waits import WAITS
 
 T = TypeVar("T")
+COMPILING = {"cuda"}  # devices whose kernels are compiled, and proven, at their first launch
+_together: set[tuple[Any, ...]] = set()  # what the ranks of a group have come to together, by the group's name
 Message = tuple[int, Tensor]  # (peer, contiguous tensor)
 
 
@@ -158,10 +160,25 @@ class Transport:
         """Until every rank's host is here."""
         self.from_all(None)
 
+    def first(self, what: str, tensor: Tensor, way: str, **fields: int) -> None:
+        """Before the first message of a kind: until every rank's host has come to it, however long it compiles what
+        comes before. The time that a message may take counts from there. All ranks call it together.
+
+        Raises: PlanError on every rank, naming rank and field, where one means another type or another of ``fields``.
+        """
+        if self.control is None or tensor.device.type not in COMPILING:
+            return
+        key = self.control.group_name, what, way, tensor.dtype, *fields.values()
+        if key not in _together:
+            self._hold_against({**fields, "dtype": str(tensor.dtype).removeprefix("torch.")}, what)
+            _together.add(key)
+
     def compare(self, fields: dict[str, Any], what: str) -> None:
         """Raises PlanError on every rank, naming rank and field, where one has another value than the group's first."""
-        if self.control is None or self._digests_agree(fields, what):
-            return
+        if self.control is not None and not self._digests_agree(fields, what):
+            self._hold_against(fields, what)
+
+    def _hold_against(self, fields: dict[str, Any], what: str) -> None:
         first, *others = self.from_all(fields)
         for rank, mine in enumerate(others, 1):
             for name, value in mine.items():
