@@ -14,8 +14,7 @@
 
                   while states travel, a rank does what needs none of them, and then waits
 
-                  A GPU that is given single steps is cooler than one that is kept busy: the makespan is over a local
-                  shard that was measured as replays are, *alone*
+                  It is over a local shard that was measured as replays are: single steps, by the device's clock
     hop           a flag seen by the waiting kernel minus the flag's raising, by the device's timer; of several GPUs,
                   whose timers differ, half of the way there and back
 
