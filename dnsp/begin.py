@@ -23,11 +23,24 @@ from dnsp.model import liger
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
+from dnsp.parallel.transport import Transport
 
 
 def check_layout(config: Config, grid: Grid, length: int) -> None:
     """Refuse sequences of ``length`` tokens that the sequence group or the segments do not divide."""
     make_plan([[0]], Layout(config.parallel.layout, grid.sequence_size, length), grid, config.parallel.segment_tokens)
+
+
+def check_alike(config: Config, identity: dict[str, Any], grid: Grid) -> None:
+    """Whether all ranks mean the same run; hosts may have configurations and data of their own.
+
+    Raises: PlanError on every rank, naming the rank that differs and in what.
+    """
+    tree = config.model_dump(mode="json")
+    sections = ("model", "parallel", "engine", "train")
+    fields = {f"{section}.{key}": value for section in sections for key, value in tree[section].items()}
+    fields |= {"the tokenizer": identity["tokenizer"], "the data": identity["data"]}
+    Transport(grid.everyone, range(grid.world), grid.rank, grid.everyone).compare(fields, "the run")
 
 
 def identity_of(config: Config, tokenizer: Tokenizer, data: Mixture) -> dict[str, Any]:

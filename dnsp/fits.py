@@ -12,6 +12,7 @@ import torch
 
 from dnsp import checkpoint
 from dnsp.begin import check_free, check_settings
+from dnsp.choices import MIB, shared_sizes, unfit_for_peer
 from dnsp.cli import check_ranks
 from dnsp.config import Config
 from dnsp.data.mix import open_data
@@ -48,6 +49,7 @@ def examine(config: Config, ranks: int, here: bool) -> Iterator[Row]:
     flops = step_flops(config.model, parameters, [length] * config.train.global_batch)
     yield "model", "ok", f"{parameters:,} parameters, {flops / 1e12:,.3g} TFLOP a step of {length:,} tokens a row", ""
     yield from _memory(config, parameters, ranks, here)
+    yield from _symmetric_memory(config, ranks, here)
     yield _tried("run folder", lambda: _folder(config))
     yield _disk(config, parameters)
 
@@ -139,6 +141,27 @@ def _memory(config: Config, parameters: int, ranks: int, here: bool) -> Iterator
     if needs.host:
         found += f"; {needs.host / GIB:,.2f} on the host, where {free / GIB:,.1f} are free for it"
     yield "memory", "missing" if cure else "ok", found, cure
+
+
+def _symmetric_memory(config: Config, ranks: int, here: bool) -> Iterator[Row]:
+    """What a run reserves for states, halos, keys and values (:func:`dnsp.choices.reserve`)."""
+    asked, group = config.parallel, config.parallel.sequence or ranks
+    states = "peer" if asked.transport == "auto" and not unfit_for_peer(config.model) else asked.transport
+    keys = "peer" if asked.attention_transport == "auto" else asked.attention_transport
+    tiles, message = shared_sizes(config, states, keys, group, max(span.sequence_length for span in spans(config)))
+    if message is None or (here and not torch.cuda.is_available()):
+        return
+    from dnsp.parallel import post, symmetric
+
+    own = 0 if tiles is None else symmetric.bytes_of(tiles)
+    need = own + post.bytes_of(group, message)
+    found = f"{need / MIB:,.0f} MiB a rank, {own / MIB:,.0f} of them for states"
+    if not here:
+        yield "symmetric memory", "info", f"{found}, where ranks reach each other's", ""
+        return
+    free = torch.cuda.mem_get_info()[0] // -(-ranks // torch.cuda.device_count())
+    cure = "" if need < free else "parallel.transport=p2p parallel.attention_transport=ring, or more ranks"
+    yield "symmetric memory", "missing" if cure else "ok", f"{found}; {free / MIB:,.0f} are free for it", cure
 
 
 def _way(config: Config, parameters: int, ranks: int, suits: Callable[[Held], bool]) -> str:

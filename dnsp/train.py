@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dnsp import checkpoint, watchdog
 from dnsp.begin import (
+    check_alike,
     check_free,
     check_layout,
     check_settings,
@@ -100,6 +101,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             hollow=config.engine.zero_stage == 3,  # no rank ever holds the whole model: the engine fills it
         )
         begin = starting_point(config, identity) if first else None
+    check_alike(config, identity, grid)
     begin = watchdog.from_first(begin)  # rank 0 has read every byte of it against the checksums
     with watchdog.agreed():
         found = checkpoint.open_checked(begin) if begin else None
