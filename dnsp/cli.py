@@ -5,7 +5,6 @@ Long because it is one flat list, a function a command, with every option's help
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -21,6 +20,7 @@ import typer
 from dnsp.config import Config, load_config
 from dnsp.ending import end
 from dnsp.errors import Echo, PeerFailed, RunError, UsageError
+from dnsp.json_files import write_json
 from dnsp.launch.environment import LaunchError, find_environment
 from dnsp.launch.local import SUPERVISOR, start_ranks
 from dnsp.parallel.errors import LayoutError, PlanError
@@ -104,8 +104,8 @@ def train(
     from dnsp.train import train as run
 
     figures = run(started_again(settings, environment.restarts), environment, name=config.stem)
-    if json_file is not None and environment.rank == 0:
-        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+    if environment.rank == 0:
+        write_json(json_file, figures)
 
 
 @app.command("eval")
@@ -119,8 +119,8 @@ def evaluate(
 
     environment = find_environment()
     figures = evaluate_run(run, overrides or [], environment)
-    if json_file is not None and environment.rank == 0:
-        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+    if environment.rank == 0:
+        write_json(json_file, figures)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from rich.table import Table
 from dnsp import watchdog
 from dnsp.bench.common import make_console, reason
 from dnsp.errors import UsageError
+from dnsp.json_files import write_json
 from dnsp.launch.environment import find_environment
 from dnsp.launch.local import start_ranks
 from dnsp.parallel.errors import PeerLost
@@ -158,8 +159,7 @@ def publish(
             console.print(table)
         for note in found["notes"]:
             console.print(f"  {note}", markup=False, soft_wrap=True)
-        if json_path is not None:
-            json_path.write_text(json.dumps({**about(), **report, "worlds": measured}, indent=2) + "\n")
+        write_json(json_path, {**about(), **report, "worlds": measured})
 
 
 def new_table(title: str, *columns: str) -> Table:
