@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from dnsp.config import Config, load_config
-from dnsp.ending import end
+from dnsp.ending import end, speaks
 from dnsp.errors import Echo, PeerFailed, RunError, UsageError
 from dnsp.json_files import write_json
 from dnsp.launch.environment import LaunchError, find_environment
@@ -466,7 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except (UsageError, LaunchError, LayoutError, PlanError) as error:
         # every rank refuses alike; one a node says it
-        return end(2, str(error), quiet=os.environ.get("LOCAL_RANK", "0") != "0")
+        return end(2, str(error), quiet=not speaks())
     except PeerFailed as error:
         return end(1, str(error), consequence=True)
     except Echo as error:

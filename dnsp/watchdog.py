@@ -172,8 +172,9 @@ def wait_for_first() -> None:
 class Watch:
     """Around a run: notices a request to stop, and turns the loss of a peer into one message.
 
-    SIGTERM, SIGINT and SIGUSR1 set ``stop``: the run saves after its step and ends; asked twice, it ends at once. Of
-    several ranks that fail the first claims it in the run ``folder`` (set once there is one), the others follow.
+    SIGTERM, SIGINT and SIGUSR1 set ``stop``: the run saves after its step and ends. A third SIGTERM or SIGINT ends it
+    at once: a launcher that is interrupted may ask a second time for the same reason. Of several ranks that fail the
+    first claims it in the run ``folder`` (set once there is one), the others follow.
     """
 
     def __init__(self, environment: Environment) -> None:
@@ -205,13 +206,12 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._ended.set()
         self.stalls.limit, self.stalls.error = float("inf"), error
-        self._restore()
-        if isinstance(error, RunError):
-            self.settle()
-        self.at_end()
-        if self.world == 1:
-            leave()  # with peers it would wait for them
         try:
+            if isinstance(error, RunError):
+                self.settle()
+            self.at_end()
+            if self.world == 1:
+                leave()  # with peers it would wait for them
             if error is None or isinstance(error, (Echo, *REFUSALS)):
                 return
             if isinstance(error, PeerLost):
@@ -222,6 +222,7 @@ class Watch:
             self.stalls.leave_stacks()
         finally:
             self.stalls.stop()
+            self._restore()  # not before: a launcher that asks all to end meanwhile shall not cut the words short
 
     def _stalled(self, message: str) -> None:
         """What the watching thread does with a rank that stands still."""

@@ -1,4 +1,7 @@
-"""What goes wrong before the first step and later: one message, the right status, in time, nothing lost or left."""
+"""What goes wrong before the first step and later: one message, the right status, in time, nothing lost or left.
+
+Long because each fault is made by hand, in processes that are real.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,21 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
 
-from dnsp import watchdog
+from dnsp import ending, watchdog
 from dnsp.cli import main
 from dnsp.launch.environment import Environment
 from dnsp.parallel.errors import PeerLost
+from tests.dnsp.conftest import environment
 
 BEFORE, LATER = 20.0, 30.0  # seconds until a refusal, until a fault has ended every rank
 
@@ -360,3 +366,62 @@ def test_a_peer_that_the_watching_thread_misses_is_said_once(
         watch._look()
     assert "rank 0 lost rank 1 during a scan" in said[0]["message"]
     assert said[0]["consequence"] and said[0]["quiet"] is quiet
+
+
+@pytest.mark.parametrize("local", ["0", "1"])
+def test_srun_hears_a_refusal_once_a_node(
+    local: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its tasks have no LOCAL_RANK yet; those that keep quiet leave time to the one that speaks."""
+    monkeypatch.setenv("SLURM_LOCALID", local)
+    waited = Mock()
+    monkeypatch.setattr(ending, "_let_others_speak", waited)
+    assert main(["train", str(workplace / "tiny.yaml"), "train.stpes=3"]) == 2
+    assert ("train.steps" in capsys.readouterr().err) is (local == "0")
+    assert waited.called is (local == "1")
+
+
+QUIET = """
+import signal, threading
+from dnsp.ending import end
+
+signal.signal(signal.SIGTERM, lambda number, frame: None)
+threading.Thread(target=end, args=(1, "what another says"), kwargs={"quiet": True}).start()
+threading.Event().wait()
+"""
+
+
+def test_a_launcher_ends_the_wait_of_a_quiet_rank_in_any_thread() -> None:
+    """The main thread waits inside a collective, where it runs no handler of signals."""
+    process = subprocess.Popen([sys.executable, "-c", QUIET], env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 0.9 * ending.PATIENCE
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert process.poll() == -signal.SIGTERM
+    assert process.communicate() == (None, "")
+
+
+SETTLING = """
+import os, signal, sys
+from pathlib import Path
+from dnsp.errors import RunError
+from dnsp.launch.environment import Environment
+from dnsp.watchdog import Watch
+
+try:
+    with Watch(Environment("torchrun", 0, 2, 0, 2, "127.0.0.1", 0)) as watch:
+        watch.folder = watch.stalls.folder = Path(sys.argv[1])
+        watch.settle = lambda: os.kill(os.getpid(), signal.SIGTERM)
+        raise RunError("the reason")
+except RunError as error:
+    print(error, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+"""
+
+
+def test_a_launcher_that_ends_all_leaves_the_words_of_the_first_whole(tmp_path: Path) -> None:
+    """What it is saying when SIGTERM comes: a checkpoint is being finished, the others are asked where they are."""
+    done = subprocess.run(
+        [sys.executable, "-c", SETTLING, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "the reason True\n"), done.stderr
