@@ -20,6 +20,7 @@ import typer
 from dnsp.config import Config, load_config
 from dnsp.ending import end, speaks
 from dnsp.errors import Echo, PeerFailed, RunError, UsageError
+from dnsp.folder import check_start, checkpoints
 from dnsp.json_files import write_json
 from dnsp.launch.environment import LaunchError, find_environment
 from dnsp.launch.local import SUPERVISOR, start_ranks
@@ -98,12 +99,14 @@ def train(
     if ranks is not None and environment.launcher != "none":
         raise UsageError(f"--ranks {ranks} under {environment.launcher}; leave it out, the launcher decides")
     check_ranks(settings, ranks or environment.world_size)
+    settings = started_again(settings, environment.restarts)
+    check_start(settings)
     if ranks is not None and ranks > 1:
         raise typer.Exit(start_ranks(_without_ranks(sys.argv[1:]), ranks, port))
 
     from dnsp.train import train as run
 
-    figures = run(started_again(settings, environment.restarts), environment, name=config.stem)
+    figures = run(settings, environment, name=config.stem)
     if environment.rank == 0:
         write_json(json_file, figures)
 
@@ -409,7 +412,7 @@ def started_again(config: Config, restarts: int) -> Config:
     checkpoint rather than from where its first start began."""
     if not restarts or config.run.dir is None:
         return config
-    if config.resume != "none" and not any(Path(config.run.dir, "checkpoints").glob("step-*")):
+    if config.resume != "none" and not checkpoints(Path(config.run.dir)):
         return config
     return config.model_copy(update={"resume": "auto"})
 

@@ -278,6 +278,19 @@ class Config(Section):
     resume: str = "none"  # none | auto | a checkpoint folder
     init_from: str | None = None  # run:PATH | hf:PATH
 
+    @field_validator("init_from")
+    @classmethod
+    def _init_from_is_known(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("run:", "hf:")):
+            raise ValueError("must be run:PATH of a run or checkpoint folder, or hf:PATH of a Hugging Face folder")
+        return value
+
+    @model_validator(mode="after")
+    def _auto_has_a_folder(self) -> Config:
+        if self.resume == "auto" and self.run.dir is None:
+            raise ValueError("resume=auto needs run.dir: name the run folder to continue")
+        return self
+
     @model_validator(mode="after")
     def _deepspeed_says_nothing_else(self) -> Config:
         if words := contradiction(self):

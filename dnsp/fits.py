@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from dnsp import checkpoint
-from dnsp.begin import check_free, check_settings
+from dnsp.begin import check_settings
 from dnsp.choices import MIB, shared_sizes, unfit_for_peer
 from dnsp.cli import check_ranks
 from dnsp.config import Config
@@ -19,6 +19,7 @@ from dnsp.data.mix import open_data
 from dnsp.data.tokenizer import load_tokenizer
 from dnsp.errors import RunError, UsageError
 from dnsp.flops import step_flops
+from dnsp.folder import check_folder, check_origin, checkpoints
 from dnsp.launch.local import cores
 from dnsp.memory import GIB, Held, model_bytes
 from dnsp.model.decoder import Decoder
@@ -85,8 +86,10 @@ def _ranks(config: Config, ranks: int, here: bool) -> str:
 
 def _settings(config: Config) -> str:
     check_settings(config)
-    if config.init_from is not None:
-        checkpoint.find(config.init_from)
+    check_origin(config)
+    for where in (config.resume, config.init_from):
+        if where not in ("none", "auto", None) and not where.startswith("hf:"):
+            checkpoint.find(where)
     return "agree"
 
 
@@ -180,11 +183,9 @@ def _way(config: Config, parameters: int, ranks: int, suits: Callable[[Held], bo
 def _folder(config: Config) -> str:
     if config.run.dir is None:
         return "a new one under runs/"
+    check_folder(config)
     folder = Path(config.run.dir)
-    check_free(config)
-    if config.resume == "none" and (folder / "metrics.jsonl").exists():
-        raise UsageError(f"{folder} holds a run already; resume=auto continues it, or choose another run.dir")
-    saved = checkpoint.checkpoints(folder)
+    saved = checkpoints(folder)
     return f"{folder}: goes on from {saved[-1].name}" if saved else f"{folder}: begins"
 
 

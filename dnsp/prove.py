@@ -51,7 +51,7 @@ def run(config: Config | None, json_path: Path | None = None, console: Console |
         console.print(f"kept in {verdicts.folder()}", highlight=False)
     else:
         console.print("what is refused needs backend='torch' (DNSP_DELTA_RULE=torch, much slower) or another Triton")
-    if json_path is not None:  # else nobody asks where
+    if json_path is not None:
         where = verdicts.toolchain(device)._asdict()
         shapes = [asdict(verdict) | {"signature": to_json(verdict.signature)} for verdict in found]
         write_json(json_path, {"ok": good, "where": where, "shapes": shapes})

@@ -14,7 +14,6 @@ from torch import Tensor
 from dnsp import checkpoint, watchdog
 from dnsp.begin import (
     check_alike,
-    check_free,
     check_layout,
     check_settings,
     identity_of,
@@ -32,6 +31,7 @@ from dnsp.errors import UsageError
 from dnsp.evaluate import evaluate, table
 from dnsp.faults import Skipped, Spikes, agree_on_step, both_see, explained_memory, explained_start, find_nonfinite
 from dnsp.figures import Figures
+from dnsp.folder import check_folder
 from dnsp.generate import sample_text
 from dnsp.launch.environment import Environment
 from dnsp.launch.local import cores
@@ -78,7 +78,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     grid = make_grid(config.parallel.sequence, config.run.timeout)
     with watchdog.agreed():
         if first:
-            check_free(config)
+            check_folder(config)
         tokenizer = load_tokenizer(config.data.tokenizer)
         data = open_data(config.data, vocab_size=config.model.vocab_size)
         heldout = open_data(config.data, vocab_size=config.model.vocab_size, split="heldout")

@@ -25,6 +25,8 @@ import pytest
 
 from dnsp import ending, watchdog
 from dnsp.cli import main
+from dnsp.config import load_config
+from dnsp.folder import check_start
 from dnsp.launch.environment import Environment
 from dnsp.parallel.errors import PeerLost
 from tests.dnsp.conftest import environment
@@ -144,48 +146,47 @@ def test_data_that_is_not_data(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        ([], "resume=auto continues it"),
-        (["resume=auto", "model.hidden_size=64"], "model.hidden_size=32, the configuration has 64"),
-        (["resume=auto", "data.seed=5"], "data.seed=0, the configuration has 5"),
-    ],
-)
-def test_the_folder_of_another_run_is_left_alone(
-    reference: Path, workplace: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
-) -> None:
-    before = contents(reference)
-    assert main(["train", str(workplace / "tiny.yaml"), f"run.dir={reference}", *overrides]) == 2
-    text = capsys.readouterr().err
-    assert said in text and is_one_message(text), text
-    assert contents(reference) == before
+# overrides that name another run, what the refusal must say, and whether the ranks have to meet for it
+ANOTHERS: list[tuple[list[str], str, bool]] = [
+    (["run.dir=reference"], "resume=auto continues it", False),
+    (["run.dir=reference", "resume=auto", "model.head_dim=8"], "model.head_dim=16, the configuration has 8", False),
+    (["run.dir=reference", "resume=auto", "data.seed=5"], "data.seed=0, the configuration has 5", True),
+    (["init_from=run:reference", "model.hidden_size=64"], "or choose another init_from", False),
+    (["resume=reference/checkpoints/step-00000010", "model.head_dim=8"], "model.head_dim=16, the configuration", False),
+    (["resume=run:reference/checkpoints", "model.hidden_size=64"], "or choose another resume", False),
+]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["init_from=run:reference", "model.hidden_size=64"], "model.hidden_size=32, the configuration has 64"),
-        (
-            ["resume=reference/checkpoints/step-00000010", "model.num_attention_heads=1"],
-            "model.num_attention_heads=2, the configuration has 1",
-        ),
-    ],
-)
-def test_the_checkpoint_of_another_model(
+@pytest.mark.parametrize(("overrides", "said", "met"), ANOTHERS, ids=[" ".join(o)[:40] for o, *_ in ANOTHERS])
+def test_another_run_is_refused_and_left_alone(
     reference: Path,
     workplace: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     overrides: list[str],
     said: str,
+    met: bool,
 ) -> None:
     monkeypatch.chdir(workplace)
-    assert main(["train", "tiny.yaml", f"run.dir={tmp_path / 'new'}", *overrides]) == 2
+    join = Mock(wraps=watchdog.join)
+    monkeypatch.setattr(watchdog, "join", join)
+    before = contents(reference)
+    assert main(["train", "tiny.yaml", "run.dir=new", *overrides]) == 2
     text = capsys.readouterr().err
     assert said in text and is_one_message(text), text
-    assert not (tmp_path / "new").exists()
+    assert join.called == met
+    assert contents(reference) == before and not Path("new").exists()
+
+
+def test_what_is_not_to_be_seen_refuses_nobody(reference: Path, workplace: Path, tmp_path: Path) -> None:
+    """Another node's folder, a file that is cut short, weights that are not taken: left to rank 0."""
+    other = ("model.hidden_size=64", f"run.dir={tmp_path}")
+    for given in (("resume=nowhere",), ("init_from=run:nowhere",), ("resume=auto",)):
+        check_start(load_config(workplace / "tiny.yaml", [*other, *given]))
+    (tmp_path / "run.json").write_text('{"model": {"hidd')
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    for given in (("resume=auto",), ("resume=auto", f"init_from=run:{reference}"), (f"resume={tmp_path}",)):
+        check_start(load_config(workplace / "tiny.yaml", [*other, *given]))
 
 
 def test_ranks_that_do_not_fit(workplace: Path, tmp_path: Path, dnsp: Dnsp) -> None:
