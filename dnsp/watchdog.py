@@ -25,7 +25,7 @@ from dnsp.ending import end
 from dnsp.errors import Echo, PeerFailed, RunError, UsageError
 from dnsp.launch.environment import Environment
 from dnsp.launch.mps import shared_gpu
-from dnsp.parallel.errors import LayoutError, PeerLost, PlanError
+from dnsp.parallel.errors import LayoutError, PeerLost, PlanError, first_line
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.probe import refusal
 from dnsp.parallel.rendezvous import own_store
@@ -71,7 +71,7 @@ def join(environment: Environment) -> None:
             raise UsageError(
                 f"rank 0 cannot listen on {where}: the port is in use; give the launcher another (--master_port)"
             ) from None
-        raise UsageError(f"rank {environment.rank} cannot reach the others at {where}: {_first_line(error)}") from None
+        raise UsageError(f"rank {environment.rank} cannot reach the others at {where}: {first_line(error)}") from None
 
 
 @contextmanager
@@ -217,8 +217,8 @@ class Watch:
             if isinstance(error, PeerLost):
                 raise self._lost(str(error)) from None
             if isinstance(error, RuntimeError) and not isinstance(error, RunError) and _LOST.search(str(error)):
-                raise self._lost(f"rank {self.rank} lost a peer: {_first_line(error)}") from None
-            self._claim(f"rank {self.rank}: {_first_line(error)}")
+                raise self._lost(f"rank {self.rank} lost a peer: {first_line(error)}") from None
+            self._claim(f"rank {self.rank}: {first_line(error)}")
             self.stalls.leave_stacks()
         finally:
             self.stalls.stop()
@@ -294,8 +294,3 @@ def end_with(supervisor: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="supervisor").start()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(r"^\[.*?\]\s*", "", text[0])[:300]

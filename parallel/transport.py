@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import PeerLost, PlanError
+from .errors import PeerLost, PlanError, first_line
 from .waits import WAITS
 
 T = TypeVar("T")
@@ -203,7 +203,7 @@ class Transport:
                 return call()
         except RuntimeError as error:
             missing = None if peer is None else self.ranks[peer]
-            raise PeerLost(self.ranks[self.rank], missing, what, _reason(error)) from error
+            raise PeerLost(self.ranks[self.rank], missing, what, first_line(error)) from error
 
 
 def backend_of(group: dist.ProcessGroup | None) -> str:
@@ -220,9 +220,3 @@ def _on_host(tensor: Tensor) -> Tensor:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _reason(error: RuntimeError) -> str:
-    """The library's first line, without its source file's name and its advice."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"\[[^]]*\.(cc|cpp|h):\d+\]\s*", "", line).split(" This is typically")[0]
