@@ -20,7 +20,7 @@ import typer
 from dnsp.config import Config, load_config
 from dnsp.ending import end, speaks
 from dnsp.errors import Echo, PeerFailed, RunError, UsageError
-from dnsp.folder import check_start, checkpoints
+from dnsp.folder import check_new, check_start
 from dnsp.json_files import write_json
 from dnsp.launch.environment import LaunchError, find_environment
 from dnsp.launch.local import SUPERVISOR, start_ranks
@@ -99,8 +99,9 @@ def train(
     if ranks is not None and environment.launcher != "none":
         raise UsageError(f"--ranks {ranks} under {environment.launcher}; leave it out, the launcher decides")
     check_ranks(settings, ranks or environment.world_size)
-    settings = started_again(settings, environment.restarts)
     check_start(settings)
+    if environment.launcher == "none":  # others may have started this run before: all ranks agree on that first
+        check_new(settings)
     if ranks is not None and ranks > 1:
         raise typer.Exit(start_ranks(_without_ranks(sys.argv[1:]), ranks, port))
 
@@ -405,16 +406,6 @@ def bench_train(
         json_path=json_file,
     )  # fmt: skip
     raise typer.Exit(status)
-
-
-def started_again(config: Config, restarts: int) -> Config:
-    """The configuration of a run that its launcher has started before: it goes on by itself, from its own newest
-    checkpoint rather than from where its first start began."""
-    if not restarts or config.run.dir is None:
-        return config
-    if config.resume != "none" and not checkpoints(Path(config.run.dir)):
-        return config
-    return config.model_copy(update={"resume": "auto"})
 
 
 def check_ranks(config: Config, ranks: int) -> None:

@@ -19,7 +19,7 @@ from dnsp.data.mix import open_data
 from dnsp.data.tokenizer import load_tokenizer
 from dnsp.errors import RunError, UsageError
 from dnsp.flops import step_flops
-from dnsp.folder import check_folder, check_origin, checkpoints
+from dnsp.folder import check_new, check_origin, check_start, checkpoints
 from dnsp.launch.local import cores
 from dnsp.memory import GIB, Held, model_bytes
 from dnsp.model.decoder import Decoder
@@ -183,7 +183,8 @@ def _way(config: Config, parameters: int, ranks: int, suits: Callable[[Held], bo
 def _folder(config: Config) -> str:
     if config.run.dir is None:
         return "a new one under runs/"
-    check_folder(config)
+    check_start(config)
+    check_new(config)
     folder = Path(config.run.dir)
     saved = checkpoints(folder)
     return f"{folder}: goes on from {saved[-1].name}" if saved else f"{folder}: begins"

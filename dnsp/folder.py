@@ -24,7 +24,8 @@ _NAME = re.compile(r"step-\d{8,}$")
 
 
 def check_start(config: Config) -> None:
-    """Refuse what one process can know to fail: a folder that is taken, checkpoints of another model.
+    """Refuse what one process can know to fail: a ``run.dir`` that a living run has, or of another model, and
+    checkpoints of another model. Nothing is written.
 
     No rank of this run holds the folder while another one asks: rank 0 takes it once all have met. What is not to be
     seen from this node, or not to be read, is left to rank 0 too.
@@ -32,24 +33,10 @@ def check_start(config: Config) -> None:
     Raises:
         UsageError: naming what is in the way, or the first field that differs.
     """
-    check_folder(config)
+    check_free(config)
+    if config.run.dir is not None and (theirs := _read(Path(config.run.dir, IDENTITY), "model")):
+        compare({"model": theirs}, {"model": config.model.model_dump(mode="json")}, Path(config.run.dir))
     check_origin(config)
-
-
-def check_folder(config: Config) -> None:
-    """Refuse a ``run.dir`` that a living run has, that holds a run where none is to be continued, or one of another
-    model. Nothing is written.
-
-    Raises:
-        UsageError: naming it.
-    """
-    if config.run.dir is None:
-        return
-    folder = Path(config.run.dir)
-    check_free(folder)
-    check_new(config)
-    if theirs := _read(folder / IDENTITY, "model"):
-        compare({"model": theirs}, {"model": config.model.model_dump(mode="json")}, folder)
 
 
 def check_origin(config: Config) -> None:
@@ -70,13 +57,15 @@ def check_origin(config: Config) -> None:
             compare_models(theirs, config, path)
 
 
-def check_free(folder: Path) -> None:
+def check_free(config: Config) -> None:
     """Refuse the folder of a living run: another process holds its lock."""
+    if config.run.dir is None:
+        return
     try:
-        with (folder / ".lock").open("rb") as file:  # shared: over NFS too it needs no right to write
+        with Path(config.run.dir, ".lock").open("rb") as file:  # shared: over NFS too it needs no right to write
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UsageError(IN_USE.format(folder=folder)) from None
+        raise UsageError(IN_USE.format(folder=config.run.dir)) from None
     except OSError:
         pass  # none there or not to be read, or a file system without locks: who makes the folder says so
 
@@ -91,6 +80,16 @@ def check_new(config: Config) -> None:
     except OSError:
         return
     raise UsageError(f"{config.run.dir} holds a run already; resume=auto continues it, or choose another run.dir")
+
+
+def started_again(config: Config, restarts: int) -> Config:
+    """The configuration of a run that its launcher has started before: it goes on by itself, from its own newest
+    checkpoint rather than from where its first start began."""
+    if not restarts or config.run.dir is None:
+        return config
+    if config.resume != "none" and not checkpoints(Path(config.run.dir)):
+        return config
+    return config.model_copy(update={"resume": "auto"})
 
 
 def checkpoints(folder: Path) -> list[Path]:

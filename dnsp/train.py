@@ -31,7 +31,7 @@ from dnsp.errors import UsageError
 from dnsp.evaluate import evaluate, table
 from dnsp.faults import Skipped, Spikes, agree_on_step, both_see, explained_memory, explained_start, find_nonfinite
 from dnsp.figures import Figures
-from dnsp.folder import check_folder
+from dnsp.folder import check_free, check_new, started_again
 from dnsp.generate import sample_text
 from dnsp.launch.environment import Environment
 from dnsp.launch.local import cores
@@ -76,9 +76,13 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
 
     # What can be refused is refused here, on every rank, before anything is written.
     grid = make_grid(config.parallel.sequence, config.run.timeout)
+    # torchrun's agents count each for itself: one that only follows another's restart has counted none
+    restarts = max(watchdog.from_all(environment.restarts))
+    config = started_again(config, restarts)
     with watchdog.agreed():
         if first:
-            check_folder(config)
+            check_free(config)
+            check_new(config)
         tokenizer = load_tokenizer(config.data.tokenizer)
         data = open_data(config.data, vocab_size=config.model.vocab_size)
         heldout = open_data(config.data, vocab_size=config.model.vocab_size, split="heldout")
@@ -158,8 +162,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     places = watchdog.from_all((environment.node, environment.host, environment.local_rank))
     meter = Figures(config, grid, model, engine.device, places, telemetry)
     watch.at_end = meter.stop
-    if environment.restarts:
-        telemetry.say(f"{environment.launcher} has started this run again ({environment.restarts}): from step {start}")
+    if restarts:
+        telemetry.say(f"{environment.launcher} has started this run again ({restarts}): from step {start}")
     if "attention" in config.model.layers:
         telemetry.say(f"attention: {choices.attention_backend}" + (f" ({why})" if why else ""))
     if grid.sequence_size > 1:

@@ -289,7 +289,7 @@ def test_a_lock_is_asked_for_as_nfs_wants_it(
     monkeypatch.setattr(fcntl, "flock", flock)
     (tmp_path / ".lock").touch()
     with pytest.raises(UsageError, match="in use by a running run") if refused else nullcontext():
-        check_free(tmp_path)
+        check_free(parse_config({"run": {"dir": str(tmp_path)}}, "the test"))
     assert asked == [(os.O_RDONLY, fcntl.LOCK_SH | fcntl.LOCK_NB)]
 
 
@@ -298,9 +298,9 @@ def test_who_only_looks_at_a_lock_refuses_nobody(tmp_path: Path) -> None:
     config = parse_config({"run": {"dir": str(tmp_path)}}, "the test")
     with (tmp_path / ".lock").open("wb") as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
-        check_free(tmp_path)
+        check_free(config)
         threading.Timer(begin.GLANCE / 4, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
         begin._make_folder(config, {}, "run")
     with pytest.raises(UsageError, match="in use by a running run"):
-        check_free(tmp_path)
+        check_free(config)
     begin._LOCKS.pop().release()
