@@ -29,6 +29,7 @@ from dnsp.config import load_config
 from dnsp.folder import check_start
 from dnsp.launch.environment import Environment
 from dnsp.parallel.errors import PeerLost
+from dnsp.stalls import Place, Stalls
 from tests.dnsp.conftest import environment
 
 BEFORE, LATER = 20.0, 30.0  # seconds until a refusal, until a fault has ended every rank
@@ -367,6 +368,20 @@ def test_a_peer_that_the_watching_thread_misses_is_said_once(
         watch._look()
     assert "rank 0 lost rank 1 during a scan" in said[0]["message"]
     assert said[0]["consequence"] and said[0]["quiet"] is quiet
+
+
+def test_a_file_system_that_fails_keeps_no_verdict_back(tmp_path: Path) -> None:
+    """Neither the one on a rank that stands still, nor where the others are that could leave their stacks."""
+    said: list[str] = []
+    stalls = Stalls(Place(0), said.append)
+    stalls.folder, stalls.limit = tmp_path / ("x" * 300), 0.5  # no answer but an error
+    stalls.start()
+    stalls.join(timeout=10)
+    assert len(said) == 1 and "no progress for" in said[0]
+    stalls.folder = tmp_path
+    (tmp_path / "stacks" / "rank-00001.txt").mkdir(parents=True)  # there, and not to be read
+    (tmp_path / "stacks" / "rank-00002.txt").write_text("rank 2 was at step 3 for 4 s\n\nstack")
+    assert stalls.where_the_others_are(3) == "rank 2 was at step 3 for 4 s; rank 1 left no stack: stopped or gone"
 
 
 @pytest.mark.parametrize("local", ["0", "1"])
