@@ -190,7 +190,10 @@ def prune(folder: Path, keep: int, keep_every: int = 0) -> None:
 
 def way_on(folder: Path | None) -> str:
     """How to continue a run that ends now."""
-    saved = checkpoints(folder) if folder else []
+    try:
+        saved = checkpoints(folder) if folder else []
+    except OSError as error:  # the end of a run is no time to raise
+        return f"the checkpoints of {folder} cannot be listed ({error.strerror}): look at that disk first"
     if saved:
         return f"run.dir={folder} resume=auto goes on from {saved[-1].name}"
     return "there is no checkpoint to go on from (checkpoint.every sets how often one is saved)"

@@ -471,6 +471,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a slip on the command line: click words it
+            if not speaks():
+                return end(int(error.exit_code), str(error), quiet=True)
             error.show()
             return int(error.exit_code)
         if isinstance(status := getattr(error, "exit_status", None), int):  # kernels that fail their proof

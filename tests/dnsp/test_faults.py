@@ -24,6 +24,7 @@ import psutil
 import pytest
 
 from dnsp import ending, watchdog
+from dnsp.checkpoint import way_on
 from dnsp.cli import main
 from dnsp.config import load_config
 from dnsp.folder import check_start
@@ -378,6 +379,7 @@ def test_a_file_system_that_fails_keeps_no_verdict_back(tmp_path: Path) -> None:
     stalls.start()
     stalls.join(timeout=10)
     assert len(said) == 1 and "no progress for" in said[0]
+    assert "cannot be listed (File name too long)" in way_on(stalls.folder)
     stalls.folder = tmp_path
     (tmp_path / "stacks" / "rank-00001.txt").mkdir(parents=True)  # there, and not to be read
     (tmp_path / "stacks" / "rank-00002.txt").write_text("rank 2 was at step 3 for 4 s\n\nstack")
@@ -392,9 +394,10 @@ def test_srun_hears_a_refusal_once_a_node(
     monkeypatch.setenv("SLURM_LOCALID", local)
     waited = Mock()
     monkeypatch.setattr(ending, "_let_others_speak", waited)
-    assert main(["train", str(workplace / "tiny.yaml"), "train.stpes=3"]) == 2
-    assert ("train.steps" in capsys.readouterr().err) is (local == "0")
-    assert waited.called is (local == "1")
+    for slip in ("train.stpes=3", "--rank"):
+        assert main(["train", str(workplace / "tiny.yaml"), slip]) == 2
+        assert bool(capsys.readouterr().err) is (local == "0")
+    assert waited.call_count == 2 * (local == "1")
 
 
 QUIET = """
