@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from dnsp.errors import UsageError
 
 FOLDER = "checkpoints"
 IDENTITY, STATE = "run.json", "state.json"  # of a run; of a checkpoint
-METRICS = "metrics.jsonl"
 IN_USE = "{folder} is in use by a running run; wait for it, or choose another run.dir"
 _NAME = re.compile(r"step-\d{8,}$")
 
@@ -36,7 +36,8 @@ def check_start(config: Config) -> None:
     check_free(config)
     if config.run.dir is not None and (theirs := _read(Path(config.run.dir, IDENTITY), "model")):
         compare({"model": theirs}, {"model": config.model.model_dump(mode="json")}, Path(config.run.dir))
-    check_origin(config)
+    with suppress(OSError):
+        check_origin(config)
 
 
 def check_origin(config: Config) -> None:
@@ -75,8 +76,9 @@ def check_new(config: Config) -> None:
     if config.run.dir is None or config.resume != "none":
         return
     try:
-        with Path(config.run.dir, METRICS).open("rb"):  # opened, not asked for: NFS may remember what was removed
-            pass
+        Path(config.run.dir, "metrics.jsonl").open("rb").close()  # NFS may show what was removed until it is opened
+    except PermissionError:
+        pass  # there it is
     except OSError:
         return
     raise UsageError(f"{config.run.dir} holds a run already; resume=auto continues it, or choose another run.dir")

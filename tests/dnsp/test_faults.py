@@ -181,9 +181,9 @@ def test_another_run_is_refused_and_left_alone(
 
 
 def test_what_is_not_to_be_seen_refuses_nobody(reference: Path, workplace: Path, tmp_path: Path) -> None:
-    """Another node's folder, a file that is cut short, weights that are not taken: left to rank 0."""
+    """Another node's folder, a disk that fails, a file that is cut short, weights that are not taken: for rank 0."""
     other = ("model.hidden_size=64", f"run.dir={tmp_path}")
-    for given in (("resume=nowhere",), ("init_from=run:nowhere",), ("resume=auto",)):
+    for given in (("resume=nowhere",), (f"resume={'x' * 300}",), ("init_from=run:nowhere",), ("resume=auto",)):
         check_start(load_config(workplace / "tiny.yaml", [*other, *given]))
     (tmp_path / "run.json").write_text('{"model": {"hidd')
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
