@@ -42,6 +42,7 @@ _LOST = re.compile(
     r"|failed to (recv|send|connect)|Application timeout",
 )
 NOTICE = 3.0  # seconds that the main thread has to notice by itself that a peer is lost
+GIVE_BACK = 1.0  # seconds that the terminal and NVML may take to be given back before a failure is said
 
 
 def join(environment: Environment) -> None:
@@ -209,7 +210,7 @@ class Watch:
         try:
             if isinstance(error, RunError):
                 self.settle()
-            self.at_end()
+            self._give_back()
             if self.world == 1:
                 leave()  # with peers it would wait for them
             if error is None or isinstance(error, (Echo, *REFUSALS)):
@@ -229,8 +230,7 @@ class Watch:
         try:
             first = self._claim(message)
             others = self.stalls.where_the_others_are(self.world)
-            with suppress(Exception):
-                self.at_end()
+            self._give_back()
             end(1, self._verdict(message, others), consequence=not first, quiet=not first)
         finally:  # whatever fails on the way: nobody else ends this rank
             os._exit(1)
@@ -248,12 +248,22 @@ class Watch:
                 if self._ended.wait(NOTICE):
                     return
                 try:
-                    with suppress(Exception):
-                        self.at_end()
+                    self._give_back()
                     error = self._lost(str(lost))
                     end(1, str(error), consequence=True, quiet=not isinstance(error, PeerFailed))
                 finally:
                     os._exit(1)
+
+    def _give_back(self) -> None:
+        """No verdict waits for a terminal that is stopped, or the driver of a GPU that has gone."""
+
+        def work() -> None:
+            with suppress(Exception):
+                self.at_end()
+
+        thread = threading.Thread(target=work, daemon=True, name="at the end")
+        thread.start()
+        thread.join(GIVE_BACK)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.stop and number != signal.SIGUSR1:

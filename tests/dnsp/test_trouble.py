@@ -347,6 +347,8 @@ from dnsp.launch.environment import Environment
 from dnsp.watchdog import Watch
 
 def busy():
+    if "hangs" in sys.argv:
+        threading.Event().wait()
     raise OSError("the terminal is gone")
 
 watch = Watch(Environment("torchrun", 0, 2, 0, 2, "127.0.0.1", 0))
@@ -357,11 +359,15 @@ threading.Event().wait()
 """
 
 
-@pytest.mark.parametrize("report", [{}, {"DNSP_ERROR_FILE": "/dev/full"}, {"DNSP_ERROR_FILE": "/no/folder"}])
-def test_a_rank_that_stands_still_ends_though_it_cannot_say_so(report: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("report", "end"),
+    [({}, "fails"), ({"DNSP_ERROR_FILE": "/dev/full"}, "hangs"), ({"DNSP_ERROR_FILE": "/no/folder"}, "fails")],
+)
+def test_a_rank_that_stands_still_ends_though_it_cannot_say_so(report: dict[str, str], end: str) -> None:
+    """Nor give its terminal and the driver's library back."""
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-c", STALLED],
+            [sys.executable, "-c", STALLED, end],
             env={**environment(), "RANK": "0", **report},
             stdout=full,
             stderr=full,
