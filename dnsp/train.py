@@ -130,7 +130,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     choices, why = watchdog.from_first(chosen)
     with watchdog.agreed():
         confirm(choices, config)
-    shared = reserve(choices, config, grid, max(stage.sequence_length for stage in stages))
+    with watchdog.agreed():  # one sequence group may have no room where others do
+        shared = reserve(choices, config, grid, max(stage.sequence_length for stage in stages))
     folder = open_folder(config, identity, name, first)
     watch.folder = watch.stalls.folder = folder
     with explained_start(model, config, grid):

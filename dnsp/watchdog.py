@@ -120,7 +120,8 @@ def leave() -> None:
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """What one rank refuses in this block (no communication inside), all refuse at its end, with that rank's words."""
+    """What one rank refuses in this block, all refuse at its end, with that rank's words. Inside there is no
+    communication, or one whose ranks refuse together."""
     refusal: Exception | None = None
     try:
         yield
