@@ -27,7 +27,7 @@ from dnsp import begin, checkpoint
 from dnsp.cli import main
 from dnsp.config import parse_config
 from dnsp.errors import UsageError
-from dnsp.folder import check_free
+from dnsp.folder import check_free, started_again
 
 KILLS = int(os.environ.get("DNSP_KILLS", "6"))  # DNSP_KILLS=20 python -m pytest -s tests/dnsp/test_recovery.py -k kill
 VERDICT = 30.0  # seconds from a kill to the end of every rank
@@ -273,6 +273,21 @@ def test_a_run_folder_in_use_is_refused(
         assert refused.returncode == 2 and "in use by a running run" in refused.stderr, refused.stderr
     rows = {row["name"]: row for row in json.loads((workplace / "busy.json").read_text())["findings"]}
     assert asked == 1 and rows["run folder"]["found"] == "busy is in use by a running run"
+
+
+def test_where_a_run_goes_on_that_its_launcher_starts_again(tmp_path: Path) -> None:
+    begun, saved = tmp_path / "begun", tmp_path / "saved"
+    (saved / "checkpoints" / "step-00000003").mkdir(parents=True)
+    for folder, resume, restarts, goes_on in (
+        (begun, "none", 0, "none"),
+        (begun, "none", 1, "auto"),
+        (begun, "run:elsewhere", 1, "run:elsewhere"),  # its first start saved nothing
+        (saved, "run:elsewhere", 0, "run:elsewhere"),
+        (saved, "run:elsewhere", 2, "auto"),
+        (None, "none", 1, "none"),  # every start makes a folder of its own
+    ):
+        config = parse_config({"run": {"dir": folder and str(folder)}, "resume": resume}, "the test")
+        assert started_again(config, restarts).resume == goes_on
 
 
 @pytest.mark.parametrize(("failure", "refused"), [(errno.EWOULDBLOCK, True), (errno.ENOLCK, False)])
