@@ -138,10 +138,8 @@ def initial_weights(config: Config, rope_theta: float, first: bool) -> Mapping[s
     return other.weights()
 
 
-def check_settings(config: Config) -> None:
-    """Refuse what would fail only in or behind the first step."""
-    if config.generate.tokens and not config.generate.prompt:
-        raise UsageError("generate.prompt is empty: give it some text, or generate.tokens=0 for no sample")
+def check_variables() -> None:
+    """Refuse variables of the environment that would fail only in the first step."""
     kernels = kernels_for_program()
     if kernels not in (None, "torch", "triton"):
         raise UsageError(f"DNSP_DELTA_RULE={kernels}: the delta rule has the backends torch and triton; take one")

@@ -263,6 +263,12 @@ class GenerateConfig(Section):
     tokens: int = Field(0, ge=0)  # sampled at the end of a training run; 0: none
     temperature: float = Field(0.8, ge=0)
 
+    @model_validator(mode="after")
+    def _a_sample_goes_on_from_text(self) -> GenerateConfig:
+        if self.tokens and not self.prompt:
+            raise ValueError("generate.prompt is empty: give it some text, or generate.tokens=0 for no sample")
+        return self
+
 
 class Config(Section):
     run: RunConfig = RunConfig()

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from dnsp import checkpoint
-from dnsp.begin import check_settings
+from dnsp.begin import check_variables
 from dnsp.choices import MIB, shared_sizes, unfit_for_peer
 from dnsp.cli import check_ranks
 from dnsp.config import Config
@@ -85,7 +85,7 @@ def _ranks(config: Config, ranks: int, here: bool) -> str:
 
 
 def _settings(config: Config) -> str:
-    check_settings(config)
+    check_variables()
     check_origin(config)
     for where in (config.resume, config.init_from):
         if where not in ("none", "auto", None) and not where.startswith("hf:"):

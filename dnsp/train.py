@@ -15,7 +15,7 @@ from dnsp import checkpoint, watchdog
 from dnsp.begin import (
     check_alike,
     check_layout,
-    check_settings,
+    check_variables,
     identity_of,
     initial_weights,
     open_folder,
@@ -96,7 +96,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         first_step = data.step(data.start, stages[0].sequence_length, config.train.global_batch)
         _micro_batch(config, grid, first_step, 0, stages[0])
         torch.manual_seed(config.train.seed)
-        check_settings(config)
+        check_variables()
         model = Decoder(
             config.model,
             config.engine.activation_checkpointing,
