@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -18,16 +17,30 @@ from dnsp.config import Config
 from dnsp.data.mix import Mixture
 from dnsp.data.tokenizer import Tokenizer
 from dnsp.errors import UsageError
+from dnsp.folder import IN_USE, check_identity, check_new, compare, compare_models, write_identity
 from dnsp.kernels.segments import kernels_for_program
 from dnsp.model import liger
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
+from dnsp.parallel.transport import Transport
 
 
 def check_layout(config: Config, grid: Grid, length: int) -> None:
     """Refuse sequences of ``length`` tokens that the sequence group or the segments do not divide."""
     make_plan([[0]], Layout(config.parallel.layout, grid.sequence_size, length), grid, config.parallel.segment_tokens)
+
+
+def check_alike(config: Config, identity: dict[str, Any], grid: Grid) -> None:
+    """Whether all ranks mean the same run; hosts may have configurations and data of their own.
+
+    Raises: PlanError on every rank, naming the rank that differs and in what.
+    """
+    tree = config.model_dump(mode="json")
+    sections = ("model", "parallel", "engine", "train")
+    fields = {f"{section}.{key}": value for section in sections for key, value in tree[section].items()}
+    fields |= {"the tokenizer": identity["tokenizer"], "the data": identity["data"]}
+    Transport(grid.everyone, range(grid.world), grid.rank, grid.everyone).compare(fields, "the run")
 
 
 def identity_of(config: Config, tokenizer: Tokenizer, data: Mixture) -> dict[str, Any]:
@@ -54,26 +67,7 @@ def open_folder(config: Config, identity: dict[str, Any], name: str, first: bool
     return watchdog.from_first(folder)
 
 
-def check_free(config: Config) -> None:
-    """Refuse the folder of a living run before anything of it is read; nothing is written.
-
-    Raises:
-        UsageError: another process holds it.
-    """
-    lock = Path(config.run.dir or "", ".lock")
-    if config.run.dir is None or not lock.exists():
-        return
-    try:
-        with lock.open("rb") as file:  # shared: over NFS too it needs no right to write
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(IN_USE.format(folder=config.run.dir)) from None
-    except OSError:
-        pass  # not to be read, or a file system without locks: making the folder says so
-
-
-IN_USE = "{folder} is in use by a running run; wait for it, or choose another run.dir"
-GLANCE = 1.0  # seconds; check_free of another process holds the lock for an instant
+GLANCE = 1.0  # seconds; another process that asks whether the folder is free holds the lock for an instant
 _LOCKS: list[FileLock] = []  # held until the process ends
 
 
@@ -90,9 +84,8 @@ def _make_folder(config: Config, identity: dict[str, Any], name: str) -> Path:
                 number += 1
     else:
         folder = Path(config.run.dir)
-        checkpoint.check_identity(folder, identity)
-        if config.resume == "none" and (folder / "metrics.jsonl").exists():
-            raise UsageError(f"{folder} holds a run already; resume=auto continues it, or choose another run.dir")
+        check_identity(folder, identity)
+        check_new(config)
         folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=GLANCE)
     try:
@@ -102,7 +95,7 @@ def _make_folder(config: Config, identity: dict[str, Any], name: str) -> Path:
     _LOCKS.append(lock)
     checkpoint.clean(folder)
     stalls.clear(folder)
-    checkpoint.write_identity(folder, identity)
+    write_identity(folder, identity)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     return folder
 
@@ -113,12 +106,11 @@ def starting_point(config: Config, identity: dict[str, Any]) -> Path | None:
         return None
     if config.resume != "auto":
         found, words = checkpoint.find(config.resume)
-        checkpoint.compare(found.state["identity"], identity, found.path)
-    elif config.run.dir is None:
-        raise UsageError("resume=auto needs run.dir: name the run folder to continue")
+        compare(found.state["identity"], identity, found.path, "resume")
     else:
-        checkpoint.check_identity(Path(config.run.dir), identity)
-        latest, words = checkpoint.latest(Path(config.run.dir))
+        folder = Path(config.run.dir or "")  # the configuration has one
+        check_identity(folder, identity)
+        latest, words = checkpoint.latest(folder)
         if latest is None:
             if words:
                 raise UsageError(f"{'; '.join(words)}; there is no other: choose another run.dir to begin anew")
@@ -138,38 +130,16 @@ def initial_weights(config: Config, rope_theta: float, first: bool) -> Mapping[s
         from dnsp.model.hf import read_weights
 
         return read_weights(where, config.model)
-    if kind != "run":
-        raise UsageError(
-            f"init_from={config.init_from!r} is not known; write run:PATH of a run or checkpoint folder, "
-            "or hf:PATH of a Hugging Face folder"
-        )
     other, _ = checkpoint.find(config.init_from)
-    compare_models(other, config)
+    compare_models(other.state["identity"]["model"], config, other.path)
     if first and other.state["rope_theta"] != rope_theta:
         was = other.state["rope_theta"]
         print(f"{other.path} was trained with rope_theta={was:g}, this run begins with {rope_theta:g}", flush=True)
     return other.weights()
 
 
-def compare_models(other: checkpoint.Checkpoint, config: Config) -> None:
-    """Refuse the weights of another model; the base of the rotary frequencies may be another one.
-
-    Raises:
-        UsageError: naming the first field that differs.
-    """
-    ours, theirs = (dict(model) for model in (config.model.model_dump(mode="json"), other.state["identity"]["model"]))
-    for model in (ours, theirs):
-        model.pop("rope_theta", None)
-        # how often a pattern is repeated is written in several ways
-        layers = model.pop("pattern") * model["num_hidden_layers"]
-        model["pattern"] = layers[: model["num_hidden_layers"]]
-    checkpoint.compare({"model": theirs}, {"model": ours}, other.path)
-
-
-def check_settings(config: Config) -> None:
-    """Refuse what would fail only in or behind the first step."""
-    if config.generate.tokens and not config.generate.prompt:
-        raise UsageError("generate.prompt is empty: give it some text, or generate.tokens=0 for no sample")
+def check_variables() -> None:
+    """Refuse variables of the environment that would fail only in the first step."""
     kernels = kernels_for_program()
     if kernels not in (None, "torch", "triton"):
         raise UsageError(f"DNSP_DELTA_RULE={kernels}: the delta rule has the backends torch and triton; take one")

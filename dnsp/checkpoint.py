@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,12 +31,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dnsp.errors import UsageError
+from dnsp.folder import FOLDER, STATE, checkpoints, is_checkpoint, named, step_of
 
-FOLDER = "checkpoints"
 KINDS = ("weights", "optimizer")
-OTHERS = ("index.json", "state.json")
+OTHERS = ("index.json", STATE)
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_NAME = re.compile(r"step-\d{8,}$")
 PACKAGES = ("dnsp", "torch", "deepspeed", "megatron-core", "numpy", "safetensors")
 
 
@@ -166,12 +164,6 @@ def load_weights(model: nn.Module, saved: Mapping[str, Tensor], where: str) -> N
         parameter.copy_(saved[name])
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = (folder / FOLDER).glob("step-*")
-    return sorted((p for p in found if _NAME.match(p.name)), key=step_of)
-
-
 def set_aside(folder: Path, step: int) -> list[Path]:
     """Rename the checkpoints after ``step``, where a run goes on from there: they are damaged, or another course of
     it, and neither may be taken for this one's. Returns what they are called now."""
@@ -196,13 +188,12 @@ def prune(folder: Path, keep: int, keep_every: int = 0) -> None:
                 shutil.rmtree(gone, ignore_errors=True)
 
 
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
 def way_on(folder: Path | None) -> str:
     """How to continue a run that ends now."""
-    saved = checkpoints(folder) if folder else []
+    try:
+        saved = checkpoints(folder) if folder else []
+    except OSError as error:  # the end of a run is no time to raise
+        return f"the checkpoints of {folder} cannot be listed ({error.strerror}): look at that disk first"
     if saved:
         return f"run.dir={folder} resume=auto goes on from {saved[-1].name}"
     return "there is no checkpoint to go on from (checkpoint.every sets how often one is saved)"
@@ -244,7 +235,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def _opened(path: Path) -> Checkpoint:
-    return Checkpoint(path, *(json.loads((path / name).read_text()) for name in ("state.json", "index.json")))
+    return Checkpoint(path, *(json.loads((path / name).read_text()) for name in (STATE, "index.json")))
 
 
 def open_checked(path: Path) -> Checkpoint:
@@ -276,68 +267,15 @@ def find(where: str | Path) -> tuple[Checkpoint, list[str]]:
     Raises:
         UsageError: when there is none that is whole.
     """
-    path = Path(str(where).removeprefix("run:"))
-    if _NAME.match(path.name):
+    path = named(where)
+    if is_checkpoint(path):
         return read(path), []
-    if path.name == FOLDER:
-        path = path.parent
     if not path.is_dir():
         raise UsageError(f"there is no run folder {path}; name one that dnsp train made, or a checkpoint in it")
     found, words = latest(path)
     if found is None:
         raise UsageError("; ".join(words) or f"{path} holds no checkpoint; checkpoint.every makes a run save them")
     return found, words
-
-
-def write_identity(folder: Path, identity: dict[str, Any]) -> None:
-    """Record what a run is made of."""
-    part = folder / ".run.json.part"
-    try:
-        part.write_text(json.dumps(identity, indent=1) + "\n")
-        os.replace(part, folder / "run.json")
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def check_identity(folder: Path, identity: dict[str, Any]) -> None:
-    """Refuse to continue a run of another model, tokenizer or data.
-
-    Raises:
-        UsageError: naming the first field that differs and both values.
-    """
-    path = folder / "run.json"
-    if not path.exists():
-        return
-    try:
-        saved = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); choose another run.dir") from None
-    compare(saved, identity, folder)
-
-
-def compare(saved: dict[str, Any], ours: dict[str, Any], where: Path) -> None:
-    """Refuse a run of another identity, by the first field that differs.
-
-    Raises:
-        UsageError: naming the field and both values.
-    """
-    for key, was, now in _differences(saved, json.loads(json.dumps(ours))):
-        if key == "data.sources":
-            what = "on data with other contents or weights than data.sources has"
-        else:
-            what = f"with {key}={was!r}, the configuration has {now!r}"
-        raise UsageError(
-            f"{where} is of a run {what}; take that run's configuration (its config.yaml), or choose another run.dir"
-        )
-
-
-def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for name in [*a, *(name for name in b if name not in a)]:
-            yield from _differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
-    elif a != b:
-        yield key, a, b
 
 
 def digest(path: Path) -> str:

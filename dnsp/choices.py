@@ -166,30 +166,44 @@ def _heads(config: Config) -> Heads:
     )
 
 
+def shared_sizes(
+    config: Config, transport: str, attention_transport: str, ranks: int, length: int
+) -> tuple[int | None, int | None]:
+    """What crosses the ``ranks`` of a sequence group through symmetric memory, in sequences of at most ``length``
+    tokens: tiles of the largest state, and bytes of the largest message; None for what does not."""
+    shapes, model, rows = delta_shapes(config.model), config.model, config.train.micro_batch
+    by_peer = transport == "peer" and bool(shapes), attention_transport == "peer" and "attention" in model.layers
+    if ranks == 1 or not any(by_peer):
+        return None, None
+    from dnsp.parallel import symmetric
+
+    tiles, message = None, 0
+    if by_peer[0]:
+        tiles = max(symmetric.tiles(rows, heads, width) for heads, _, width in shapes)
+        channels = max(heads * (key + width) + heads * key for heads, key, width in shapes)
+        message = 4 * rows * (model.linear_conv_kernel_dim - 1) * channels  # a halo
+    if by_peer[1]:  # the gradients of all keys and values of a rank
+        message = max(message, 4 * rows * (length // ranks) * 2 * model.num_key_value_heads * model.head_dim)
+    return tiles, message
+
+
 def reserve(choices: Choices, config: Config, grid: Grid, length: int) -> int:
     """Symmetric memory for the largest messages of a run of sequences of at most ``length`` tokens; its bytes.
 
     Raises: PlanError where there is no room for it.
     """
-    shapes, model, rows = delta_shapes(config.model), config.model, config.train.micro_batch
-    attends = "attention" in model.layers
-    by_peer = choices.transport == "peer" and bool(shapes), choices.attention_transport == "peer" and attends
-    if grid.sequence_size == 1 or not any(by_peer):
+    ways = choices.transport, choices.attention_transport
+    tiles, message = shared_sizes(config, *ways, grid.sequence_size, length)
+    if message is None:
         return 0
     from dnsp.parallel import post, symmetric
 
     comm, device = grid.transport(), torch.device("cuda", torch.cuda.current_device())
     used: list[symmetric.Region] = []
-    message = 0
-    if by_peer[0]:
+    if tiles is not None:
         states = symmetric.memory(comm, device)
-        states.reserve(max(symmetric.tiles(rows, heads, width) for heads, _, width in shapes))
+        states.reserve(tiles)
         used.append(states)
-        channels = max(heads * (key + width) + heads * key for heads, key, width in shapes)
-        message = 4 * rows * (model.linear_conv_kernel_dim - 1) * channels  # a halo
-    if by_peer[1]:  # the gradients of all keys and values of a rank
-        tokens = length // grid.sequence_size
-        message = max(message, 4 * rows * tokens * 2 * model.num_key_value_heads * model.head_dim)
     exchanges = symmetric.of_group(post.Post, comm, device)
     exchanges.reserve(message)
     return sum(region.bytes for region in [*used, exchanges])

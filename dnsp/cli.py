@@ -5,7 +5,6 @@ Long because it is one flat list, a function a command, with every option's help
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -19,8 +18,10 @@ from typing import Annotated
 import typer
 
 from dnsp.config import Config, load_config
-from dnsp.ending import end
+from dnsp.ending import end, speaks
 from dnsp.errors import Echo, PeerFailed, RunError, UsageError
+from dnsp.folder import check_new, check_start
+from dnsp.json_files import write_json
 from dnsp.launch.environment import LaunchError, find_environment
 from dnsp.launch.local import SUPERVISOR, start_ranks
 from dnsp.parallel.errors import LayoutError, PlanError
@@ -98,14 +99,17 @@ def train(
     if ranks is not None and environment.launcher != "none":
         raise UsageError(f"--ranks {ranks} under {environment.launcher}; leave it out, the launcher decides")
     check_ranks(settings, ranks or environment.world_size)
+    check_start(settings)
+    if environment.launcher == "none":  # others may have started this run before: all ranks agree on that first
+        check_new(settings)
     if ranks is not None and ranks > 1:
         raise typer.Exit(start_ranks(_without_ranks(sys.argv[1:]), ranks, port))
 
     from dnsp.train import train as run
 
-    figures = run(started_again(settings, environment.restarts), environment, name=config.stem)
-    if json_file is not None and environment.rank == 0:
-        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+    figures = run(settings, environment, name=config.stem)
+    if environment.rank == 0:
+        write_json(json_file, figures)
 
 
 @app.command("eval")
@@ -119,8 +123,8 @@ def evaluate(
 
     environment = find_environment()
     figures = evaluate_run(run, overrides or [], environment)
-    if json_file is not None and environment.rank == 0:
-        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+    if environment.rank == 0:
+        write_json(json_file, figures)
 
 
 @app.command()
@@ -294,6 +298,17 @@ def bench_stack(
     raise typer.Exit(run(overrides or [], tokens, worlds, layouts.split(","), steps=steps, json_path=json_file))
 
 
+@bench_app.command("plot")
+def bench_plot(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What bench delta, train or scan wrote.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="A .png, .svg or .pdf.")],
+) -> None:
+    """What benchmarks wrote with --json, as one picture."""
+    from dnsp.bench.plots import plot
+
+    raise typer.Exit(plot(files, out))
+
+
 @app.command("bench-rank", hidden=True)
 def bench_rank(what: str, file: Path) -> None:
     """One rank of what bench scan, attention and stack start."""
@@ -393,16 +408,6 @@ def bench_train(
     raise typer.Exit(status)
 
 
-def started_again(config: Config, restarts: int) -> Config:
-    """The configuration of a run that its launcher has started before: it goes on by itself, from its own newest
-    checkpoint rather than from where its first start began."""
-    if not restarts or config.run.dir is None:
-        return config
-    if config.resume != "none" and not any(Path(config.run.dir, "checkpoints").glob("step-*")):
-        return config
-    return config.model_copy(update={"resume": "auto"})
-
-
 def check_ranks(config: Config, ranks: int) -> None:
     """Refuse what can be known to fail before the ranks meet: a world that sequence x data does not make, and so on."""
     sequence = config.parallel.sequence or ranks
@@ -455,7 +460,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except (UsageError, LaunchError, LayoutError, PlanError) as error:
         # every rank refuses alike; one a node says it
-        return end(2, str(error), quiet=os.environ.get("LOCAL_RANK", "0") != "0")
+        return end(2, str(error), quiet=not speaks())
     except PeerFailed as error:
         return end(1, str(error), consequence=True)
     except Echo as error:
@@ -466,6 +471,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a slip on the command line: click words it
+            if not speaks():
+                return end(int(error.exit_code), str(error), quiet=True)
             error.show()
             return int(error.exit_code)
         if isinstance(status := getattr(error, "exit_status", None), int):  # kernels that fail their proof

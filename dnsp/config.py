@@ -269,6 +269,12 @@ class GenerateConfig(Section):
     tokens: int = Field(0, ge=0)  # sampled at the end of a training run; 0: none
     temperature: float = Field(0.8, ge=0)
 
+    @model_validator(mode="after")
+    def _a_sample_goes_on_from_text(self) -> GenerateConfig:
+        if self.tokens and not self.prompt:
+            raise ValueError("generate.prompt is empty: give it some text, or generate.tokens=0 for no sample")
+        return self
+
 
 class Config(Section):
     run: RunConfig = RunConfig()
@@ -283,6 +289,19 @@ class Config(Section):
     generate: GenerateConfig = GenerateConfig()
     resume: str = "none"  # none | auto | a checkpoint folder
     init_from: str | None = None  # run:PATH | hf:PATH
+
+    @field_validator("init_from")
+    @classmethod
+    def _init_from_is_known(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("run:", "hf:")):
+            raise ValueError("must be run:PATH of a run or checkpoint folder, or hf:PATH of a Hugging Face folder")
+        return value
+
+    @model_validator(mode="after")
+    def _auto_has_a_folder(self) -> Config:
+        if self.resume == "auto" and self.run.dir is None:
+            raise ValueError("resume=auto needs run.dir: name the run folder to continue")
+        return self
 
     @model_validator(mode="after")
     def _deepspeed_says_nothing_else(self) -> Config:

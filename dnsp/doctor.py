@@ -7,7 +7,6 @@ package is missing or broken too.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -26,6 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dnsp.config import Config
+from dnsp.json_files import write_json
 
 GIB = 2**30
 MINIMUM_PYTHON = (3, 11)
@@ -76,9 +76,7 @@ def run(
     findings = examine({**SECTIONS, **more})
     missing = [f for f in findings if f.status == "missing"]
     (console or Console()).print(table(findings))
-    if json_path is not None:
-        report = {"ok": not missing, "findings": [asdict(f) for f in findings]}
-        json_path.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(json_path, {"ok": not missing, "findings": [asdict(f) for f in findings]})
     return 1 if missing else 0
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import sys
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 from dnsp.launch.local import ERROR_FILE
 
 PATIENCE = 10.0  # seconds: how much later than the others a rank may start, and still be the one that says why
+
 
 def end(status: int, message: str, consequence: bool = False, quiet: bool = False) -> int:
     """Say why this process ends and, if it is a rank, end it.
@@ -29,17 +30,24 @@ def end(status: int, message: str, consequence: bool = False, quiet: bool = Fals
     elif not quiet:
         with suppress(OSError):
             print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):
+        sys.stdout.flush()
+    if quiet and ERROR_FILE not in os.environ:
+        _let_others_speak()
     if "RANK" in os.environ:  # no destructors: a process group would wait in them for ranks that are gone
-        with suppress(OSError):
-            sys.stdout.flush()
-        if quiet and ERROR_FILE not in os.environ:
-            _let_others_speak()
         os._exit(status)
     return status
 
 
+def speaks() -> bool:
+    """Whether this process is the one of its node that says what all of them have to say."""
+    # srun's tasks have its own name for their place until they join
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+
+
 def _let_others_speak() -> None:
     """torchrun, deepspeed and srun end all ranks when the first has ended: that must be one which has said why."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's word ends the wait
+    for number in (signal.SIGTERM, signal.SIGINT):  # the launcher's word ends the wait
+        # signal.signal is for the main thread, and this may be another, while that one waits in a collective
+        ctypes.CDLL(None).signal(number, None)
     time.sleep(PATIENCE)

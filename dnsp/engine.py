@@ -36,6 +36,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 
 import deepspeed  # noqa: E402 - DeepSpeed looks for accelerators and compilers while it is imported
+from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     logger,
     safe_get_full_fp32_param,
@@ -92,6 +93,8 @@ class Engine:
         hollow = model.hollow
         on_gpu = torch.cuda.is_available() if hollow else next(model.parameters()).is_cuda
         options = deepspeed_config(config, accumulation, on_gpu)
+        if on_gpu:
+            number_devices(get_accelerator())
         try:
             if hollow:
                 fill_in_shards(model, options, grid, None if found else weights)
@@ -111,7 +114,6 @@ class Engine:
                 config=options,
                 mpu=grid.mpu(),
                 dist_init_required=False,
-                # ranks that share a GPU have another number on their node than their device has
                 args=SimpleNamespace(device_rank=self.device.index) if on_gpu else None,
             )
         except (AssertionError, ValueError, RuntimeError) as error:
@@ -290,6 +292,17 @@ class Engine:
 
     def _base(self) -> Any:
         return self.optimizer.optimizer if self.stage else self.optimizer
+
+
+def number_devices(accelerator: Any) -> None:
+    """Ranks that share a GPU have another number on their node than their device has, and ZeRO 3 asks for a device by
+    that number: the same one is meant that :func:`dnsp.watchdog.take_device` takes."""
+    name = type(accelerator).device_name
+
+    def device_name(number: int | str | None = None) -> str:
+        return str(name(accelerator, None if number is None else int(number) % torch.cuda.device_count()))
+
+    accelerator.device_name = device_name
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -132,7 +132,8 @@ def evaluate_run(run: Path, overrides: Sequence[str], environment: Environment) 
     choices, _ = watchdog.from_first(made)
     with watchdog.agreed():
         confirm(choices, config)
-    reserve(choices, config, grid, grid_length)
+    with watchdog.agreed():
+        reserve(choices, config, grid, grid_length)
     figures = evaluate(model, data, load_tokenizer(config.data.tokenizer), config, grid, grid_length, choices)
     watchdog.leave()
     if environment.rank == 0:

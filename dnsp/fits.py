@@ -11,13 +11,15 @@ import psutil
 import torch
 
 from dnsp import checkpoint
-from dnsp.begin import check_free, check_settings
+from dnsp.begin import check_variables
+from dnsp.choices import MIB, shared_sizes, unfit_for_peer
 from dnsp.cli import check_ranks
 from dnsp.config import Config
 from dnsp.data.mix import open_data
 from dnsp.data.tokenizer import load_tokenizer
 from dnsp.errors import RunError, UsageError
 from dnsp.flops import step_flops
+from dnsp.folder import check_new, check_origin, check_start, checkpoints
 from dnsp.launch.local import cores
 from dnsp.memory import GIB, Held, model_bytes
 from dnsp.model.decoder import Decoder
@@ -48,6 +50,7 @@ def examine(config: Config, ranks: int, here: bool) -> Iterator[Row]:
     flops = step_flops(config.model, parameters, [length] * config.train.global_batch)
     yield "model", "ok", f"{parameters:,} parameters, {flops / 1e12:,.3g} TFLOP a step of {length:,} tokens a row", ""
     yield from _memory(config, parameters, ranks, here)
+    yield from _symmetric_memory(config, ranks, here)
     yield _tried("run folder", lambda: _folder(config))
     yield _disk(config, parameters)
 
@@ -82,9 +85,11 @@ def _ranks(config: Config, ranks: int, here: bool) -> str:
 
 
 def _settings(config: Config) -> str:
-    check_settings(config)
-    if config.init_from is not None:
-        checkpoint.find(config.init_from)
+    check_variables()
+    check_origin(config)
+    for where in (config.resume, config.init_from):
+        if where not in ("none", "auto", None) and not where.startswith("hf:"):
+            checkpoint.find(where)
     return "agree"
 
 
@@ -141,6 +146,27 @@ def _memory(config: Config, parameters: int, ranks: int, here: bool) -> Iterator
     yield "memory", "missing" if cure else "ok", found, cure
 
 
+def _symmetric_memory(config: Config, ranks: int, here: bool) -> Iterator[Row]:
+    """What a run reserves for states, halos, keys and values (:func:`dnsp.choices.reserve`)."""
+    asked, group = config.parallel, config.parallel.sequence or ranks
+    states = "peer" if asked.transport == "auto" and not unfit_for_peer(config.model) else asked.transport
+    keys = "peer" if asked.attention_transport == "auto" else asked.attention_transport
+    tiles, message = shared_sizes(config, states, keys, group, max(span.sequence_length for span in spans(config)))
+    if message is None or (here and not torch.cuda.is_available()):
+        return
+    from dnsp.parallel import post, symmetric
+
+    own = 0 if tiles is None else symmetric.bytes_of(tiles)
+    need = own + post.bytes_of(group, message)
+    found = f"{need / MIB:,.0f} MiB a rank, {own / MIB:,.0f} of them for states"
+    if not here:
+        yield "symmetric memory", "info", f"{found}, where ranks reach each other's", ""
+        return
+    free = torch.cuda.mem_get_info()[0] // -(-ranks // torch.cuda.device_count())
+    cure = "" if need < free else "parallel.transport=p2p parallel.attention_transport=ring, or more ranks"
+    yield "symmetric memory", "missing" if cure else "ok", f"{found}; {free / MIB:,.0f} are free for it", cure
+
+
 def _way(config: Config, parameters: int, ranks: int, suits: Callable[[Held], bool]) -> str:
     """The first settings that would do, those that cost least first."""
     ways: list[dict[str, Any]] = [{"zero_stage": stage} for stage in (1, 2, 3)] if ranks > 1 else []
@@ -157,11 +183,10 @@ def _way(config: Config, parameters: int, ranks: int, suits: Callable[[Held], bo
 def _folder(config: Config) -> str:
     if config.run.dir is None:
         return "a new one under runs/"
+    check_start(config)
+    check_new(config)
     folder = Path(config.run.dir)
-    check_free(config)
-    if config.resume == "none" and (folder / "metrics.jsonl").exists():
-        raise UsageError(f"{folder} holds a run already; resume=auto continues it, or choose another run.dir")
-    saved = checkpoint.checkpoints(folder)
+    saved = checkpoints(folder)
     return f"{folder}: goes on from {saved[-1].name}" if saved else f"{folder}: begins"
 
 

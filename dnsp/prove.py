@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from dnsp.config import Config
 from dnsp.errors import UsageError
+from dnsp.json_files import write_json
 from dnsp.kernels import proof, verdicts
 from dnsp.kernels.reference import Rule
 from dnsp.kernels.signatures import AnySignature, Conv, ConvStep, DeltaStep, Norm, Post, Signature, to_json
@@ -54,7 +54,7 @@ def run(config: Config | None, json_path: Path | None = None, console: Console |
     if json_path is not None:
         where = verdicts.toolchain(device)._asdict()
         shapes = [asdict(verdict) | {"signature": to_json(verdict.signature)} for verdict in found]
-        json_path.write_text(json.dumps({"ok": good, "where": where, "shapes": shapes}, indent=2) + "\n")
+        write_json(json_path, {"ok": good, "where": where, "shapes": shapes})
     return 0 if good else 1
 
 

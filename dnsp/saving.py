@@ -25,6 +25,7 @@ from torch import Tensor
 from dnsp import checkpoint, watchdog
 from dnsp.config import CheckpointConfig
 from dnsp.engine import Engine, out_of_memory
+from dnsp.json_files import json_line
 
 SETTLE = 15.0  # seconds
 LOG = "checkpoints.jsonl"  # in the run folder: a line for every attempt
@@ -215,8 +216,8 @@ class Saver:
 
     def _log(self, saved: Saved) -> None:
         try:
-            with (self.folder / LOG).open("a") as file:
-                file.write(json.dumps({**vars(saved), "time": time.time()}) + "\n")
+            with (self.folder / LOG).open("ab") as file:
+                file.write(json_line({**vars(saved), "time": time.time()}))
         except OSError:
             pass  # the disk that is full is why there is something to log
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import os
 import platform
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,8 @@ class Stalls(threading.Thread):
 
     def run(self) -> None:
         while not self._over.wait(POLL):
-            if self.folder is not None and not self.left_stacks and (self.folder / FAILURE).exists():
+            # os.path's says no where the file system fails; Path's would raise and end this thread
+            if self.folder is not None and not self.left_stacks and os.path.exists(self.folder / FAILURE):
                 self.leave_stacks()
             idle = time.monotonic() - self.place.since
             if idle > self.limit:
@@ -121,11 +124,14 @@ class Stalls(threading.Thread):
         others = [rank for rank in range(world) if rank != self.place.rank]
         files = {rank: self.folder / STACKS / f"rank-{rank:05d}.txt" for rank in others}
         deadline = time.monotonic() + LINGER
-        while time.monotonic() < deadline and not all(file.exists() for file in files.values()):
+        while time.monotonic() < deadline and not all(map(os.path.exists, files.values())):
             time.sleep(POLL / 5)
-        silent = [rank for rank, file in files.items() if not file.exists()]
-        told = [file.read_text().partition("\n")[0] for file in files.values() if file.exists()]
-        longest = sorted(told, key=_seconds, reverse=True)[:2]
+        told: dict[int, str] = {}
+        for rank, file in files.items():
+            with suppress(OSError):
+                told[rank] = file.read_text().partition("\n")[0]
+        silent = [rank for rank in others if rank not in told]
+        longest = sorted(told.values(), key=_seconds, reverse=True)[:2]
         if silent:
             many = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
             longest.append(f"rank {', '.join(map(str, silent[:3]))}{many} left no stack: stopped or gone")

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dnsp.errors import RunError
 from dnsp.figures import FIGURES, shares
+from dnsp.json_files import json_line
 
 PLAIN_INTERVAL = 2.0  # seconds between lines when the output is not a terminal
 CURVES = ("loss", "grad_norm", "lr", "tokens_per_s")
@@ -76,7 +77,8 @@ class Telemetry:
         self.progress.start()
 
     def step(self, record: dict[str, Any]) -> None:
-        """One optimizer step's figures: step, loss, grad_norm, lr, tokens_per_s, tokens, time, ..."""
+        """One optimizer step's figures: step, loss, grad_norm, lr, tokens_per_s, tokens, time, ...; of a step that was
+        skipped loss and grad_norm are not finite, and null in the file."""
         if self.folder is None:
             return
         with self._recording():
@@ -215,7 +217,7 @@ def _open(path: Path) -> FileIO:
 
 def _append(file: FileIO, record: dict[str, Any]) -> None:
     """A line of JSON or nothing: half a line would be glued to the next one."""
-    line = (json.dumps(record) + "\n").encode()
+    line = json_line(record)
     size = os.fstat(file.fileno()).st_size
     try:
         while line:

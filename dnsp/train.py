@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dnsp import checkpoint, watchdog
 from dnsp.begin import (
-    check_free,
+    check_alike,
     check_layout,
-    check_settings,
+    check_variables,
     identity_of,
     initial_weights,
     open_folder,
@@ -31,6 +31,7 @@ from dnsp.errors import UsageError
 from dnsp.evaluate import evaluate, table
 from dnsp.faults import Skipped, Spikes, agree_on_step, both_see, explained_memory, explained_start, find_nonfinite
 from dnsp.figures import Figures
+from dnsp.folder import check_free, check_new, started_again
 from dnsp.generate import sample_text
 from dnsp.launch.environment import Environment
 from dnsp.launch.local import cores
@@ -75,9 +76,13 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
 
     # What can be refused is refused here, on every rank, before anything is written.
     grid = make_grid(config.parallel.sequence, config.run.timeout)
+    # torchrun's agents count each for itself: one that only follows another's restart has counted none
+    restarts = max(watchdog.from_all(environment.restarts))
+    config = started_again(config, restarts)
     with watchdog.agreed():
         if first:
             check_free(config)
+            check_new(config)
         tokenizer = load_tokenizer(config.data.tokenizer)
         data = open_data(config.data, vocab_size=config.model.vocab_size)
         heldout = open_data(config.data, vocab_size=config.model.vocab_size, split="heldout")
@@ -91,7 +96,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         first_step = data.step(data.start, stages[0].sequence_length, config.train.global_batch)
         _micro_batch(config, grid, first_step, 0, stages[0])
         torch.manual_seed(config.train.seed)
-        check_settings(config)
+        check_variables()
         model = Decoder(
             config.model,
             config.engine.activation_checkpointing,
@@ -100,6 +105,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             hollow=config.engine.zero_stage == 3,  # no rank ever holds the whole model: the engine fills it
         )
         begin = starting_point(config, identity) if first else None
+    check_alike(config, identity, grid)
     begin = watchdog.from_first(begin)  # rank 0 has read every byte of it against the checksums
     with watchdog.agreed():
         found = checkpoint.open_checked(begin) if begin else None
@@ -124,7 +130,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     choices, why = watchdog.from_first(chosen)
     with watchdog.agreed():
         confirm(choices, config)
-    shared = reserve(choices, config, grid, max(stage.sequence_length for stage in stages))
+    with watchdog.agreed():  # one sequence group may have no room where others do
+        shared = reserve(choices, config, grid, max(stage.sequence_length for stage in stages))
     folder = open_folder(config, identity, name, first)
     watch.folder = watch.stalls.folder = folder
     with explained_start(model, config, grid):
@@ -156,8 +163,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     places = watchdog.from_all((environment.node, environment.host, environment.local_rank))
     meter = Figures(config, grid, model, engine.device, places, telemetry)
     watch.at_end = meter.stop
-    if environment.restarts:
-        telemetry.say(f"{environment.launcher} has started this run again ({environment.restarts}): from step {start}")
+    if restarts:
+        telemetry.say(f"{environment.launcher} has started this run again ({restarts}): from step {start}")
     if "attention" in config.model.layers:
         telemetry.say(f"attention: {choices.attention_backend}" + (f" ({why})" if why else ""))
     if grid.sequence_size > 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from dnsp.json_files import write_json
 
 if TYPE_CHECKING:
     from dnsp.verify import Request
@@ -55,10 +56,8 @@ def conclude(request: Request, cases: Sequence[Case], json_path: Path | None) ->
     within = f"within {GRADIENT_TOLERANCE:g} of" if request.dtype == "fp32" else f"as near fp32 (x {BF16_FACTOR:g}) as"
     count = f"[{'red' if failed else 'green'}]{len(cases) - len(failed)} of {len(cases)} hold[/]"
     console.print(f"{count}: gradients {within} one process's, the delta rule with its bits.", soft_wrap=True)
-    if json_path is not None:
-        what = {"dtype": request.dtype, "sequence_length": request.tokens, "segment_tokens": request.segment_tokens}
-        report = {"ok": not failed, **what, "cases": [dataclasses.asdict(case) for case in cases]}
-        json_path.write_text(json.dumps(report, indent=2) + "\n")
+    what = {"dtype": request.dtype, "sequence_length": request.tokens, "segment_tokens": request.segment_tokens}
+    write_json(json_path, {"ok": not failed, **what, "cases": [dataclasses.asdict(case) for case in cases]})
     return 1 if failed else 0
 
 

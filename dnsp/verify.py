@@ -127,6 +127,7 @@ def run(
                 f"--ranks {','.join(map(str, ranks))} inside a launcher ({environment.launcher}) of "
                 f"{environment.world_size} ranks; give --ranks {environment.world_size}, or start without a launcher"
             )
+        watchdog.take_device(environment)  # every rank finds the truth, on a GPU of its own
         cases = check_world(request, environment, find_truth(request))
         return conclude(request, cases, json_path) if environment.rank == 0 else int(not all(c.ok for c in cases))
     # at every world size the same: matrix products of another number of threads may differ in their bits
@@ -140,7 +141,11 @@ def run(
                 status = start_ranks(["verify-ranks", str(folder)], world)
             if status:
                 return status
-            cases += [Case(**case) for case in json.loads((folder / f"{world}.json").read_text())]
+            found = [Case(**case) for case in json.loads((folder / f"{world}.json").read_text())]
+            cases += found
+            if found and len(request.ranks) > 1:  # the next world may take long, or fail
+                count = sum(case.ok for case in found)
+                print(f"{world} rank{'s' * (world > 1)}: {count} of {len(found)} hold", flush=True)
     return conclude(request, cases, json_path)
 
 
@@ -277,7 +282,7 @@ def check_world(request: Request, environment: Environment, truth: Truth) -> lis
             for (layout, transport), count in zip(ways, differing, strict=True):
                 mine = _check_case(request, grid, engine, step, truth, layout, transport, count)
                 watchdog.check_peers()
-                all_ranks = torch.stack(everyone.all_gather(mine, "the verdict"))
+                all_ranks = everyone.all_gather(mine, "the verdict")
                 cases.append(_judge(request, truth, grid, stage, layout, transport, all_ranks))
     watchdog.leave()
     return cases

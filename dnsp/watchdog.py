@@ -25,7 +25,7 @@ from dnsp.ending import end
 from dnsp.errors import Echo, PeerFailed, RunError, UsageError
 from dnsp.launch.environment import Environment
 from dnsp.launch.mps import shared_gpu
-from dnsp.parallel.errors import LayoutError, PeerLost, PlanError
+from dnsp.parallel.errors import LayoutError, PeerLost, PlanError, first_line
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.probe import refusal
 from dnsp.parallel.rendezvous import own_store
@@ -42,6 +42,7 @@ _LOST = re.compile(
     r"|failed to (recv|send|connect)|Application timeout",
 )
 NOTICE = 3.0  # seconds that the main thread has to notice by itself that a peer is lost
+GIVE_BACK = 1.0  # seconds that the terminal and NVML may take to be given back before a failure is said
 
 
 def join(environment: Environment) -> None:
@@ -71,7 +72,7 @@ def join(environment: Environment) -> None:
             raise UsageError(
                 f"rank 0 cannot listen on {where}: the port is in use; give the launcher another (--master_port)"
             ) from None
-        raise UsageError(f"rank {environment.rank} cannot reach the others at {where}: {_first_line(error)}") from None
+        raise UsageError(f"rank {environment.rank} cannot reach the others at {where}: {first_line(error)}") from None
 
 
 @contextmanager
@@ -119,7 +120,8 @@ def leave() -> None:
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """What one rank refuses in this block (no communication inside), all refuse at its end, with that rank's words."""
+    """What one rank refuses in this block, all refuse at its end, with that rank's words. Inside there is no
+    communication, or one whose ranks refuse together."""
     refusal: Exception | None = None
     try:
         yield
@@ -172,8 +174,9 @@ def wait_for_first() -> None:
 class Watch:
     """Around a run: notices a request to stop, and turns the loss of a peer into one message.
 
-    SIGTERM, SIGINT and SIGUSR1 set ``stop``: the run saves after its step and ends; asked twice, it ends at once. Of
-    several ranks that fail the first claims it in the run ``folder`` (set once there is one), the others follow.
+    SIGTERM, SIGINT and SIGUSR1 set ``stop``: the run saves after its step and ends. A third SIGTERM or SIGINT ends it
+    at once: a launcher that is interrupted may ask a second time for the same reason. Of several ranks that fail the
+    first claims it in the run ``folder`` (set once there is one), the others follow.
     """
 
     def __init__(self, environment: Environment) -> None:
@@ -205,31 +208,30 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._ended.set()
         self.stalls.limit, self.stalls.error = float("inf"), error
-        self._restore()
-        if isinstance(error, RunError):
-            self.settle()
-        self.at_end()
-        if self.world == 1:
-            leave()  # with peers it would wait for them
         try:
+            if isinstance(error, RunError):
+                self.settle()
+            self._give_back()
+            if self.world == 1:
+                leave()  # with peers it would wait for them
             if error is None or isinstance(error, (Echo, *REFUSALS)):
                 return
             if isinstance(error, PeerLost):
                 raise self._lost(str(error)) from None
             if isinstance(error, RuntimeError) and not isinstance(error, RunError) and _LOST.search(str(error)):
-                raise self._lost(f"rank {self.rank} lost a peer: {_first_line(error)}") from None
-            self._claim(f"rank {self.rank}: {_first_line(error)}")
+                raise self._lost(f"rank {self.rank} lost a peer: {first_line(error)}") from None
+            self._claim(f"rank {self.rank}: {first_line(error)}")
             self.stalls.leave_stacks()
         finally:
             self.stalls.stop()
+            self._restore()  # not before: a launcher that asks all to end meanwhile shall not cut the words short
 
     def _stalled(self, message: str) -> None:
         """What the watching thread does with a rank that stands still."""
         try:
             first = self._claim(message)
             others = self.stalls.where_the_others_are(self.world)
-            with suppress(Exception):
-                self.at_end()
+            self._give_back()
             end(1, self._verdict(message, others), consequence=not first, quiet=not first)
         finally:  # whatever fails on the way: nobody else ends this rank
             os._exit(1)
@@ -247,12 +249,22 @@ class Watch:
                 if self._ended.wait(NOTICE):
                     return
                 try:
-                    with suppress(Exception):
-                        self.at_end()
+                    self._give_back()
                     error = self._lost(str(lost))
                     end(1, str(error), consequence=True, quiet=not isinstance(error, PeerFailed))
                 finally:
                     os._exit(1)
+
+    def _give_back(self) -> None:
+        """No verdict waits for a terminal that is stopped, or the driver of a GPU that has gone."""
+
+        def work() -> None:
+            with suppress(Exception):
+                self.at_end()
+
+        thread = threading.Thread(target=work, daemon=True, name="at the end")
+        thread.start()
+        thread.join(GIVE_BACK)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.stop and number != signal.SIGUSR1:
@@ -293,8 +305,3 @@ def end_with(supervisor: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="supervisor").start()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(r"^\[.*?\]\s*", "", text[0])[:300]

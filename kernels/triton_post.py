@@ -4,6 +4,9 @@ A sender copies a message into a slot of its own, writes the slot's number into 
 count there; the receiver's stream waits for the count, copies from the sender's slot, and raises the slot's count of
 messages taken, which the sender waits for before it fills the slot again. All counts live on the device, as in
 :mod:`.triton_scan`, whose wait serves here too. A counter is 4 words apart from the next, 16 bytes.
+
+Of a slot ``emptied <= filled <= emptied + 1``; so no more than its slots are under way from one rank to another, and an
+entry of the ring, of which there are no fewer, is read before it is written again.
 """
 
 from __future__ import annotations

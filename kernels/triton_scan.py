@@ -12,7 +12,13 @@ A state may come out of an inbox and go into an outbox, tile by tile; whose memo
                   the tile's flag there. The same binary, with mail or without.
 
 Mail is counted on the device, tile by tile, and flags are those counts: nothing is ever reset, arguments do not change
-from call to call (a CUDA graph freezes them), and counts are compared by their difference, which may wrap.
+from call to call (a CUDA graph freezes them), and counts are compared by their difference, which may wrap. Of a tile,
+
+    free <= taken <= ready <= sent <= free + DEPTH
+
+at all times, whoever looks: a producer counts ``sent`` before it raises ``ready``, a consumer ``taken`` before
+``free``, and a slot is written again only when ``sent - free < DEPTH``, that is, when what was in it has been read. A
+pass waits for messages of earlier ones and of its own earlier hops alone, so that some rank can always go on.
 """
 
 from __future__ import annotations
@@ -277,11 +283,13 @@ def loopback(tiles: int, device: torch.device, limit: float = 30.0) -> tuple[Inb
     return Inbox(slots, ready, taken, free), Outbox(slots, ready, sent, free), make_clock(tiles, device, limit)
 
 
-def make_clock(tiles: int, device: torch.device, limit: float, status: Tensor | None = None) -> Clock:
-    """A clock with its records at zero; ``limit``: seconds."""
+def make_clock(
+    tiles: int, device: torch.device, limit: float, status: Tensor | None = None, record: Tensor | None = None
+) -> Clock:
+    """A clock with its records at zero, where they are not given; ``limit``: seconds."""
     return Clock(
         torch.zeros(4, dtype=torch.int32, device=device) if status is None else status,
-        torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda"),
+        torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda") if record is None else record,
         torch.zeros(2 + tiles, dtype=torch.int64, device=device),
         int(limit * 1e6),
     )

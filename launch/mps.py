@@ -19,6 +19,7 @@ CONTROL = "nvidia-cuda-mps-control"
 NAMED = "CUDA_MPS_PIPE_DIRECTORY"
 SECONDS = 60.0  # that the daemon may take to start, and to end
 PATIENCE = 120.0  # seconds that a first client may take
+TURNS = "the processes take turns on the GPU"
 _CHECK = "import torch; x = torch.ones(64, device='cuda'); assert float((x + x).sum()) == 128"
 
 
@@ -65,15 +66,16 @@ class Daemon:
 
 @contextmanager
 def shared_gpu() -> Iterator[dict[str, str]]:
-    """Variables for the environment of processes that are to share a GPU; empty where there is nothing to start.
+    """Variables for the environment of processes that are to share a GPU; empty where there is nothing to start,
+    which is said.
 
     A daemon that the environment names already is used as it is. Processes started with these variables must have ended
     when the block ends.
     """
     daemon = Daemon()
     try:
-        if NAMED not in os.environ:
-            daemon.start()
+        if NAMED not in os.environ and (why_not := daemon.start()):
+            print(f"MPS: {why_not}; {TURNS}", file=sys.stderr, flush=True)
         yield daemon.variables
     finally:
         daemon.stop()
@@ -86,9 +88,8 @@ def asked_for(wanted: bool | None, device: str) -> Iterator[tuple[dict[str, str]
 
     Raises: LaunchError where it was asked for and does not work.
     """
-    turns = "the processes take turns on the GPU"
     if wanted is False:
-        yield {}, f"MPS: not asked for; {turns}"
+        yield {}, f"MPS: not asked for; {TURNS}"
         return
     if wanted is None and os.environ.get(NAMED):
         yield {}, f"MPS: the daemon of {NAMED}, which is not ours, is used"
@@ -97,7 +98,7 @@ def asked_for(wanted: bool | None, device: str) -> Iterator[tuple[dict[str, str]
     try:
         why_not = daemon.start(device)
         if why_not and wanted:
-            raise LaunchError(f"--mps: {why_not}; leave --mps out, and {turns}")
-        yield daemon.variables, f"MPS: {why_not}; {turns}" if why_not else "MPS: the processes share the GPU"
+            raise LaunchError(f"--mps: {why_not}; leave --mps out, and {TURNS}")
+        yield daemon.variables, f"MPS: {why_not}; {TURNS}" if why_not else "MPS: the processes share the GPU"
     finally:
         daemon.stop()

@@ -108,6 +108,7 @@ def _merges(plan: Plan) -> bool:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, backend: Backend) -> tuple[Tensor, Tensor]:
     """Merged ``o_BTHD`` in q's dtype, and ``lse_BHT`` in fp32 (fp64 for fp64)."""
+    _meet(q, k, v, plan, "forward")
     wide = _wide(q)
     if _one_call(plan):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -124,6 +125,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, backend:
     return o.to(q.dtype), lse
 
 
+def _meet(q: Tensor, k: Tensor, v: Tensor, plan: Plan, way: str) -> None:
+    """All ranks of the group, before the first of their keys and values."""
+    heads = {"query heads": q.shape[2], "key heads": k.shape[2], "key width": k.shape[3], "value width": v.shape[3]}
+    plan.comm.first("attention's heads", k, way, **heads)
+
+
 def _merge(o: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, first: bool) -> None:
     """One more block of the same queries into ``o_BHSD`` and ``lse_BHS``, in place; the square comes first."""
     if first:
@@ -138,6 +145,7 @@ def _merge(o: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, first: bool) 
 def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, plan: Plan, scale: float, backend: Backend
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _meet(q, k, v, plan, "backward")
     if _one_call(plan):
         do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
         dq, dk, dv = backend.backward(do, q, k, v, o, lse, (0, plan.local_tokens), scale)
@@ -205,9 +213,9 @@ class _Keys:
         self._k, self._v, self._plan = k, v, plan
         self._what = plan.named(f"attention's exchange of keys and values ({way})")
         self._ahead: tuple[Exchange | Posted, Tensor] | None = None
-        self._all: list[Tensor] | None = None
+        self._all: tuple[Tensor, Tensor] | None = None  # by rank
         if plan.attention_transport == "gather" and plan.crosses:
-            self._all = plan.comm.all_gather(torch.cat([k, v], dim=-1), self._what)
+            self._all = plan.comm.all_gather(k, self._what), plan.comm.all_gather(v, self._what)
 
     def next(self, work: Round) -> KV:
         """The pieces of a round; called once for each, in order."""
@@ -218,8 +226,7 @@ class _Keys:
         if shift == 0:
             return _cut(self._k, self._v, work.pieces)
         if self._all is not None:
-            k, v = self._all[work.owner].split([self._k.shape[-1], self._v.shape[-1]], dim=-1)
-            return _cut(k, v, work.pieces)
+            return _cut(self._all[0][work.owner], self._all[1][work.owner], work.pieces)
         assert ahead is not None
         ahead[0].wait()
         return _split(ahead[1], work.pieces, self._k, self._v)

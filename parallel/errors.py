@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class LayoutError(ValueError):
     """A sequence cannot be cut over the ranks as asked."""
@@ -25,3 +27,10 @@ class PeerLost(RuntimeError):
 
     def __reduce__(self) -> tuple[type[PeerLost], tuple[int, int | None, str, str]]:
         return PeerLost, (self.rank, self.peer, self.operation, str(self).split(": ", 1)[1])
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says of a failure, in one line: without its source file's name and its advice."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = re.sub(r"^\[.*?\]:?\s*|\[[^]]*\.(cc|cpp|h):\d+\]\s*", "", line)
+    return line.partition(" This is typically")[0].rstrip(".")[:300]

@@ -68,12 +68,10 @@ class Post(Region):
 
     def reserve(self, size: int) -> None:
         """Room for messages of ``size`` bytes. All ranks together; nothing is done where there is room."""
-        words = -(-size // (4 * GRAIN)) * GRAIN
+        words = _slot_words(size)
         if words <= self.slot_words:
             return
-        ranks = self.comm.size
-        header = STATUS + ranks * (APART + RING) + SLOTS * APART
-        self.grow(header + SLOTS * words, f"{SLOTS} messages of {4 * words / 2**20:.1f} MiB")
+        self.grow(_words(self.comm.size, words), f"{SLOTS} messages of {4 * words / 2**20:.1f} MiB")
         _load(self.device)
         self.comm.barrier()
 
@@ -87,6 +85,7 @@ class Post(Region):
             return torch.zeros(n, APART, dtype=torch.int32, device=self.device)
 
         self._sent, self._taken, self._filled = counters(ranks), counters(ranks), counters(SLOTS)
+        self._kept.append((self._sent, self._taken, self._filled))
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message], what: str) -> Posted:
         """Starts sends and receives together; as ``Transport.exchange``."""
@@ -133,6 +132,19 @@ class Post(Region):
         if isinstance(event, torch.cuda.Event):
             with WAITS.counted():
                 torch.cuda.current_stream(self.device).wait_event(event)
+
+
+def bytes_of(ranks: int, size: int) -> int:
+    """Bytes of symmetric memory a rank, for messages of ``size`` bytes between so many."""
+    return 4 * _words(ranks, _slot_words(size))
+
+
+def _slot_words(size: int) -> int:
+    return -(-size // (4 * GRAIN)) * GRAIN
+
+
+def _words(ranks: int, slot_words: int) -> int:
+    return STATUS + ranks * (APART + RING) + SLOTS * (APART + slot_words)
 
 
 class _Aside:

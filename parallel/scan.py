@@ -165,6 +165,9 @@ class _Chain:
         self.shape = U.shape
 
     def start(self, start: Tensor | None) -> Coming:
+        B, HV, K, V = self.U.shape[1:]
+        state = {"rows": B, "value heads": HV, "key width": K, "value width": V}
+        self.scan.comm.first("the state of a scan", self.U, self._way, **state)
         self.into[0] = start
         self.held = self.M, self.U, start  # until awaited: the side stream reads them
         side, device = _side(self.U.device), self.U.device
@@ -187,6 +190,9 @@ class _Chain:
                     here.wait_stream(side)
                 if steps.end is not None:
                     steps.end.record_stream(here)
+            # Summaries may go now, though the backward pass holds on to this call while it works.
+            del self.M, self.U, self.held
+            self.into.clear()
             return self.states.view(self.shape), steps.end
 
         return arrived
@@ -378,25 +384,31 @@ class _Chain:
 
     def _gather(self, start: Tensor | None) -> Steps:
         """Every segment's summaries, and the whole chain, as one device has it."""
-        layout, each, width = self.scan.layout, self.scan.per_interval, self.M.shape[-1]
+        each, mine = self.scan.per_interval, self.mine
         what = f"the delta rule's gather of summaries ({self._way}){in_layer(self.scan.layer)}"
         yield
-        packed = self.scan.comm.all_gather(torch.cat([self.M, self.U], dim=-1), what)
+        M, U = (self._whole(self.scan.comm.all_gather(x, what)) for x in (self.M, self.U))
         start = self._shared(start, what) if self.has_start else None
-        intervals = []
-        for interval in range(layout.count):
-            owner = layout.owner(interval)
-            first = layout.indices(owner).index(interval) * each
-            intervals.append(packed[owner][first : first + each])
-        M, U = (x.contiguous() for x in torch.cat(intervals).split([width, self.U.shape[-1]], dim=-1))
         whole, continues = LocalScan(), self.scan.continues_all_NB
         if self.backward:
             coming = whole.reverse(M, U, continues, start, has_initial=self.want_end, want_final=self.has_start)
         else:
             coming = whole.forward(M, U, continues, start, self.want_end)
         states, end = coming()
-        torch.cat([states[interval * each : (interval + 1) * each] for interval in self.mine], out=self.states)
+        torch.cat([states[interval * each : (interval + 1) * each] for interval in mine], out=self.states)
         return end if self.route.owners[-1] == self.scan.rank else None
+
+    def _whole(self, by_rank_PN: Tensor) -> Tensor:
+        """Summaries of all segments in global order: as they come in where a rank's segments are one interval."""
+        layout, each = self.scan.layout, self.scan.per_interval
+        if layout.count == layout.ranks:
+            return by_rank_PN.flatten(0, 1)
+        parts = []
+        for interval in range(layout.count):
+            owner = layout.owner(interval)
+            first = layout.indices(owner).index(interval) * each
+            parts.append(by_rank_PN[owner, first : first + each])
+        return torch.cat(parts)
 
     def _shared(self, start: Tensor | None, what: str) -> Tensor:
         """The state at the pass's start, which only the rank there has; zero where not even that one has it."""

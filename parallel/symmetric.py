@@ -51,7 +51,12 @@ def tiles(rows: int, value_heads: int, value_width: int) -> int:
 
 def budget(rows: int, value_heads: int, value_width: int) -> int:
     """Bytes of symmetric memory a rank, for states of ``rows`` rows of such heads."""
-    return 4 * words_of(capacity_of(tiles(rows, value_heads, value_width)))
+    return bytes_of(tiles(rows, value_heads, value_width))
+
+
+def bytes_of(tiles: int) -> int:
+    """The same for states of so many tiles."""
+    return 4 * words_of(capacity_of(tiles))
 
 
 class _Part(NamedTuple):
@@ -82,7 +87,7 @@ class Region:
         self.comm, self.device = comm, device
         self.memories: list[Tensor] = []  # int32 words, by rank; none yet
         self._where: dict[tuple[str, int | None, int | None], int] = {}
-        self._kept: list[Any] = []  # earlier, smaller memories: a graph may have captured their addresses
+        self._kept: list[Any] = []  # earlier, smaller memories and their counts: a graph may have captured addresses
         words = refusal(comm)
         if words:
             raise PlanError(f"transport peer: {words}; use p2p (parallel.transport)")
@@ -131,8 +136,10 @@ class Region:
 
     def take(self, memories: Sequence[Tensor], stamps: int = 1) -> None:
         """From here on these are the memories of the group's ranks, words that are zero."""
+        record = self.clock.record if self.memories else None  # a graph may still wait on an earlier memory
         self.memories = list(memories)
-        self.clock = triton_scan.make_clock(stamps, self.device, self.comm.timeout, self.memories[self.comm.rank][:4])
+        status = self.memories[self.comm.rank][:4]
+        self.clock: triton_scan.Clock = triton_scan.make_clock(stamps, self.device, self.comm.timeout, status, record)
         self._record = self.clock.record.numpy()
         self._kept.append((*memories, self.clock))
 
@@ -194,14 +201,13 @@ class Symmetric(Region):
     # Once a shape.
 
     def meet(self, U_NBHKV: Tensor) -> None:
-        """Before the first message of a shape: the kernels are proven and loaded on every rank, all mean the same
-        shape, and there is room. Deadlines count from here.
+        """Before the first message of a shape, which is the same on all ranks: the kernels are proven and loaded on
+        every one, and there is room. Deadlines count from here.
 
-        Raises: PlanError, naming the rank and the field that differs, or the figures of what does not fit.
+        Raises: PlanError with the figures of what does not fit.
         """
         self.check()
-        B, HV, K, V = U_NBHKV.shape[1:]
-        shape = (B, HV, K, V)
+        shape = tuple(U_NBHKV.shape[1:])
         if shape in self._met:
             return
         if torch.cuda.is_current_stream_capturing():
@@ -212,7 +218,6 @@ class Symmetric(Region):
         proof.require_fold(U_NBHKV)
         _warm_up(U_NBHKV)
         self.comm.barrier()  # however long the others compile
-        self.comm.compare({"rows": B, "value heads": HV, "key width": K, "value width": V}, "the state of a scan")
         self.reserve(triton_scan.tiles_of(U_NBHKV))
         torch.cuda.synchronize(self.device)
         self.comm.barrier()
@@ -229,6 +234,7 @@ class Symmetric(Region):
         self._parts = [_Part.of(words, self.capacity) for words in memories]
         shape = 2, self.capacity
         self._taken, self._sent = (torch.zeros(shape, dtype=torch.int32, device=self.device) for _ in range(2))
+        self._kept.append((self._taken, self._sent))
 
     # Every message.
 

@@ -16,13 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import PeerLost, PlanError
+from .errors import PeerLost, PlanError, first_line
 from .waits import WAITS
 
 T = TypeVar("T")
+COMPILING = {"cuda"}  # devices whose kernels are compiled, and proven, at their first launch
+_together: set[tuple[Any, ...]] = set()  # what the ranks of a group have come to together, by the group's name
 Message = tuple[int, Tensor]  # (peer, contiguous tensor)
 
 
+# One tensor for all ranks' parts; torch 2.13 has another name for it, and warns of the old one.
+_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 Works = list[tuple[int | None, dist.Work]]  # by peer; None where one work is several peers'
 
 
@@ -118,15 +122,15 @@ class Transport:
         by_peer = list(zip(peers, works, strict=True))
         return Exchange(self, by_peer[: len(sends)], by_peer[len(sends) :], tensors, what, staged)
 
-    def all_gather(self, tensor: Tensor, what: str) -> list[Tensor]:
-        """Every rank's tensor, by rank of the group; equal shapes."""
+    def all_gather(self, tensor: Tensor, what: str) -> Tensor:
+        """Every rank's tensor, ``[P, ...]`` by rank of the group; equal shapes. NCCL writes them where they stay."""
         if self.group is None:
-            return [tensor]
+            return tensor[None]
         self.calls += 1
-        tensor = tensor.contiguous()
-        parts = [torch.empty_like(tensor) for _ in self.ranks]
-        self.guard(lambda: dist.all_gather(parts, tensor, group=self.group), None, what)
-        return parts
+        mine = tensor.contiguous().view(-1)  # flat on both sides, which every backend takes
+        whole = mine.new_empty(self.size * mine.numel())
+        self.guard(lambda: _gather_single(whole, mine, group=self.group), None, what)
+        return whole.view(self.size, *tensor.shape)
 
     def all_to_all(self, tensor: Tensor, what: str) -> Tensor:
         """Part r of every rank's contiguous tensor, along its first axis of as many parts as ranks, to rank r."""
@@ -156,10 +160,25 @@ class Transport:
         """Until every rank's host is here."""
         self.from_all(None)
 
+    def first(self, what: str, tensor: Tensor, way: str, **fields: int) -> None:
+        """Before the first message of a kind: until every rank's host has come to it, however long it compiles what
+        comes before. The time that a message may take counts from there. All ranks call it together.
+
+        Raises: PlanError on every rank, naming rank and field, where one means another type or another of ``fields``.
+        """
+        if self.control is None or tensor.device.type not in COMPILING:
+            return
+        key = self.control.group_name, what, way, tensor.dtype, *fields.values()
+        if key not in _together:
+            self._hold_against({**fields, "dtype": str(tensor.dtype).removeprefix("torch.")}, what)
+            _together.add(key)
+
     def compare(self, fields: dict[str, Any], what: str) -> None:
         """Raises PlanError on every rank, naming rank and field, where one has another value than the group's first."""
-        if self.control is None or self._digests_agree(fields, what):
-            return
+        if self.control is not None and not self._digests_agree(fields, what):
+            self._hold_against(fields, what)
+
+    def _hold_against(self, fields: dict[str, Any], what: str) -> None:
         first, *others = self.from_all(fields)
         for rank, mine in enumerate(others, 1):
             for name, value in mine.items():
@@ -184,7 +203,7 @@ class Transport:
                 return call()
         except RuntimeError as error:
             missing = None if peer is None else self.ranks[peer]
-            raise PeerLost(self.ranks[self.rank], missing, what, _reason(error)) from error
+            raise PeerLost(self.ranks[self.rank], missing, what, first_line(error)) from error
 
 
 def backend_of(group: dist.ProcessGroup | None) -> str:
@@ -201,9 +220,3 @@ def _on_host(tensor: Tensor) -> Tensor:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _reason(error: RuntimeError) -> str:
-    """The library's first line, without its source file's name and its advice."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"\[[^]]*\.(cc|cpp|h):\d+\]\s*", "", line).split(" This is typically")[0]

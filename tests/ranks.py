@@ -13,15 +13,17 @@ import contextlib
 import importlib.util
 import multiprocessing
 import os
+import random
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -135,3 +137,27 @@ def _load(path: str, module_name: str, qualified_name: str) -> Callable[..., Any
     for part in qualified_name.split("."):
         value = getattr(value, part)
     return value
+
+
+LATE, MOST = 0.25, 0.02  # how often a rank dawdles, and seconds
+
+
+@contextlib.contextmanager
+def dawdling(draw: random.Random) -> Iterator[None]:
+    """This rank is late now and then: with a message, with looking for one, with a scan, with a fold."""
+    from dnsp.parallel.scan import _Chain
+    from dnsp.parallel.transport import Exchange, Transport
+
+    def late(call: Callable[..., Any]) -> Callable[..., Any]:
+        def later(*given: Any, **options: Any) -> Any:
+            if draw.random() < LATE:
+                time.sleep(MOST * draw.random() ** 3)  # mostly a little, seldom for many messages
+            return call(*given, **options)
+
+        return later
+
+    places = (Transport, "exchange"), (Transport, "all_gather"), (Exchange, "arrived"), (_Chain, "_fold")
+    with contextlib.ExitStack() as stack:
+        for owner, name in (*places, (_Chain, "start")):
+            stack.enter_context(patch.object(owner, name, late(getattr(owner, name))))
+        yield

@@ -1,4 +1,4 @@
-"""What the benchmarks share: this machine and its ceilings, measuring by turns, kernels' times, tables and JSON.
+"""What the benchmarks share: this machine and its ceilings, measuring by turns, kernels' times, tables.
 
 A call's time on a GPU is what the device takes for it: CUDA events around the call, behind a kernel that keeps the
 device busy for as long as the host needs to launch everything, as the host is ahead in training. What a call takes on
@@ -14,12 +14,10 @@ import difflib
 import functools
 import gc
 import itertools
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -57,11 +55,6 @@ def make_table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
-
-
-def write_json(file: Path | None, report: dict[str, Any]) -> None:
-    if file is not None:
-        file.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def package_version(package: str) -> str:

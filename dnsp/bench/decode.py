@@ -30,6 +30,7 @@ from dnsp.bench import common
 from dnsp.bench.common import Ceilings, Runs
 from dnsp.bench.decode_shapes import CPU_SHAPES, SHAPES, Inputs, Shape, make_inputs, parse_shape
 from dnsp.bench.peers import PACKAGES, Peer, find_peers
+from dnsp.json_files import write_json
 from dnsp.kernels.decode import Backend, delta_step, gated_delta_step
 
 WAYS = {"eager": "eager", "graph": "graph", "cached": "graph, one state"}
@@ -198,7 +199,7 @@ def run(
             for way, record in row["ways"].items():
                 if record.get("failure", NO_GRAPHS) != NO_GRAPHS and not row["name"].startswith("dnsp"):
                     console.print(f"{row['name']}: {WAYS[way]}: {record['failure']}", markup=False)
-        common.write_json(json_path, report)
+        write_json(json_path, report)
     if report["goals"]:
         console.print(common.goals_table(report["goals"]))
     for line in report["wrong"]:

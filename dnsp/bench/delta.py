@@ -36,6 +36,7 @@ from dnsp.bench.delta_shapes import (
     parse_shape,
 )
 from dnsp.bench.peers import PACKAGES, Peer, find_peers
+from dnsp.json_files import write_json
 from dnsp.kernels.segments import kernels_for_program
 
 PASSES = {"inference": "no grad", "forward": "forward", "training": "forward + backward"}
@@ -135,7 +136,7 @@ def run(
         from dnsp.bench.cold import first_calls
 
         report["first_calls"] = first_calls(wanted if shapes else wanted[:1], console)
-        common.write_json(json_path, report)
+        write_json(json_path, report)
         return int(any("failure" in call for calls in report["first_calls"] for call in calls["processes"]))
     ceilings = Ceilings.of(device)
     report |= ceilings.to_json()
@@ -151,7 +152,7 @@ def run(
             inputs, said = _measure(shape, sides, runs, warmup, errors, device)
             if profile is not None:
                 profiles["shapes"].append(_profile(shape, sides, inputs[0], device))
-                common.write_json(profile, profiles)
+                write_json(profile, profiles)
             del inputs
         figures = _figures(shape, sides, ceilings) | said
         report["shapes"].append(figures)
@@ -165,7 +166,7 @@ def run(
         if profile is not None:
             for table in profile_tables(profiles["shapes"][-1]):
                 console.print(table)
-        common.write_json(json_path, report)
+        write_json(json_path, report)
     if report["goals"]:
         console.print(common.goals_table(report["goals"]))
     for line in report["wrong"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +25,7 @@ from rich.table import Table
 from dnsp import watchdog
 from dnsp.bench.common import make_console, reason
 from dnsp.errors import UsageError
+from dnsp.json_files import write_json
 from dnsp.launch.environment import find_environment
 from dnsp.launch.local import start_ranks
 from dnsp.parallel.errors import PeerLost
@@ -144,20 +145,21 @@ def check(
 
 
 def publish(
-    worlds: Sequence[dict[str, Any]],
+    worlds: Iterable[dict[str, Any]],
     tables: Callable[[dict[str, Any]], Sequence[Table]],
     report: dict[str, Any],
     json_path: Path | None,
 ) -> None:
-    """A world's tables and notes for people, and all figures behind a report's head for programs."""
-    console = make_console()
+    """A world's tables and notes for people, and all figures behind a report's head for programs: once it is measured,
+    whatever comes of the next."""
+    console, measured = make_console(), list[dict[str, Any]]()
     for found in worlds:
+        measured.append(found)
         for table in tables(found):
             console.print(table)
         for note in found["notes"]:
             console.print(f"  {note}", markup=False, soft_wrap=True)
-    if json_path is not None:
-        json_path.write_text(json.dumps({**about(), **report, "worlds": worlds}, indent=2) + "\n")
+        write_json(json_path, {**about(), **report, "worlds": measured})
 
 
 def new_table(title: str, *columns: str) -> Table:
@@ -168,15 +170,14 @@ def new_table(title: str, *columns: str) -> Table:
     return table
 
 
-def measure(what: str, request: dict[str, Any], worlds: Sequence[int]) -> list[dict[str, Any]]:
-    """Starts ``dnsp bench-rank WHAT FILE`` as so many ranks, once a world; what each world's rank 0 found.
+def measure(what: str, request: dict[str, Any], worlds: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Starts ``dnsp bench-rank WHAT FILE`` as so many ranks, once a world; what each world's rank 0 found, when it has.
 
     Raises: UsageError under a launcher, and where ranks failed (their words are on stderr).
     """
     environment = find_environment()
     if environment.launcher != "none":
         raise UsageError(f"this bench starts its ranks itself; run it without {environment.launcher}")
-    found = []
     with tempfile.TemporaryDirectory(prefix="dnsp-bench-") as name:
         file, report = Path(name, "request.json"), Path(name, "report.json")
         for world in worlds:
@@ -185,8 +186,7 @@ def measure(what: str, request: dict[str, Any], worlds: Sequence[int]) -> list[d
                 status = start_ranks(["bench-rank", what, str(file)], world)
             if status:
                 raise UsageError(f"{world} ranks could not be measured (status {status}); what they said stands above")
-            found.append(json.loads(report.read_text()))
-    return found
+            yield json.loads(report.read_text())
 
 
 def as_rank(what: str, file: Path) -> None:

@@ -3,8 +3,9 @@
     one process   all tokens, by one rank alone, at the fastest of some segment lengths
     ranks         P ranks, for each layout and transport. On one GPU together: time over one process's is the extra work
                   of being parallel, waiting hides. On a GPU each: efficiency = local shard / ranks
-    local shard   T / P tokens by one rank alone: the ideal of a GPU each. Beside it, a GPU each, every rank's at once:
-                  what is lost there is the machine's
+    local shard   T / P tokens by one rank alone: the ideal of a GPU each. Beside it, a GPU each: every rank's at once,
+                  what is lost there is the machine's; and every rank's replay at once, the chain's launches without
+                  its waiting
     replay        each rank's work alone on the GPU, its launches as in the real scan, its messages already in its
                   inbox; from these times and the hop the *makespan* that P GPUs would have, at the best of some segment
                   lengths:
@@ -13,6 +14,7 @@
 
                   while states travel, a rank does what needs none of them, and then waits
 
+                  It is over a local shard that was measured as replays are: single steps, by the device's clock
     hop           a flag seen by the waiting kernel minus the flag's raising, by the device's timer; of several GPUs,
                   whose timers differ, half of the way there and back
 
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +33,15 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from dnsp.bench import account
+from dnsp.bench.account import Account, Alone
+from dnsp.bench.common import CLOCK, device_seconds
 from dnsp.bench.ranks import Ranks, check, measure, middle, new_table, publish
 from dnsp.bench.scan_peers import missing, peers
+from dnsp.errors import UsageError
 from dnsp.kernels.delta_rule import delta_rule
 from dnsp.kernels.scan import Coming
+from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import CHUNK, KINDS, Layout
 from dnsp.parallel.plan import SCAN_TRANSPORTS, Plan, filling_segment_tokens, local_plan, make_plan
 from dnsp.parallel.probe import refusal
@@ -43,6 +51,7 @@ AHEAD = 20_000_000  # cycles of the GPU, some 10 ms
 REPEAT = 10  # steps of a turn: what ranks begin apart, and their first launches, count once
 HOP_US = 10.0  # where a hop cannot be measured
 ONE, LOCAL, AT_ONCE = "one process", "local shard", "local shards at once"
+UNWAITED = "nobody waits"  # a layout's replays, all ranks at once
 
 
 def run(
@@ -64,12 +73,17 @@ def run(
     Raises: UsageError for what cannot be measured.
     """
     check(tokens, ranks, layouts, transports, SCAN_TRANSPORTS)
+    if value_heads % heads:
+        raise UsageError(f"--value-heads {value_heads} is no multiple of --heads {heads}")
+    for world, kind in product(ranks, layouts):  # whether the segments fit
+        make_plan([[0]], Layout(kind, world, tokens), Grid(world, 0, world), segment_tokens)
     shape = {"tokens": tokens, "heads": heads, "value_heads": value_heads, "width": width}
     request = {
         **shape, "layouts": list(layouts), "transports": list(transports), "segment_tokens": segment_tokens,
         "steps": steps,
     }  # fmt: skip
-    publish(measure("scan", request, ranks), lambda found: [table(found, shape)], shape, json_path)
+    worlds = measure("scan", request, ranks)
+    publish(worlds, lambda found: [table(found, shape), accounts(found)], shape, json_path)
     return 0
 
 
@@ -83,11 +97,12 @@ def table(world: dict[str, Any], shape: dict[str, Any]) -> Table:
     share = "efficiency" if alone else "over one"
     rows = new_table(title, "segment", "ms", share, "makespan", "in segments of", "over local", "hop, us")
     one, local = world[ONE]["ms"], world[LOCAL]["ms"]
+    cool = world[LOCAL].get("alone_ms", local)
     rows.add_row(ONE, f"{world[ONE]['segment_tokens']:,}", f"{one:.3f}", "" if alone else "1.000")
     rows.add_row(LOCAL, f"{world[LOCAL]['segment_tokens']:,}", f"{local:.3f}", "100.0%" if alone else "")
-    if AT_ONCE in world:
-        at_once = world[AT_ONCE]["ms"]
-        rows.add_row(AT_ONCE, f"{world[LOCAL]['segment_tokens']:,}", f"{at_once:.3f}", f"{local / at_once:.1%}")
+    for name in (n for n in world if n == AT_ONCE or n.endswith(UNWAITED)):
+        ms = world[name]["ms"]
+        rows.add_row(name, f"{world[name]['segment_tokens']:,}", f"{ms:.3f}", f"{local / ms:.1%}")
     for way in world["ways"]:
         makespan, hop = way.get("makespan_ms"), way.get("hop_us")
         rows.add_row(
@@ -97,12 +112,23 @@ def table(world: dict[str, Any], shape: dict[str, Any]) -> Table:
             f"{local / way['ms']:.1%}" if alone else f"{way['ms'] / one:.3f}",
             "" if makespan is None else f"{makespan:.3f}",
             "" if makespan is None else f"{way['makespan_segment_tokens']:,}",
-            "" if makespan is None else f"{makespan / local:.3f}",
+            "" if makespan is None else f"{makespan / cool:.3f}",
             "" if hop is None else f"{hop:.1f}",
         )
     for peer in world.get("peers", ()):
         rows.add_row(peer["name"], "", f"{peer['ms']:.3f}", f"{local / peer['ms']:.1%}" if alone else "")
     return rows
+
+
+def accounts(world: dict[str, Any]) -> Table:
+    """Where the time of its steps goes."""
+    found = {name: [Account(**rank) for rank in ranks] for name, ranks in world["accounts"].items()}
+    replayed = {
+        f"{way['layout']}, {way['transport']}": max(Work(**work).alone for work in works["work_ms"])
+        for way in world["ways"]
+        if (works := way.get("replays", {}).get(str(way["segment_tokens"])))
+    }
+    return account.table("where a step's time goes, from the least to the most of the ranks", found, replayed)
 
 
 # What a rank does.
@@ -219,6 +245,11 @@ class Work:
     beside_reverse: float
     after: float
 
+    @property
+    def alone(self) -> Alone:
+        own = self.before + self.beside_forward + self.between + self.beside_reverse + self.after
+        return Alone(own, sum(self.forward) + sum(self.reverse))
+
     @staticmethod
     def of(step: Step, replay: Replay, repeats: int) -> Work:
         found: list[Work] = []
@@ -288,7 +319,11 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
                 timed[segment] = make_step(local_plan([[0]], length, segment), request, device, like)
         sizes = ranks.comm.from_all(list(timed))[0]
         times = ranks.turns({str(n): timed.get(n) for n in sizes}, steps, REPEAT)
-        alone[name] = {"segment_tokens": int(min(times, key=lambda n: middle(times[n])))}
+        best = int(min(times, key=lambda n: middle(times[n])))
+        alone[name] = {"segment_tokens": best}
+        if name == LOCAL and device.type == "cuda":
+            cool = [1e3 * device_seconds(timed[best], AHEAD / CLOCK) for _ in range(steps + 2)][2:] if timed else None
+            alone[name]["alone_ms"] = middle(ranks.comm.from_all(cool)[0])
         timed.clear()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -313,6 +348,8 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
             replays[kind] = _replays(layout, request, ranks, step)
             if ranks.sharing == 1:
                 segment = _shortest(layout, replays[kind], HOP_US)[1]
+                works[f"{kind}, {UNWAITED}"] = _replay(layout, segment, request, ranks, step)
+                alone[f"{kind}, {UNWAITED}"] = {"segment_tokens": segment}
         for transport in transports:
             plan = make_plan([[0]], layout, grid, segment, transport=transport)
             works[f"{kind}, {transport}"] = step = make_step(plan, request, device, step)
@@ -328,6 +365,11 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     times = ranks.turns(works, steps, REPEAT)
     if AT_ONCE in works:
         alone[AT_ONCE] = {"segment_tokens": alone[LOCAL]["segment_tokens"]}
+    told = {
+        name: [found._asdict() for found in account.account(work, ranks, REPEAT)]
+        for name, work in works.items()
+        if name not in others
+    }
     for name, figures in alone.items():
         figures["ms"] = middle(times[name])
     for way in ways:
@@ -343,7 +385,7 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
                 for segment, own in found.items()
             }
     beside = [{"name": name, "ms": middle(times[name])} for name in others]
-    return {**ranks.about, "ways": ways, "notes": notes, "peers": beside, **alone}
+    return {**ranks.about, "ways": ways, "notes": notes, "peers": beside, "accounts": told, **alone}
 
 
 def _segments(length: int, request: dict[str, Any], multiprocessors: int) -> list[int]:
@@ -422,9 +464,7 @@ def _replays(layout: Layout, request: dict[str, Any], ranks: Ranks, like: Step) 
     tried = [filling] if request["segment_tokens"] else [n * filling for n in (1, 2, 4)]
     found = {}
     for segment in (n for n in tried if layout.interval_tokens % n == 0):
-        plan = make_plan([[0]], layout, ranks.grid, segment, transport="peer")
-        step = make_step(plan, request, ranks.device, like)
-        step.scan = Replay(plan, (1, request["value_heads"], request["width"], request["width"]), ranks.device)
+        step = _replay(layout, segment, request, ranks, like)
         mine: Work | None = None
         for rank in range(ranks.grid.world):
             ranks.wait()
@@ -433,6 +473,14 @@ def _replays(layout: Layout, request: dict[str, Any], ranks: Ranks, like: Step) 
         ranks.wait()
         found[segment] = ranks.comm.from_all(mine)
     return found
+
+
+def _replay(layout: Layout, segment: int, request: dict[str, Any], ranks: Ranks, like: Step) -> Step:
+    """This rank's step, its messages in its inbox."""
+    plan = make_plan([[0]], layout, ranks.grid, segment, transport="peer")
+    step = make_step(plan, request, ranks.device, like)
+    step.scan = Replay(plan, (1, request["value_heads"], request["width"], request["width"]), ranks.device)
+    return step
 
 
 def _shortest(layout: Layout, replays: dict[int, list[Work]], hop_us: float) -> tuple[float, int]:

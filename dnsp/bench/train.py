@@ -33,6 +33,7 @@ from dnsp.choices import make_choices
 from dnsp.config import Config, override_tree, parse_config
 from dnsp.errors import UsageError
 from dnsp.flops import matmul_ceiling, step_flops
+from dnsp.json_files import write_json
 from dnsp.loss import IGNORE
 from dnsp.model import liger
 from dnsp.model.decoder import Decoder
@@ -131,7 +132,7 @@ def run(
     for side in sides:
         if side.failure:
             console.print(f"{side.name}: {side.failure}", markup=False)
-    common.write_json(json_path, report)
+    write_json(json_path, report)
     return int(bool(sides[0].failure) or not report["losses_agree"])
 
 

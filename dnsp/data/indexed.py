@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import struct
+import sys
 import warnings
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -29,7 +33,24 @@ _SCAN_TOKENS = 1 << 26  # a vocabulary nobody recorded is found by reading, wher
 
 @cache
 def _megatron() -> ModuleType:
-    """megatron-core's module; it imports all of megatron-core (seconds), so only when data is really used."""
+    """megatron-core's module for these files, without the rest of megatron-core.
+
+    The package's own ``__init__`` imports all of its training, which takes every rank four seconds. The module needs of
+    it one function that logs; with a megatron-core whose module needs more, all is imported.
+    """
+    name, package = "megatron.core.datasets.indexed_dataset", find_spec("megatron.core")
+    if package is not None and "megatron.core" not in sys.modules:
+        bare, utils = ModuleType("megatron.core"), ModuleType("megatron.core.utils")
+        bare.__path__ = list(package.submodule_search_locations or ())
+        utils.__dict__["log_single_rank"] = logging.Logger.log
+        sys.modules |= {bare.__name__: bare, utils.__name__: utils}
+        try:
+            return import_module(name)
+        except (ImportError, AttributeError):
+            pass
+        finally:  # whoever imports megatron-core later gets it whole
+            for module in [module for module in sys.modules if f"{module}.".startswith("megatron.core.")]:
+                del sys.modules[module]
     # Optional accelerations of its own training loop, which is not used here.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     from megatron.core.datasets import indexed_dataset

@@ -6,6 +6,7 @@ token by token in fp64, unless precision or time is what is measured.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,12 +20,14 @@ from dnsp.tasks.chunks import problem, relative, wait
 from dnsp.tasks.suite import PITFALLS
 
 Figures = dict[str, Any]
+NOT_FINITE = "not finite"
 ASKED = 8  # the newest pairs, which are asked for again
 
 
 def demonstrate(pitfall: str, tokens: int, width: int) -> Figures:
     """One pitfall over ``tokens`` tokens with keys and values ``width`` wide."""
     rows, says = DEMONSTRATIONS[pitfall](tokens, width)
+    rows = [{name: _cell(figure) for name, figure in row.items()} for row in rows]
     return {"pitfall": pitfall, "number": PITFALLS.index(pitfall) + 1, "tokens": tokens, "width": width,
             "rows": rows, "says": says}  # fmt: skip
 
@@ -57,8 +60,13 @@ def asked_back(S: Tensor, k_TK: Tensor, v_TV: Tensor) -> float:
     return float((k @ S - v).norm() / v.norm())
 
 
+def _cell(figure: Any) -> Any:
+    """As a result keeps it: JSON has no number that is not finite, and ``null`` is what is not there."""
+    return figure if not isinstance(figure, float) or math.isfinite(figure) else NOT_FINITE
+
+
 def _number(x: float) -> str:
-    return f"{x:.3g}" if x == x and abs(x) != float("inf") else "not finite"
+    return f"{x:.3g}" if math.isfinite(x) else NOT_FINITE
 
 
 def no_norm(tokens: int, width: int) -> tuple[list[Figures], str]:

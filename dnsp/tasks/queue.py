@@ -17,7 +17,7 @@ import json
 import shutil
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -34,7 +34,7 @@ from dnsp.parallel.errors import LayoutError
 from dnsp.parallel.layout import Layout
 from dnsp.schedule import spans
 from dnsp.tasks.suite import FINAL_SEEDS, SEARCH_SEED, VALIDATION, Cell, Measurement, Scale, Suite, turn
-from dnsp.tasks.worker import RESULT, run_config, write_json
+from dnsp.tasks.worker import RESULT, parse_result, replace_json, run_config
 
 TRIES = 2  # of a job that fails
 OWN = ("train.lr", "train.seed", "data.seed", "run.dir", "run.tensorboard", "resume")  # what a queue sets in each run
@@ -218,15 +218,15 @@ class Queue:
             raise UsageError(f"--out {out} has files in it that are no queue's; give a new folder, or --overwrite")
         if self.request.overwrite and (found is None or found.get("identity") != self.identity):
             shutil.rmtree(out / "runs", ignore_errors=True)
-        command = ["dnsp", *sys.argv[1:]]
-        write_json(file, {"identity": self.identity, "command": command, "planned": self.planned, "total": self.total})
+        queue = {"identity": self.identity, "planned": self.planned, "total": self.total}
+        replace_json(file, {**queue, "command": ["dnsp", *sys.argv[1:]]})
         (out / "runs").mkdir(exist_ok=True)
         self._read_results()
         return lock
 
     def _read_results(self) -> None:
         for path in (self.out / "runs").rglob(RESULT):
-            result = _read(path)
+            result = _read(path, parse_result)
             if result is not None:
                 self.results[path.parent.relative_to(self.out / "runs").as_posix()] = result
 
@@ -284,7 +284,7 @@ class Queue:
             name = job["name"]
             self.taken.discard(name)
             self.at_work.pop(worker, None)
-            result = _read(Path(job["folder"]) / RESULT)
+            result = _read(Path(job["folder"]) / RESULT, parse_result)
             if result is not None:  # whatever became of its process afterwards
                 self.results[name] = result
             elif answer["status"] == "failed":
@@ -303,9 +303,9 @@ def _cost(cell: Cell) -> float:
     return float(train["steps"] * train["global_batch"] * cell.tree["data"]["sequence_length"])
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = parse(path.read_text())
     except (OSError, ValueError):
         return None
     return found

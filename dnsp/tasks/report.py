@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from dnsp.errors import UsageError
+from dnsp.json_files import write_json
 from dnsp.tasks.measured import chunk_tables, pitfall_tables, speed_tables
 from dnsp.tasks.plots import all_plots
 from dnsp.tasks.suite import Scale
@@ -28,7 +29,7 @@ from dnsp.tasks.tables import (
     search_table,
     summaries,
 )  # fmt: skip
-from dnsp.tasks.worker import RESULT
+from dnsp.tasks.worker import RESULT, parse_result
 
 UNPLANNED = (
     "  - which are missing is not in its queue.json, of an earlier version: the same command adds it, and goes on"
@@ -76,9 +77,7 @@ def report(folders: list[Path], json_file: Path | None = None) -> int:
         if table.note:
             console.print(table.note, markup=False)
             console.print()
-    if json_file is not None:
-        whole = {table.name: asdict(table) for table in tables}
-        json_file.write_text(json.dumps(whole, indent=2) + "\n")
+    write_json(json_file, {table.name: asdict(table) for table in tables})
     lines = _head(folders, queues, list(results.values()))
     (out / "report.md").write_text("\n".join([*lines, *_markdown(tables), *_pictures(plots, out)]) + "\n")
     for line in lines[2:]:
@@ -126,7 +125,7 @@ def read_results(folder: Path) -> dict[str, Result]:
     """Every finished run and measurement of a folder, by its name."""
     runs = folder / "runs"
     return {
-        path.parent.relative_to(runs).as_posix(): json.loads(path.read_text()) for path in sorted(runs.rglob(RESULT))
+        path.parent.relative_to(runs).as_posix(): parse_result(path.read_text()) for path in sorted(runs.rglob(RESULT))
     }
 
 

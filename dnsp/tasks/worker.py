@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import gzip
 import json
+import math
 import os
 import platform
 import shutil
@@ -32,6 +33,7 @@ from dnsp import checkpoint, stalls
 from dnsp.config import Config, parse_config
 from dnsp.errors import RunError, UsageError
 from dnsp.evaluate import load_run
+from dnsp.json_files import json_line, json_text
 from dnsp.launch.environment import find_environment
 from dnsp.launch.local import SUPERVISOR
 from dnsp.tasks.measure import measure
@@ -71,7 +73,7 @@ def carry_out(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             whole = {**job, **result, **surroundings(), "seconds": time.time() - began}
             for place in ("queue", "folder"):
                 whole.pop(place, None)
-            write_json(folder / RESULT, whole)
+            replace_json(folder / RESULT, whole)
             make_small(folder)
             return {"status": "finished", "recycle": _leftover()}
         except Exception as error:
@@ -191,7 +193,7 @@ def training_record(folder: Path) -> dict[str, Any]:
         "steps": lines[-1]["step"],
         "tokens": lines[-1]["tokens"],
         "loss": lines[-1]["loss"],
-        "grad_norm_max": max(line["grad_norm"] for line in lines),
+        "grad_norm_max": max((norm for line in lines if (norm := line["grad_norm"]) is not None), default=None),
         "tokens_per_s": speeds[len(speeds) // 2],
         "train_s": sum(line["step_s"] for line in lines),
     }
@@ -239,18 +241,26 @@ def pack_metrics(metrics: Path, packed: Path) -> None:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     every = -(-len(lines) // CURVE)
     curve = [line for line in lines if line["step"] % every == 0 or line is lines[-1]]
-    with gzip.open(packed, "wt") as file:
+    with gzip.open(packed, "wb") as file:
         for line in curve:
-            short = {name: float(f"{line[name]:.5g}") for name in ("loss", "grad_norm", "lr", "step_s")}
-            file.write(json.dumps({"step": line["step"], **short}) + "\n")
+            short = {name: line[name] and float(f"{line[name]:.5g}") for name in ("loss", "grad_norm", "lr", "step_s")}
+            file.write(json_line({"step": line["step"], **short}))
     metrics.unlink()
 
 
-def write_json(path: Path, value: Any) -> None:
+def parse_result(text: str) -> dict[str, Any]:
+    """What is in a ``result.json``. A figure of a test that is ``null`` there is not a number."""
+    found: dict[str, Any] = json.loads(text)
+    for figures in found.get("tests", {}).values():
+        figures.update({name: math.nan for name, value in figures.items() if value is None})
+    return found
+
+
+def replace_json(path: Path, tree: Any) -> None:
     """Whole or not at all."""
     part = path.with_suffix(".part")
-    with part.open("w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
+    with part.open("wb") as file:
+        file.write(json_text(tree))
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -230,3 +232,29 @@ def test_full_disk_leaves_nothing(tmp_path: Path, room: int) -> None:
     child.join(30)
     assert child.exitcode == 0 and outcome.get() != "written"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_one_module_of_megatron_core_is_imported_and_no_more(tmp_path: Path, broken: bool) -> None:
+    """Unless that module wants more, as another version's might; and who wants the whole package still gets it."""
+    megatron_pair(tmp_path / "m", [[[5, 299, 2]]])
+    command = f"""
+import sys
+from dnsp.data.indexed import IndexedSource
+
+class Whole:  # it is not found in a package whose own __init__ has not run
+    def find_spec(name, path, target=None):
+        if name == "megatron.core.msc_utils" and sys.modules["megatron.core"].__spec__ is None:
+            raise ImportError(name)
+
+if {broken}:
+    sys.meta_path.insert(0, Whole)
+source = IndexedSource({str(tmp_path / "m")!r})
+assert source.read(0, 0, 3).tolist() == [5, 299, 2]
+assert ("megatron.core.tensor_parallel" in sys.modules) == {broken}
+import megatron.core
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+assert megatron.core.tensor_parallel and isinstance(source._dataset, IndexedDataset) == {broken}
+"""
+    done = subprocess.run([sys.executable, "-c", command], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -118,7 +118,8 @@ def reference(workplace: Path, dnsp: Callable[..., Any]) -> Path:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]  # NaN is none of JSON's words
 
 
 def read_losses(run: Path) -> list[float]:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from dnsp.bench.scan import Stamps, Work, _shortest, hops_and_back, hops_there, makespan, table
+from dnsp.bench.account import Account, account
+from dnsp.bench.ranks import new_table, publish
+from dnsp.bench.scan import Stamps, Work, _shortest, accounts, hops_and_back, hops_there, makespan, table
 from dnsp.cli import main
+from dnsp.errors import UsageError
 from dnsp.parallel.layout import Layout
+from dnsp.parallel.transport import Transport
+from dnsp.parallel.waits import WAITS
 
 SMALL = {
     "scan": ["--tokens", "1024", "--heads", "1", "--value-heads", "2", "--width", "16"],
@@ -35,6 +44,10 @@ def test_figures_of_every_way(what: str, tmp_path: Path) -> None:
         ways = {(way["layout"], way["transport"]) for way in world["ways"]}
         assert {(kind, by) for kind in ("contiguous", "zigzag") for by in ("p2p", "gather")} <= ways
         assert all(way["ms"] > 0 for way in [*world["ways"], world["one process"], world["local shard"]])
+        assert set(world["accounts"]) >= {"one process", "local shard", *(", ".join(way) for way in ways)}
+        for name, ranks in world["accounts"].items():
+            assert len(ranks) == (1 if name in ("one process", "local shard") else 2), name
+            assert all(0 <= sum(rank["waits"]) < rank["step"] for rank in ranks), (name, ranks)
         if not any(by == "peer" for _, by in ways):
             assert world["notes"][0] == "not by peer: rank 0: it needs a GPU on every rank"
     elif what == "stack":
@@ -54,12 +67,27 @@ def test_figures_of_every_way(what: str, tmp_path: Path) -> None:
         (["scan", "--transports", "pigeon"], "--transports pigeon: it is not one of"),
         (["attention", "--layouts", "round"], "--layouts round: it is not one of"),
         (["attention", "--heads", "3"], "--heads 3 is no multiple of --key-heads 2"),
+        (["scan", "--segment-tokens", "100"], "segment_tokens=100: segments are whole chunks of 64 tokens"),
+        (["scan", "--value-heads", "24"], "--value-heads 24 is no multiple of --heads 16"),
         (["scan", "--tokens", "1000", "--ranks", "2"], "sequence length 1000 does not split"),
     ],
 )
 def test_refusals(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_what_was_measured_stays_when_a_later_world_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def worlds() -> Iterator[dict[str, Any]]:
+        yield {"ranks": 2, "notes": ["a note"]}
+        raise UsageError("4 ranks could not be measured")
+
+    file = tmp_path / "figures.json"
+    with pytest.raises(UsageError, match="4 ranks"):
+        publish(worlds(), lambda found: [new_table(f"{found['ranks']} ranks", "ms")], {"tokens": 64}, file)
+    shown, report = capsys.readouterr().out, json.loads(file.read_text())
+    assert "2 ranks" in shown and "a note" in shown
+    assert report["tokens"] == 64 and report["worlds"] == [{"ranks": 2, "notes": ["a note"]}]
 
 
 def test_the_table_has_every_figure() -> None:
@@ -75,6 +103,34 @@ def test_the_table_has_every_figure() -> None:
     rows = table(world, {"tokens": 131072, "heads": 16, "value_heads": 32, "width": 128})
     cells = [list(column.cells)[-1] for column in rows.columns]
     assert cells == ["zigzag, peer", "1,024", "3.300", "1.100", "1.050", "2,048", "1.050", "7.4"]
+
+
+def test_what_a_step_is_made_of() -> None:
+    """By rank the figures of steps whose times and waits are made by hand, and their least and most in the table."""
+    ranks = [Account(step=3.5, waits=[0.2, 0.05], host=1.0), Account(step=3.6, waits=[0.1, 0.0], host=1.2)]
+    works = [vars(Work(0.5, [0.1, 0.1], 0.0, 0.6, [0.1, 0.1], 0.2, left)) for left in (1.5, 1.6)]
+    way = {"layout": "zigzag", "transport": "peer", "segment_tokens": 64, "replays": {"64": {"work_ms": works}}}
+    told = {"local shard": [ranks[0]._asdict()], "zigzag, peer": [rank._asdict() for rank in ranks]}
+    rows = accounts({"accounts": told, "ways": [way]})
+    cells = [list(column.cells)[-1] for column in rows.columns]
+    own, waiting, host = "3.250 to 3.500", "0.100 to 0.250", "1.000 to 1.200"
+    assert cells == ["zigzag, peer", "3.600", own, "2.900", waiting, "0.400", host]
+    assert [list(column.cells)[0] for column in rows.columns][1:4] == ["3.500", "3.250", ""]
+
+    class Alone:  # a rank that works, on a CPU
+        device, wait, synchronize = torch.device("cpu"), staticmethod(lambda: None), staticmethod(lambda: None)
+        comm = Transport()
+
+    def work() -> None:
+        time.sleep(0.01)
+        with WAITS.counted():
+            time.sleep(0.02)
+
+    (found,) = account(work, Alone(), 4)  # type: ignore[arg-type]
+    assert found.waiting >= 20 and found.own >= 10
+    (found,) = account(lambda: time.sleep(0.01), Alone(), 4)  # type: ignore[arg-type]
+    assert found.waiting == 0 and found.own >= 10
+    assert not WAITS.on and account(None, Alone(), 4) == []  # type: ignore[arg-type]
 
 
 def test_the_shortest_of_several_segment_lengths_counts() -> None:

@@ -7,11 +7,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dnsp import watchdog
-from dnsp.choices import Choices, confirm, make_choices
+from dnsp import fits, watchdog
+from dnsp.choices import MIB, Choices, confirm, make_choices, shared_sizes
 from dnsp.config import Config, parse_config
 from dnsp.errors import UsageError
-from dnsp.parallel import attention_backends
+from dnsp.parallel import attention_backends, post, symmetric
 from dnsp.parallel.attention import attention
 from dnsp.parallel.errors import PlanError
 from dnsp.parallel.grid import Grid, make_grid
@@ -145,3 +145,19 @@ def test_a_state_that_no_kernel_folds_is_refused_for_peer() -> None:
     wide = config(model={"linear_key_head_dim": 256}, parallel={"transport": "peer"})
     with pytest.raises(PlanError, match="states of 256 x 32 have no kernel that folds them"):
         make_choices(wide, None, None)
+
+
+def test_the_budget_of_symmetric_memory_is_worked_out_before_there_is_a_gpu() -> None:
+    """By hand: 32 heads of 128 columns are 256 tiles of 2,048 numbers, twice four slots of them; keys and values of
+    16,384 tokens, two heads of 256, in fp32 are 64 MiB, in four slots."""
+    wide = {"linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "head_dim": 256}
+    both = config(model={**wide, "num_key_value_heads": 2}, data={"sequence_length": 65536})
+    tiles, message = shared_sizes(both, "peer", "peer", 4, 65536)
+    assert (tiles, message) == (256, 64 * MIB)
+    assert symmetric.bytes_of(256) == 4 * (16 + 4 * 256 + 2 * 4 * 256 * 2048)
+    assert post.bytes_of(4, message) == 4 * 64 * MIB + 4 * (16 + 4 * (4 + 8) + 4 * 4)
+    _, halo = shared_sizes(both, "peer", "ring", 4, 65536)
+    assert halo == 4 * 3 * (32 * 256 + 32 * 128)  # three tokens of all channels
+    assert shared_sizes(both, "p2p", "ring", 4, 65536) == shared_sizes(both, "peer", "peer", 1, 65536) == (None, None)
+    ((name, status, found, _),) = fits._symmetric_memory(both, 4, here=False)
+    assert (name, status) == ("symmetric memory", "info") and found.startswith("272 MiB a rank, 16 of them for states")

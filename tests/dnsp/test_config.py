@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from dnsp.config import Config, load_config
+from dnsp.begin import check_alike
+from dnsp.config import Config, load_config, parse_config
 from dnsp.data.tokenizer import load_tokenizer
 from dnsp.errors import UsageError
+from dnsp.parallel.errors import PlanError
+from dnsp.parallel.grid import make_grid
 from dnsp.schedule import learning_rate, spans
+from tests.ranks import run_ranks
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -128,3 +132,30 @@ def test_learning_rates(config_file: Path) -> None:
     wsd = load_config(config_file, ["train.lr=1", "train.warmup_steps=4", "train.schedule=wsd"]).train
     rates = [learning_rate(step, 20, wsd) for step in range(20)]
     assert rates[3:17] == [1.0] * 14 and rates[-1] == pytest.approx(0.1 + 0.9 * 0.25)
+
+
+OTHERS = [  # what the last of three ranks has, and what all are told
+    ({"config": {"model": {"vocab_size": 258}}}, "model.vocab_size is 257 on rank 0 and 258 on rank 2"),
+    ({"config": {"engine": {"dtype": "bf16"}}}, "engine.dtype is fp32 on rank 0 and bf16 on rank 2"),
+    ({"data": "another"}, "the data is a text on rank 0 and another on rank 2"),
+    ({}, None),
+]
+
+
+def told_apart() -> list[str | None]:
+    grid, told = make_grid(timeout=30), list[str | None]()
+    for other, _ in OTHERS:
+        mine = other if grid.rank == 2 else {}
+        config = parse_config({"model": {"vocab_size": 257}} | mine.get("config", {}), "the test")
+        try:
+            check_alike(config, {"tokenizer": "bytes", "data": mine.get("data", "a text")}, grid)
+            told.append(None)
+        except PlanError as refused:
+            told.append(str(refused))
+    return told
+
+
+def test_hosts_with_other_configurations_are_refused_on_every_rank() -> None:
+    said = "the ranks disagree about the run: {}; give every rank of a group the same"
+    for told in run_ranks(told_apart, 3, timeout=60):
+        assert told == [words and said.format(words) for _, words in OTHERS]

@@ -479,3 +479,15 @@ def test_a_rank_without_memory_to_save_with_holds_nobody_up(tmp_path: Path) -> N
 
 def test_another_failure_is_not_called_lack_of_memory(tmp_path: Path) -> None:
     assert run_ranks(broken_copy, 1, str(tmp_path)) == ["an illegal memory access"]
+
+
+def test_ranks_that_share_gpus_ask_deepspeed_for_those_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    from dnsp.engine import number_devices
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    accelerator = CUDA_Accelerator()
+    number_devices(accelerator)
+    names = [accelerator.device_name(rank) for rank in ("0", "1", "2", "7", 0, None)]
+    assert names == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0", "cuda"]

@@ -1,4 +1,7 @@
-"""What goes wrong before the first step and later: one message, the right status, in time, nothing lost or left."""
+"""What goes wrong before the first step and later: one message, the right status, in time, nothing lost or left.
+
+Long because each fault is made by hand, in processes that are real.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,25 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
 
-from dnsp import watchdog
+from dnsp import ending, watchdog
+from dnsp.checkpoint import way_on
 from dnsp.cli import main
+from dnsp.config import load_config
+from dnsp.folder import check_start
 from dnsp.launch.environment import Environment
 from dnsp.parallel.errors import PeerLost
+from dnsp.stalls import Place, Stalls
+from tests.dnsp.conftest import environment
 
 BEFORE, LATER = 20.0, 30.0  # seconds until a refusal, until a fault has ended every rank
 
@@ -138,48 +148,47 @@ def test_data_that_is_not_data(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        ([], "resume=auto continues it"),
-        (["resume=auto", "model.hidden_size=64"], "model.hidden_size=32, the configuration has 64"),
-        (["resume=auto", "data.seed=5"], "data.seed=0, the configuration has 5"),
-    ],
-)
-def test_the_folder_of_another_run_is_left_alone(
-    reference: Path, workplace: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
-) -> None:
-    before = contents(reference)
-    assert main(["train", str(workplace / "tiny.yaml"), f"run.dir={reference}", *overrides]) == 2
-    text = capsys.readouterr().err
-    assert said in text and is_one_message(text), text
-    assert contents(reference) == before
+# overrides that name another run, what the refusal must say, and whether the ranks have to meet for it
+ANOTHERS: list[tuple[list[str], str, bool]] = [
+    (["run.dir=reference"], "resume=auto continues it", False),
+    (["run.dir=reference", "resume=auto", "model.head_dim=8"], "model.head_dim=16, the configuration has 8", False),
+    (["run.dir=reference", "resume=auto", "data.seed=5"], "data.seed=0, the configuration has 5", True),
+    (["init_from=run:reference", "model.hidden_size=64"], "or choose another init_from", False),
+    (["resume=reference/checkpoints/step-00000010", "model.head_dim=8"], "model.head_dim=16, the configuration", False),
+    (["resume=run:reference/checkpoints", "model.hidden_size=64"], "or choose another resume", False),
+]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["init_from=run:reference", "model.hidden_size=64"], "model.hidden_size=32, the configuration has 64"),
-        (
-            ["resume=reference/checkpoints/step-00000010", "model.num_attention_heads=1"],
-            "model.num_attention_heads=2, the configuration has 1",
-        ),
-    ],
-)
-def test_the_checkpoint_of_another_model(
+@pytest.mark.parametrize(("overrides", "said", "met"), ANOTHERS, ids=[" ".join(o)[:40] for o, *_ in ANOTHERS])
+def test_another_run_is_refused_and_left_alone(
     reference: Path,
     workplace: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     overrides: list[str],
     said: str,
+    met: bool,
 ) -> None:
     monkeypatch.chdir(workplace)
-    assert main(["train", "tiny.yaml", f"run.dir={tmp_path / 'new'}", *overrides]) == 2
+    join = Mock(wraps=watchdog.join)
+    monkeypatch.setattr(watchdog, "join", join)
+    before = contents(reference)
+    assert main(["train", "tiny.yaml", "run.dir=new", *overrides]) == 2
     text = capsys.readouterr().err
     assert said in text and is_one_message(text), text
-    assert not (tmp_path / "new").exists()
+    assert join.called == met
+    assert contents(reference) == before and not Path("new").exists()
+
+
+def test_what_is_not_to_be_seen_refuses_nobody(reference: Path, workplace: Path, tmp_path: Path) -> None:
+    """Another node's folder, a disk that fails, a file that is cut short, weights that are not taken: for rank 0."""
+    other = ("model.hidden_size=64", f"run.dir={tmp_path}")
+    for given in (("resume=nowhere",), (f"resume={'x' * 300}",), ("init_from=run:nowhere",), ("resume=auto",)):
+        check_start(load_config(workplace / "tiny.yaml", [*other, *given]))
+    (tmp_path / "run.json").write_text('{"model": {"hidd')
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    for given in (("resume=auto",), ("resume=auto", f"init_from=run:{reference}"), (f"resume={tmp_path}",)):
+        check_start(load_config(workplace / "tiny.yaml", [*other, *given]))
 
 
 def test_ranks_that_do_not_fit(workplace: Path, tmp_path: Path, dnsp: Dnsp) -> None:
@@ -360,3 +369,78 @@ def test_a_peer_that_the_watching_thread_misses_is_said_once(
         watch._look()
     assert "rank 0 lost rank 1 during a scan" in said[0]["message"]
     assert said[0]["consequence"] and said[0]["quiet"] is quiet
+
+
+def test_a_file_system_that_fails_keeps_no_verdict_back(tmp_path: Path) -> None:
+    """Neither the one on a rank that stands still, nor where the others are that could leave their stacks."""
+    said: list[str] = []
+    stalls = Stalls(Place(0), said.append)
+    stalls.folder, stalls.limit = tmp_path / ("x" * 300), 0.5  # no answer but an error
+    stalls.start()
+    stalls.join(timeout=10)
+    assert len(said) == 1 and "no progress for" in said[0]
+    assert "cannot be listed (File name too long)" in way_on(stalls.folder)
+    stalls.folder = tmp_path
+    (tmp_path / "stacks" / "rank-00001.txt").mkdir(parents=True)  # there, and not to be read
+    (tmp_path / "stacks" / "rank-00002.txt").write_text("rank 2 was at step 3 for 4 s\n\nstack")
+    assert stalls.where_the_others_are(3) == "rank 2 was at step 3 for 4 s; rank 1 left no stack: stopped or gone"
+
+
+@pytest.mark.parametrize("local", ["0", "1"])
+def test_srun_hears_a_refusal_once_a_node(
+    local: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its tasks have no LOCAL_RANK yet; those that keep quiet leave time to the one that speaks."""
+    monkeypatch.setenv("SLURM_LOCALID", local)
+    waited = Mock()
+    monkeypatch.setattr(ending, "_let_others_speak", waited)
+    for slip in ("train.stpes=3", "--rank"):
+        assert main(["train", str(workplace / "tiny.yaml"), slip]) == 2
+        assert bool(capsys.readouterr().err) is (local == "0")
+    assert waited.call_count == 2 * (local == "1")
+
+
+QUIET = """
+import signal, threading
+from dnsp.ending import end
+
+signal.signal(signal.SIGTERM, lambda number, frame: None)
+threading.Thread(target=end, args=(1, "what another says"), kwargs={"quiet": True}).start()
+threading.Event().wait()
+"""
+
+
+def test_a_launcher_ends_the_wait_of_a_quiet_rank_in_any_thread() -> None:
+    """The main thread waits inside a collective, where it runs no handler of signals."""
+    process = subprocess.Popen([sys.executable, "-c", QUIET], env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 0.9 * ending.PATIENCE
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert process.poll() == -signal.SIGTERM
+    assert process.communicate() == (None, "")
+
+
+SETTLING = """
+import os, signal, sys
+from pathlib import Path
+from dnsp.errors import RunError
+from dnsp.launch.environment import Environment
+from dnsp.watchdog import Watch
+
+try:
+    with Watch(Environment("torchrun", 0, 2, 0, 2, "127.0.0.1", 0)) as watch:
+        watch.folder = watch.stalls.folder = Path(sys.argv[1])
+        watch.settle = lambda: os.kill(os.getpid(), signal.SIGTERM)
+        raise RunError("the reason")
+except RunError as error:
+    print(error, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+"""
+
+
+def test_a_launcher_that_ends_all_leaves_the_words_of_the_first_whole(tmp_path: Path) -> None:
+    """What it is saying when SIGTERM comes: a checkpoint is being finished, the others are asked where they are."""
+    done = subprocess.run(
+        [sys.executable, "-c", SETTLING, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "the reason True\n"), done.stderr

@@ -27,6 +27,7 @@ from dnsp import begin, checkpoint
 from dnsp.cli import main
 from dnsp.config import parse_config
 from dnsp.errors import UsageError
+from dnsp.folder import check_free, started_again
 
 KILLS = int(os.environ.get("DNSP_KILLS", "6"))  # DNSP_KILLS=20 python -m pytest -s tests/dnsp/test_recovery.py -k kill
 VERDICT = 30.0  # seconds from a kill to the end of every rank
@@ -259,13 +260,34 @@ def test_a_run_folder_in_use_is_refused(
     monkeypatch.chdir(workplace)
     process = start("train", "tiny.yaml", "run.dir=busy", "train.steps=5000", cwd=workplace)
     wait_until(lambda: (workplace / "busy" / "metrics.jsonl").exists(), process)
-    done = dnsp("train", "tiny.yaml", "run.dir=busy", "resume=auto", cwd=workplace)
+    settings = ("train", "tiny.yaml", "run.dir=busy", "resume=auto")
+    done = dnsp(*settings, "--ranks", 2, cwd=workplace)
+    with monkeypatch.context() as patch:  # a rank by itself, whose others nobody starts
+        for name, value in {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+            patch.setenv(name, value)
+        alone = dnsp(*settings, cwd=workplace, timeout=20)
     asked = main(["doctor", "tiny.yaml", "run.dir=busy", "resume=auto", "--json", "busy.json"])
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
-    assert done.returncode == 2 and "in use by a running run" in done.stderr, done.stderr
+    for refused in (done, alone):
+        assert refused.returncode == 2 and "in use by a running run" in refused.stderr, refused.stderr
     rows = {row["name"]: row for row in json.loads((workplace / "busy.json").read_text())["findings"]}
     assert asked == 1 and rows["run folder"]["found"] == "busy is in use by a running run"
+
+
+def test_where_a_run_goes_on_that_its_launcher_starts_again(tmp_path: Path) -> None:
+    begun, saved = tmp_path / "begun", tmp_path / "saved"
+    (saved / "checkpoints" / "step-00000003").mkdir(parents=True)
+    for folder, resume, restarts, goes_on in (
+        (begun, "none", 0, "none"),
+        (begun, "none", 1, "auto"),
+        (begun, "run:elsewhere", 1, "run:elsewhere"),  # its first start saved nothing
+        (saved, "run:elsewhere", 0, "run:elsewhere"),
+        (saved, "run:elsewhere", 2, "auto"),
+        (None, "none", 1, "none"),  # every start makes a folder of its own
+    ):
+        config = parse_config({"run": {"dir": folder and str(folder)}, "resume": resume}, "the test")
+        assert started_again(config, restarts).resume == goes_on
 
 
 @pytest.mark.parametrize(("failure", "refused"), [(errno.EWOULDBLOCK, True), (errno.ENOLCK, False)])
@@ -282,7 +304,7 @@ def test_a_lock_is_asked_for_as_nfs_wants_it(
     monkeypatch.setattr(fcntl, "flock", flock)
     (tmp_path / ".lock").touch()
     with pytest.raises(UsageError, match="in use by a running run") if refused else nullcontext():
-        begin.check_free(parse_config({"run": {"dir": str(tmp_path)}}, "the test"))
+        check_free(parse_config({"run": {"dir": str(tmp_path)}}, "the test"))
     assert asked == [(os.O_RDONLY, fcntl.LOCK_SH | fcntl.LOCK_NB)]
 
 
@@ -291,9 +313,9 @@ def test_who_only_looks_at_a_lock_refuses_nobody(tmp_path: Path) -> None:
     config = parse_config({"run": {"dir": str(tmp_path)}}, "the test")
     with (tmp_path / ".lock").open("wb") as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
-        begin.check_free(config)
+        check_free(config)
         threading.Timer(begin.GLANCE / 4, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
         begin._make_folder(config, {}, "run")
     with pytest.raises(UsageError, match="in use by a running run"):
-        begin.check_free(config)
+        check_free(config)
     begin._LOCKS.pop().release()

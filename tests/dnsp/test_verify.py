@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -245,8 +246,10 @@ def test_the_verdict_is_a_table_a_file_and_a_status(
     request = verify.make_request(load_config(config), [2], ["zigzag"], ["p2p", "gather"], "fp32")
     good = verify.Case(2, 2, 0, "zigzag", "p2p", 5.5, 1e-8, "model.norm.weight", 1e-6, True, True)
     other = dataclasses.replace(good, transport="gather", delta_bitwise_equal=not wrong, ok=not wrong)
+    other = dataclasses.replace(other, worst_grad_rel_err=math.inf) if wrong else other
     assert verify.conclude(request, [good, other], tmp_path / "verdict.json") == int(wrong)
-    report = json.loads((tmp_path / "verdict.json").read_text())
+    report = json.loads((tmp_path / "verdict.json").read_text(), parse_constant=pytest.fail)
+    assert (report["cases"][1]["worst_grad_rel_err"] is None) == wrong
     assert report["ok"] is not wrong and [case["ok"] for case in report["cases"]] == [True, not wrong]
     assert all(set(case) == CASE_KEYS for case in report["cases"])
     shown = capsys.readouterr().out

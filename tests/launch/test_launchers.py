@@ -82,7 +82,8 @@ def test_torchrun_starts_two_nodes_again(
     text = "\n".join(log.read_text() for log in logs)
     assert codes == [0, 0], text
     resumed = re.findall(r"torchrun has started this run again \((\d+)\): from step (\d+)", text)
-    assert resumed and int(resumed[-1][1]) >= 4, text
+    assert len(resumed) == 1 and int(resumed[0][1]) >= 4, text
+    assert "holds a run already" not in text, text
     assert "placement: 2 ranks on 2 nodes, 1 sequence group of 2, 0 inside a node" in text
     assert losses(run) == whole_losses(120)
 
@@ -168,7 +169,7 @@ sys.exit(end(2, "the reason", quiet=not late))
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("launcher", [("torchrun", "--nproc-per-node"), ("deepspeed", "--num_accelerators")])
 def test_the_rank_that_speaks_may_be_late(folder: Path, launched: Launched, launcher: tuple[str, str]) -> None:
-    """A launcher ends every rank with the first that ended: one that keeps quiet leaves time to the one that does not."""
+    """A launcher ends every rank with the first that ended: one that keeps quiet leaves time to one that does not."""
     (folder / "late.py").write_text(LATE)
     command, ranks = launcher
     done = launched(str(SCRIPTS / command), ranks, "2", "--master_port", str(free_port()), "late.py")

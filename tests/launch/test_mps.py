@@ -43,9 +43,12 @@ def test_a_daemon_of_our_own_is_started_and_ended(tmp_path: Path) -> None:
     assert log.read_text() == "-d\nquit\n" and not os.path.exists(folder)
 
 
-def test_where_there_is_none_or_one_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_is_none_or_one_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with shared_gpu() as variables:
         assert variables == {}
+    assert capsys.readouterr().err == f"MPS: {CONTROL} is not on the PATH; the processes take turns on the GPU\n"
     with asked_for(None, "0") as (variables, words):
         assert variables == {} and words == f"MPS: {CONTROL} is not on the PATH; the processes take turns on the GPU"
     with asked_for(False, "0") as (variables, words):
@@ -57,7 +60,7 @@ def test_where_there_is_none_or_one_already(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv(NAMED, "/somewhere")
     with shared_gpu() as variables, asked_for(None, "0") as (others, words):
         assert variables == others == {} and "which is not ours, is used" in words
-    assert not log.exists()
+    assert not log.exists() and not capsys.readouterr().err
 
 
 def test_one_that_does_not_work(tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
-"""What the documentation names exists: every configuration key with its default, every command."""
+"""What the documentation names exists, and its figures are the measured ones: keys with defaults, commands, tables."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel
 from typer.main import get_command
 
+from dnsp.bench.plots import shape_name
 from dnsp.cli import app
 from dnsp.config import Config
 
@@ -48,3 +51,53 @@ def test_the_readme_names_every_command_and_only_those() -> None:
     assert set(re.findall(r"\bdnsp ([a-z]+)", text)) == commands
     linked = re.findall(r"\]\(([^)#:]+)\)", text)
     assert linked and all((ROOT / path).exists() for path in linked)
+
+
+def table_rows(heading: str) -> list[list[str]]:
+    """The cells of the README's table whose heading row begins so, without bold."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading}"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+    return [[cell.strip().replace("*", "") for cell in row.strip("|").split("|")] for row in rows]
+
+
+def measured(pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted((ROOT / "docs" / "measured").glob(pattern))]
+
+
+def test_the_readmes_figures_of_the_delta_rule_are_those_measured() -> None:
+    said, name = {}, ""
+    for row in table_rows("tokens, key / value heads"):
+        name = f"{name}, decay -1e-4" if row[0].startswith("the same") else row[0].replace(" rows of ", " x ")
+        said[name] = row[1:]
+    found = {}
+    for file in measured("delta-*.json"):
+        for entry in file["shapes"]:
+            sides = {side["name"]: side for side in entry["sides"] if side["name"] in ("dnsp", "flash-qla", "fla")}
+            if len(sides) > 1:
+                order = [sides[name] for name in ("dnsp", "flash-qla", "fla") if name in sides]
+                passes = [[f"{side['passes'][way]['ms']:.2f}" for side in order] for way in ("forward", "training")]
+                memory = [f"{side['peak_mib']:,.0f}" for side in order]
+                found[shape_name(entry["shape"])] = [", ".join(cell) for cell in (*passes, memory)]
+    assert said == found
+
+
+def test_the_readmes_figures_of_training_and_of_two_gpus_are_those_measured() -> None:
+    train = {f"{file['tokens']:,}": file for file in measured("train-*.json")}
+    for tokens, *cells in table_rows("tokens | dnsp, tokens/s"):
+        if tokens in train:
+            sides = [train[tokens]["ours"], train[tokens]["peer"]]
+            own = [(f"{s['tokens_per_s']:,.0f}", f"{s['mfu']:.2f}", f"{s['activation_gib']:.1f} GiB") for s in sides]
+            assert cells == [*own[0], *own[1]]
+    scan = {f"{file['tokens']:,}": file["worlds"][0] for file in measured("scan-2-gpus-*.json")}
+    rows = table_rows("tokens in all | a half alone")
+    assert {row[0] for row in rows} == scan.keys()
+    for tokens, *cells in rows:
+        half = scan[tokens]["local shard"]["ms"]
+        ways = {(way["layout"], way["transport"]): way["ms"] for way in scan[tokens]["ways"]}
+        peer = [ways["contiguous", "peer"], ways["zigzag", "peer"]]
+        others = [ways["contiguous", "p2p"], ways["contiguous", "gather"]]
+        assert cells == [
+            f"{half:.2f} ms", *(f"{ms:.2f} ms, {100 * half / ms:.1f} %" for ms in peer),
+            *(f"{ms:.2f} ms" for ms in others),
+        ]  # fmt: skip

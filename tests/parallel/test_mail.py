@@ -18,12 +18,14 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dnsp.kernels import scan as kernels_scan
 from dnsp.kernels import triton_scan
 from dnsp.parallel import scan as parallel_scan
+from dnsp.parallel import symmetric
 from dnsp.parallel.attention import attention
 from dnsp.parallel.errors import PeerLost
 from dnsp.parallel.grid import make_grid
@@ -165,6 +167,29 @@ def in_vain() -> dict[str, Any]:
         except PeerLost as lost:
             found[name] = lost.peer, str(lost)
     return found
+
+
+def test_a_larger_memory_leaves_a_captured_graph_its_own() -> None:
+    """Counts of an earlier memory are kept, and what a wait on it leaves is seen."""
+
+    class Grown(symmetric.Symmetric):
+        def __init__(self) -> None:
+            self.comm, self.device = Transport(None, (10, 11), 1, timeout=7.0), torch.device("cpu")
+            self.memories, self._where, self._kept = [], {}, []
+
+        def _status(self, rank: int) -> list[int]:
+            return self.memories[rank][:4].tolist()
+
+    grown = Grown()
+    grown.take([torch.zeros(symmetric.words_of(64), dtype=torch.int32) for _ in range(2)])
+    inbox, outbox, earlier = grown.inbox(0), grown.outbox(0), grown.clock
+    counts = [StorageWeakRef(x.untyped_storage()) for x in (inbox.taken_C, outbox.sent_C)]
+    del inbox, outbox
+    grown.take([torch.zeros(symmetric.words_of(128), dtype=torch.int32) for _ in range(2)])
+    assert grown.capacity == 128 and not any(count.expired() for count in counts)
+    earlier.record[0] = 4 * grown.where("the hop", 0, None) + 1
+    with pytest.raises(PeerLost, match="rank 11 lost rank 10 during the hop"):
+        grown.check()
 
 
 def test_a_wait_in_vain_is_recorded_once_and_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from dnsp.parallel import transport
 from dnsp.parallel.attention import attention
 from dnsp.parallel.delta_rule import delta_rule
 from dnsp.parallel.errors import PeerLost, PlanError
@@ -21,7 +23,7 @@ from dnsp.parallel.probe import refusal
 from dnsp.parallel.transport import Transport
 from tests.ranks import RankFailure, run_ranks
 
-LIMITS = {"group timeout": 3.0, "noticed": 10.0}  # seconds
+LIMITS = {"group timeout": 3.0, "noticed": 10.0, "compiling timeout": 1.5}  # seconds
 LOST = 1  # the rank that goes
 OPS = {"dies": ("hop", "summaries", "halo", "keys"), "sleeps": ("hop", "summaries")}  # each waits out its timeout
 
@@ -143,3 +145,53 @@ def test_a_lost_rank_is_named(how: str) -> None:
         assert peer == (None if op == "summaries" else LOST), (op, words)
     assert "hop at interval 2 (forward)" in told["hop"][2]
     assert "Timed out" in told["hop"][2] if how == "sleeps" else "keys and values" in told["keys"][2]
+
+
+def compiling() -> tuple[dict[str, bool], list[str]]:
+    """As if kernels were compiled here: a rank that comes late to the first of each kind, and once more to the next.
+    Before that, what it is told where it means something else."""
+    transport.COMPILING.add("cpu")
+    grid, lost = make_grid(timeout=LIMITS["compiling timeout"]), dict[str, bool]()
+    plan = make_plan([[0]], Layout("contiguous", grid.world, 256 * grid.world), grid)
+    x, gates, weight = torch.randn(1, 256, 2, 16), torch.rand(1, 256, 2), torch.randn(32, 4)
+    ops = {
+        "halo": lambda: causal_conv1d(x.flatten(2), weight, plan=plan),
+        "scan": lambda: delta_rule(x, x, x, -gates, gates, plan=plan, l2norm=True),
+        "keys": lambda: attention(x, x, x, plan=plan),
+    }
+    told = []
+    odd = x.double() if grid.rank == 0 else x
+    fewer = x[:, :, : 2 - grid.rank]
+    wrong: list[Callable[[], Any]] = [
+        lambda: causal_conv1d(fewer.flatten(2), weight[: 16 * fewer.shape[2]], plan=plan),
+        lambda: delta_rule(fewer, fewer, fewer, -gates[..., : fewer.shape[2]], gates[..., : fewer.shape[2]], plan=plan),
+        lambda: attention(odd, odd, odd, plan=plan),
+    ]
+    for op in wrong:
+        try:
+            op()
+        except PlanError as refused:
+            told.append(str(refused))
+    for name in ("halo", "scan", "keys", "again"):
+        if grid.rank == 0:
+            time.sleep(LIMITS["compiling timeout"] + 0.5)
+        try:
+            ops.get(name, ops["scan"])()
+            lost[name] = False
+        except PeerLost:
+            lost[name] = True
+    return lost, told
+
+
+def test_messages_have_their_time_once_all_have_come_to_the_first() -> None:
+    (first, told), (second, same) = run_ranks(compiling, 2, timeout=60)
+    assert told == same == [
+        f"the ranks disagree about {words}; give every rank of a group the same"
+        for words in (
+            "a convolution's halo: channels is 32 on rank 0 and 16 on rank 1",
+            "the state of a scan: value heads is 2 on rank 0 and 1 on rank 1",
+            "attention's heads: dtype is float64 on rank 0 and float32 on rank 1",
+        )
+    ]
+    assert second == {"halo": False, "scan": False, "keys": False, "again": True}
+    assert not any(first[name] for name in ("halo", "scan", "keys"))

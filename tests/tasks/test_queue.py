@@ -25,12 +25,22 @@ from filelock import FileLock, Timeout
 from dnsp.choices import delta_shapes
 from dnsp.config import ModelConfig, load_config
 from dnsp.errors import UsageError
+from dnsp.json_files import json_text
 from dnsp.kernels.chunk_triton import WIDTHS
 from dnsp.tasks import pool
 from dnsp.tasks.pool import Worker, devices_of, run
 from dnsp.tasks.queue import Queue, Request, chosen_rate, train_job, with_overrides
 from dnsp.tasks.suite import ABLATIONS, MODELS, NAMES, SEARCH_SEED, VALIDATION, Cell, suite, turn
-from dnsp.tasks.worker import RESULT, in_turn, make_small, run_config, serve, without_damaged
+from dnsp.tasks.worker import (
+    RESULT,
+    in_turn,
+    make_small,
+    parse_result,
+    run_config,
+    serve,
+    training_record,
+    without_damaged,
+)
 from tests.ranks import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +74,8 @@ def test_the_learning_rate_is_chosen_by_validation() -> None:
     assert chosen_rate([result(1e-3, 90, 0.5), result(3e-3, 10, 0.4)], "loss") == 3e-3
     assert chosen_rate([result(1e-3, 100, 0.1), result(3e-3, 100, 0.1)], "accuracy") == 1e-3
     assert chosen_rate([result(1e-2, 0, 0, "diverged"), result(1e-3, 0, 0, "diverged")], "accuracy") == 1e-3
-    assert chosen_rate([result(1e-2, 5, float("nan")), result(1e-1, 1, 9.0)], "loss") == 1e-1
+    broken = parse_result(json_text(result(1e-2, 5, float("nan"))).decode())  # as it is kept
+    assert chosen_rate([broken, result(1e-1, 1, 9.0)], "loss") == 1e-1
 
 
 @pytest.mark.parametrize("scale", ["smoke", "full"])
@@ -332,13 +343,17 @@ def test_a_process_is_asked_to_stop_once_and_ends_in_time(monkeypatch: pytest.Mo
 def test_of_a_long_run_a_curve_is_kept(tmp_path: Path) -> None:
     steps = range(1, 2501)
     record = {"loss": 1 / 3, "grad_norm": 2 / 3, "lr": 1e-3, "step_s": 0.01, "tokens_per_s": 1.0}
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": n, **record}) + "\n" for n in steps))
+    skipped = {**record, "loss": None, "grad_norm": None}
+    lines = [{"step": n, "tokens": n, **(skipped if n in (20, 21) else record)} for n in steps]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "tensorboard").mkdir()
+    assert training_record(tmp_path)["grad_norm_max"] == 2 / 3
     make_small(tmp_path)
     with gzip.open(tmp_path / "metrics.jsonl.gz", "rt") as packed:
         curve = [json.loads(line) for line in packed]
     assert [line["step"] for line in curve] == list(range(10, 2501, 10))
-    assert curve[0]["loss"] == 0.33333 and [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl.gz"]
+    assert curve[0]["loss"] == 0.33333 and curve[1]["loss"] is curve[1]["grad_norm"] is None
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl.gz"]
 
 
 def test_a_full_disk_behind_a_result_is_no_failure(
