@@ -151,7 +151,8 @@ def chunk_gated_delta_rule(
         initial_state: ``[B, HV, K, V]``; with ``cu_seqlens`` of N documents ``[N, HV, K, V]``.
         output_final_state: return the state behind the last token (of each document with ``cu_seqlens``).
         use_qk_l2norm_in_kernel: l2-normalise q and k over K (eps 1e-6).
-        cu_seqlens: ``[N + 1]`` integers from 0 to T, the documents of one packed row (B = 1).
+        cu_seqlens: ``[N + 1]`` integers from 0 to T, the documents of one packed row (B = 1). With a state each they
+            are computed one after another, and a GPU is waited for unless the bounds are on the CPU.
         doc_start: instead of ``cu_seqlens``, for any B: the index of the first token of each token's document,
             ``[B, T]``; one incoming state a row.
         segment_tokens: length of the segments, a multiple of 64; fixes the bits. None: one segment, or on a GPU as
@@ -169,14 +170,15 @@ def chunk_gated_delta_rule(
     """
     check_shapes(q, k, v, g, beta, None if cu_seqlens is not None else initial_state, doc_start)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    each = initial_state is not None or output_final_state  # with cu_seqlens: every document has a state
     if cu_seqlens is not None:
         if doc_start is not None:
             raise ValueError("cu_seqlens and doc_start both describe documents; give one of them")
-        check_cu_seqlens(cu_seqlens, q, initial_state, v)
+        check_cu_seqlens(cu_seqlens, q, initial_state, v, states=each)
     if check_inputs:
         floats = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state}
         check_values(floats, cu_seqlens, doc_start, q.shape[1])
-    if cu_seqlens is not None and (initial_state is not None or output_final_state):
+    if cu_seqlens is not None and each:
         return _by_document(
             q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens,
             segment_tokens, backend,
@@ -200,7 +202,7 @@ def chunk_gated_delta_rule(
         last = doc_start[:, tokens - 1 :: tokens]
         last = last if T % tokens == 0 else torch.cat([last, doc_start[:, -1:]], 1)
         continues = (last < first).T
-    elif doc_start is not None and (initial_state is not None or output_final_state):
+    elif doc_start is not None and each:
         continues = (doc_start[:, -1:] < 0).T
     segments, has_initial = _whole(tokens, T), initial_state is not None
     if continues is not None:
@@ -259,7 +261,7 @@ def fused_recurrent_gated_delta_rule(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bounds = [0, q.shape[1]]
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, q, initial_state, v)
+        check_cu_seqlens(cu_seqlens, q, initial_state, v, states=True)
         bounds = cu_seqlens.tolist()
     outputs, finals = [], []
     for n, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):

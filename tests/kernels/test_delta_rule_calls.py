@@ -204,6 +204,12 @@ REFUSALS = [
         ValueError,
         r"2 documents.*\[2, 2, 8, 6\]",
     ),
+    (dict(cu_seqlens=bounds(0, 100).to("meta")), ValueError, "cu_seqlens is on meta, q on cpu: move"),
+    (
+        dict(cu_seqlens=bounds(0, 100).to("meta"), output_final_state=True),
+        ValueError,
+        "cu_seqlens is on meta, q on cpu: move all",
+    ),
     (dict(cu_seqlens=bounds(0, 100), doc_start=torch.zeros(1, 100).int()), ValueError, "one of them"),
     (dict(doc_start=torch.zeros(1, 99).int()), ValueError, r"doc_start\[1, 99\].*\[1, 100\]"),
     (dict(doc_start=torch.zeros(1, 100)), TypeError, "doc_start.*int32 or int64"),
