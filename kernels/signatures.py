@@ -154,7 +154,7 @@ AnySignature = Signature | Fold | Conv | Norm | ConvStep | DeltaStep | Post
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Signature, Fold, Conv, Norm, ConvStep, DeltaStep, Post)}
 # The modules that launch each kind's kernels, or make what these are given.
 MODULES = {
-    "Signature": ("chunk_triton", "gluon_chunk", "triton_scan"),
+    "Signature": ("chunk_triton", "launches", "gluon_chunk", "triton_scan"),
     "Fold": ("triton_scan",),
     "Conv": ("triton_conv",),
     "Norm": ("triton_norm",),

@@ -99,6 +99,29 @@ class Case:
         return found | ({"final": final.detach()} if self.final and final is not None else {})
 
 
+WEAK, PACKED = ("weak", "mixed"), ((0, 33, 97, 150), (0, 1, 2, 64))
+# What every backend computes, torch, Triton's interpreter and a GPU, each in segments of so many tokens (None: one).
+SHAPES: dict[str, tuple[Case, int | None]] = {
+    "one chunk": (Case(50, decays=("weak",), HV=1, V=16), None),
+    "previous": (Case(130, decays=WEAK, V=16, rule=Rule(error_decay="previous")), 64),
+    "no erase": (Case(130, decays=("weak", "any"), V=16, rule=Rule(erase=False)), 64),
+    "no decay": (Case(100, decays=("none",), V=16, g=False, l2norm=True, initial=True, final=True), 128),
+    "two halves of K": (Case(70, decays=("weak",), K=128, V=32, H=1, HV=1, l2norm=True), 64),
+    "documents": (Case(200, decays=WEAK, V=32, K=32, starts=PACKED, initial=True, final=True, l2norm=True), 64),
+    "decays": (Case(200, decays=("weak", "strong", "mixed"), H=2, HV=4, V=32), 64),
+    "previous, documents": (
+        Case(200, decays=WEAK, V=16, starts=PACKED, rule=Rule(error_decay="previous"), initial=True, final=True),
+        64,
+    ),
+    "beta over 2": (Case(130, decays=("spikes",), V=16, beta=(2.0, 2.4)), 64),
+    "grouped heads": (Case(400, decays=("weak", "strong", "mixed", "any"), H=2, HV=4, K=64, V=128, l2norm=True), 128),
+    "K over V": (Case(300, decays=WEAK, H=1, HV=2, K=128, V=32), 128),
+    "wide": (Case(300, decays=WEAK, H=1, HV=1, K=256, V=256, l2norm=True), 128),
+    "normaliser": (Case(300, decays=("none",), K=16, V=1, HV=1, g=False, rule=Rule(erase=False), initial=True), 128),
+}
+NOT_INTERPRETED = {"grouped heads", "K over V", "wide", "normaliser"}  # minutes there
+
+
 @cache
 def truth(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The recurrence in fp64, on inputs that were rounded to ``dtype``."""

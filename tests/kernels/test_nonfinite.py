@@ -23,9 +23,9 @@ from torch import Tensor
 
 from dnsp.kernels import proof, proof_run
 from dnsp.kernels.delta_rule import delta_rule
+from dnsp.kernels.launches import candidates
 from dnsp.kernels.reference import recurrence
 from dnsp.kernels.scan import LocalScan
-from dnsp.kernels.verdicts import candidates
 from tests.kernels.cases import Case, segments
 
 VALUES = {"nan": float("nan"), "inf": float("inf")}
