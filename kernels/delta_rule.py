@@ -2,6 +2,8 @@
 
     S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = scale * S_t^T q_t
 
+(Yang, Kautz and Hatamizadeh, arXiv:2412.06464, equation 10, transposed.)
+
 A sequence is cut into segments on a global grid. Each is *summarised* (what it does to any state), the *scan* finds
 the state that enters each, and *apply* computes outputs from it; the backward pass is the same, right to left (see
 passes.py). The scan is handed in: :class:`~dnsp.kernels.scan.LocalScan` here, one over many ranks in the parallel room.
@@ -140,7 +142,7 @@ def chunk_gated_delta_rule(
     check_inputs: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gated delta rule, chunked; names, shapes and meaning of flash-linear-attention's op of this name.
+    """Gated delta rule (this module's head), chunked; names, shapes and meaning of flash-linear-attention's op.
 
     Args:
         q, k: ``[B, T, H, K]``.
@@ -253,8 +255,9 @@ def fused_recurrent_gated_delta_rule(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule, token by token, for decoding; arguments, results and errors of
-    :func:`chunk_gated_delta_rule`. States and sums in fp32 (fp64 for fp64 inputs). ``beta`` None writes with strength
-    1. Behind g flash-linear-attention has two more gates, which this rule does not know, hence the keywords."""
+    :func:`chunk_gated_delta_rule`, bounds of documents waited for. States and sums in fp32 (fp64 for fp64 inputs).
+    ``beta`` None writes with strength 1. Behind g flash-linear-attention has two more gates, which this rule does not
+    know, hence the keywords."""
     check_floating({"q": q, "k": k, "v": v}, {"beta": beta})
     beta = v.new_ones(v.shape[:3]) if beta is None else beta
     check_shapes(q, k, v, g, beta, None if cu_seqlens is not None else initial_state, None)

@@ -23,7 +23,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, zero_centred: 
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis (Zhang and Sennrich, arXiv:1910.07467).
 
     x ``[..., D]``, weight ``[D]`` or None for none. With ``zero_centred`` the factor is ``1 + weight``, so that weight
-    decay pulls it to one. The product is rounded once, after the weight.
+    decay pulls it to one. The product is rounded once, after the weight. Raises ValueError or TypeError for what does
+    not fit.
     """
     check_floating({"x": x}, {"weight": weight})
     _check_weight(x, weight)
@@ -88,7 +89,8 @@ class _GatedRMSNorm(torch.autograd.Function):
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """``x / sqrt(sum(x^2) + eps)`` over the last axis; flash-linear-attention's form, eps inside the root."""
+    """``x / sqrt(sum(x^2) + eps)`` over the last axis of ``[..., D]``; flash-linear-attention's form, eps inside the
+    root. Raises TypeError for what is no tensor of real numbers."""
     check_floating({"x": x}, {})
     y = _accumulator(x)
     return (y * torch.rsqrt((y * y).sum(-1, keepdim=True) + eps)).to(x.dtype)

@@ -68,8 +68,8 @@ def passes(documents: bool, decay: bool) -> list[tuple[Any, tuple[Any, ...]]]:
 
         return call(self, partial(keep, operator), *own)
 
-    call = operators.Followed.call
-    operators.Followed.call = noted  # type: ignore[method-assign]
+    call = operators.Dispatched.call
+    operators.Dispatched.call = noted  # type: ignore[method-assign]
     try:
         p = operators.prepare(x)
         yes = True, True
@@ -78,7 +78,7 @@ def passes(documents: bool, decay: bool) -> list[tuple[Any, tuple[Any, ...]]]:
         D = operators.summarise_backward(p, do, yes)
         operators.apply_backward(p, U, do, lambda: D)
     finally:
-        operators.Followed.call = call  # type: ignore[method-assign]
+        operators.Dispatched.call = call  # type: ignore[method-assign]
     assert len(found) == 5
     return [*found, (dnsp.fold.default, (M, U, None, None, 1, False))]
 
@@ -310,9 +310,9 @@ def test_on_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nobody_follows_a_plain_call() -> None:
     x = torch.zeros(1)
-    assert not operators.followed(x) and not operators.followed(torch.nn.Parameter(x))
+    assert not operators.dispatched(x) and not operators.dispatched(torch.nn.Parameter(x))
     with torch._subclasses.FakeTensorMode():
-        assert operators.followed(torch.zeros(1))
+        assert operators.dispatched(torch.zeros(1))
 
 
 if __name__ == "__main__":
