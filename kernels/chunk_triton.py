@@ -31,7 +31,7 @@ from .gluon_reverse import whole_reverse_kernel
 from .gluon_states import whole_states_kernel
 from .launches import GATES, IN_GLUON, LAUNCHES, Launches, constants
 from .segments import CHUNK, Gradients, Inputs
-from .signatures import Signature
+from .signatures import Signature, stepped
 from .triton_gradients import PARTS, gates_kernel, group_kernel, keys_kernel, pairs_kernel, queries_kernel
 from .triton_prepare import ROWS, invert_kernel, prepare_kernel
 from .triton_reverse import reverse_kernel
@@ -137,19 +137,9 @@ def _documents(x: Inputs) -> Tensor:
     return x.beta if x.doc_start is None else x.doc_start.contiguous()
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """x as the kernels read it, 16 bytes at a time: its last axis contiguous, the others in steps of 16 numbers."""
-    batch, tokens, heads, last = x.stride()
-    if last == 1 and x.data_ptr() % 16 == 0:
-        apart = zip((batch, tokens, heads), x.shape, strict=False)
-        if not (batch | tokens | heads) % 16 or all(stride % 16 == 0 for stride, size in apart if size > 1):
-            return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 def _gradient(do_BTHV: Tensor) -> Tensor:
     """The outputs' gradient, laid out as the outputs are: autograd's layout must not decide a binary."""
-    return _aligned(do_BTHV.contiguous())
+    return stepped(do_BTHV.contiguous())
 
 
 def refuse(k: Tensor, v: Tensor) -> None:
@@ -180,7 +170,7 @@ def refuse(k: Tensor, v: Tensor) -> None:
 
 def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
     """Pass 1 over all chunks, or its tensors from an earlier call; what the other functions start from."""
-    q, k, v = _aligned(x.q), _aligned(x.k), _aligned(x.v)
+    q, k, v = stepped(x.q), stepped(x.k), stepped(x.v)
     if q is not x.q or k is not x.k or v is not x.v:
         x = replace(x, q=q, k=k, v=v)
     kernels, segments = _kernels_for(x), x.segments

@@ -204,8 +204,10 @@ def aligned(x: Tensor) -> Tensor:
 
 def is_stepped(x: Tensor) -> bool:
     """Whether x's rows, numbers one after another, begin at multiples of 16 bytes and of 16 numbers from each other."""
-    steps = all(stride % 16 == 0 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1)
-    return steps and (x.stride(-1) == 1 or x.shape[-1] == 1) and x.data_ptr() % 16 == 0
+    strides, shape = x.stride(), x.shape
+    if (strides[-1] != 1 and shape[-1] != 1) or x.data_ptr() % 16:
+        return False
+    return all(stride % 16 == 0 or size <= 1 for stride, size in zip(strides, shape[:-1], strict=False))
 
 
 def stepped(x: Tensor) -> Tensor:
