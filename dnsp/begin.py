@@ -18,7 +18,7 @@ from dnsp.config import Config
 from dnsp.data.mix import Mixture
 from dnsp.data.tokenizer import Tokenizer
 from dnsp.errors import UsageError
-from dnsp.kernels.segments import kernels_for_program
+from dnsp.kernels.backend import kernels_for_program
 from dnsp.model import liger
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import Layout

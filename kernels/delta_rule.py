@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import Backend, choose
 from .checks import check_cu_seqlens, check_floating, check_shapes, check_values
-from .passes import Backend, Call, UnderWay, at_once, begin
+from .passes import Call, UnderWay, at_once, begin
 from .reference import Rule, recurrence
 from .scan import LocalScan, Scan
-from .segments import CHUNK, Segments, cached, check_segment_tokens, kernels_for_program
+from .segments import CHUNK, Segments, cached, check_segment_tokens
 
 __all__ = [
     "Rule",
@@ -87,7 +88,7 @@ def begin_delta_rule(
         raise ValueError(f"T={T}, but the local segments hold {held} tokens; pass the tokens of whole segments")
     if continues is not None and continues.device != v_BTHV.device:
         raise ValueError(f"continues_NB is on {continues.device}, v on {v_BTHV.device}: move all to one device")
-    has_initial, backend = initial_state_BHKV is not None, _backend(backend, v_BTHV)
+    has_initial, backend = initial_state_BHKV is not None, choose(backend, v_BTHV)
     call = Call(segments, scan, float(scale), rule, normalise_qk, has_initial, output_final_state, backend)
     return _begin(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT, call)
 
@@ -115,14 +116,6 @@ def _begin(
             initial = None if initial is None else F.pad(initial, (0, chunk_triton.WIDTHS[0] - 1))
         chunk_triton.refuse(k, v)
     return begin(q, k, v, g, beta, initial, doc_start, call, width)
-
-
-def _backend(asked: str | None, v: Tensor) -> Backend:
-    """What was asked for here, or else for the whole program, or else what fits the device."""
-    asked = asked or kernels_for_program() or ("triton" if v.is_cuda else "torch")
-    if asked not in ("torch", "triton"):
-        raise ValueError(f"backend={asked!r}: give 'triton' (the default on a GPU) or 'torch' (any device)")
-    return "triton" if asked == "triton" else "torch"
 
 
 def chunk_gated_delta_rule(
@@ -193,7 +186,7 @@ def chunk_gated_delta_rule(
         return torch.zeros_like(v), state.to(_state_dtype(v)) if output_final_state else None
     if cu_seqlens is not None:
         doc_start = document_starts(cu_seqlens, T)
-    backend = _backend(backend, v)
+    backend = choose(backend, v)
     tokens = _segment_tokens(v, backend) if segment_tokens is None else segment_tokens
     check_segment_tokens(tokens)
     if doc_start is not None and initial_state is not None:  # the first document goes on from the initial state

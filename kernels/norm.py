@@ -5,7 +5,7 @@ Where a choice of rounding is open, it is that of transformers' Qwen3.5, so that
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import operators
+from .backend import Backend, choose_fitting
 from .checks import check_floating
-from .segments import kernels_for_program
-
-Backend = Literal["torch", "triton"]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, zero_centred: bool = False) -> Tensor:
@@ -60,9 +58,7 @@ def gated_rms_norm(
 
 def _backend(asked: str | None, x: Tensor, gate: Tensor, weight: Tensor) -> Backend:
     """What was asked for, or what fits; refuses what has no kernel."""
-    if asked not in (None, "torch", "triton"):
-        raise ValueError(f"backend={asked!r}: give 'triton' (a GPU), 'torch' (any device), or None for what fits")
-    if asked == "torch" or (asked is None and (not x.is_cuda or kernels_for_program() == "torch")):
+    if choose_fitting(asked, x) == "torch":
         return "torch"
     from . import triton_norm
 

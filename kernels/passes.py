@@ -21,18 +21,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal, ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import chunk_torch, kept, operators
+from .backend import Backend
 from .reference import Rule
 from .scan import Coming, LocalScan, Scan
 from .segments import Inputs, Needs, Segments
 
-Backend = Literal["torch", "triton"]
 P = ParamSpec("P")
 
 

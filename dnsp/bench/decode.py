@@ -30,7 +30,8 @@ from dnsp.bench import common
 from dnsp.bench.common import Ceilings, Runs
 from dnsp.bench.decode_shapes import CPU_SHAPES, SHAPES, Inputs, Shape, make_inputs, parse_shape
 from dnsp.bench.peers import PACKAGES, Peer, find_peers
-from dnsp.kernels.decode import Backend, delta_step, gated_delta_step
+from dnsp.kernels.backend import Backend
+from dnsp.kernels.decode import delta_step, gated_delta_step
 
 WAYS = {"eager": "eager", "graph": "graph", "cached": "graph, one state"}
 NO_GRAPHS = "CUDA graphs need a GPU"

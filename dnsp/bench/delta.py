@@ -36,7 +36,7 @@ from dnsp.bench.delta_shapes import (
     parse_shape,
 )
 from dnsp.bench.peers import PACKAGES, Peer, find_peers
-from dnsp.kernels.segments import kernels_for_program
+from dnsp.kernels.backend import kernels_for_program
 
 PASSES = {"inference": "no grad", "forward": "forward", "training": "forward + backward"}
 

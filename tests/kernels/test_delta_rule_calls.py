@@ -238,6 +238,14 @@ def test_refusals(change, error, said):
     assert len(str(refusal.value)) < 240 and "\n" not in str(refusal.value)
 
 
+def test_a_backend_that_is_not_known_is_refused_by_where_it_was_given(monkeypatch):
+    monkeypatch.setenv("DNSP_DELTA_RULE", "cuda")
+    with pytest.raises(ValueError, match="^DNSP_DELTA_RULE=cuda: give 'triton'.* or 'torch'"):
+        chunk_gated_delta_rule(*make())
+    with pytest.raises(ValueError, match="^backend='cpu': give 'triton'"):
+        chunk_gated_delta_rule(*make(), backend="cpu")
+
+
 def test_packed_rows_are_refused():
     with pytest.raises(ValueError, match="B=2 with cu_seqlens.*B=1"):
         chunk_gated_delta_rule(*make(B=2), cu_seqlens=bounds(0, 100))
