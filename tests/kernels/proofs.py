@@ -44,6 +44,7 @@ def make_signature(
 DELTA = {
     "model": make_signature(),
     "no decay": make_signature(BF16, H=2, HV=4, g=False, documents=None, rule=Rule(erase=False)),
+    "of a Hopper's widths": make_signature(BF16, K=128, V=128),
     "expanded": make_signature(HV=4, documents=torch.int64)._replace(beta=(0, 1), g=(1, 0), normalise=False),
 }
 LAYERS: dict[str, AnySignature] = {

@@ -159,21 +159,22 @@ def test_layers_compile(capability: int) -> None:
     assert {of: more for of, more in spilled.items() if more > SPILLED_BY_LAYERS[capability].get(of, 0)} == {}
 
 
-def delta_rule_binaries() -> list[int]:
-    """How many a call has, and how many there are for calls that differ in what a signature leaves out."""
+def delta_rule_binaries(name: str) -> list[Any]:
+    """The kernels of a call, and how many binaries there are for calls that differ in what a signature leaves out."""
     driver.set_active(Driver(90))
-    s = DELTA["model"]
+    s = DELTA[name]
+    chunk_triton._is_hopper = lambda device: s.K == 128  # type: ignore[assignment]
     found: list[set[str]] = []
     for B, T, tokens, off in ((2, 436, 128, 0), (1, 1000, 1024, 1), (3, 64, 64, 1)):
         wide = torch.zeros(B, T, s.q[0], dtype=s.dtype)
-        q, k, v = wide.split([16, 16, 32], -1)
+        q, k, v = wide.split([s.K, s.K, s.HV * s.V], -1)
         odd = torch.zeros(2, B * T * 2 + 1)[:, off:]  # addresses that are no multiples of 16
         g, beta = (x[: B * T * 2].view(B, T, 2) for x in odd)
         doc = torch.zeros(B * T + 1, dtype=torch.int32)[off:][: B * T].view(B, T)
         if B == 1:  # a batch's stride beyond 2^31
             q, k, v, g = (x.as_strided(x.shape, (2**33, *x.stride()[1:])) for x in (q, k, v, g))
         part = Segments(tokens, tuple(range(0, T, tokens)), T)
-        heads = q.unflatten(-1, (1, 16)), k.unflatten(-1, (1, 16)), v.unflatten(-1, (2, 16))
+        heads = q.unflatten(-1, (1, s.K)), k.unflatten(-1, (1, s.K)), v.unflatten(-1, (s.HV, s.V))
         x = Inputs(*heads, g, beta, doc, part, 1, s.rule, s.normalise)
         assert Signature.of(x) == s
         mode = Compiling()
@@ -181,21 +182,27 @@ def delta_rule_binaries() -> list[int]:
             p = chunk_triton.prepare(x)
             yes = (True,) * len(part)
             M, U = chunk_triton.summarise(p, yes, yes)
-            do = torch.zeros(B, 2, T, 16, dtype=s.dtype).transpose(1, 2)
+            do = torch.zeros(B, s.HV, T, s.V, dtype=s.dtype).transpose(1, 2)
             D = chunk_triton.summarise_backward(p, do, yes)
             chunk_triton.apply(p, U)
             chunk_triton.apply_backward(p, U, do, D.clone)
             passes = torch.ones(len(part) * B + 1, dtype=torch.bool)[off:][: len(part) * B].view(len(part), B)
             triton_scan.fold(M, U, None, passes, 1, False)
-        found.append(set(mode.binaries))
-    return [len(found[0]), len(set.union(*found))]
+        found.append({hash: kernel for hash, (kernel, _) in mode.binaries.items()})
+    return [sorted(found[0].values()), len(set().union(*found))]
+
+
+OF_TRITON = ["gates", "invert", "keys", "pairs", "prepare", "queries", *["reverse"] * 2, *["states"] * 3]
+OF_HOPPER = ["backward", "gates", "group", "prepare_pairs", "whole_reverse", *["whole_states"] * 3]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_signature_decides_the_delta_rules_binaries() -> None:
+@pytest.mark.parametrize(("name", "kernels"), [("model", OF_TRITON), ("of a Hopper's widths", OF_HOPPER)])
+def test_the_signature_decides_the_delta_rules_binaries(name: str, kernels: list[str]) -> None:
     """Lengths, batches, segments, addresses and the layout of the output's gradient do not."""
-    assert in_a_process("delta_rule_binaries") == [12, 12]
+    launched, binaries = in_a_process("delta_rule_binaries", name)
+    assert launched == sorted(f"{kernel}_kernel" for kernel in (*kernels, "fold")) and binaries == len(launched)
 
 
 def layers_binaries() -> list[Any]:
