@@ -8,6 +8,14 @@ import pytest
 
 from dnsp.kernels import proof, proof_run
 from dnsp.kernels.launches import candidates
+from tests.kernels.interpreter import Interpreter
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    started = Interpreter()
+    yield started
+    started.close()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The proofs of the delta rule's kernels: right ones pass, wrong ones do not, and nothing runs unproven.
 
-What computes runs under Triton's interpreter in a process of its own (this file, ``python -m tests.kernels.test_proof
-NAME``), and on a GPU.
+What computes runs under Triton's interpreter (:mod:`tests.kernels.interpreter`), and on a GPU.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from dnsp.kernels.launches import Launch, Launches, candidates
 from dnsp.kernels.reference import Rule
 from dnsp.kernels.segments import Inputs
 from dnsp.kernels.signatures import Fold, Signature, from_json, to_json
+from tests.kernels.interpreter import Interpreter
 from tests.kernels.proofs import CPU, DELTA, H200, make_signature, wrong
 
 ROOT = Path(__file__).parents[2]
@@ -71,18 +71,17 @@ def what_is_wrong(name: str, device: torch.device, signature: Signature, table: 
         return str(proof_run.prove(device, signature, candidates()[table])["wrong"])
 
 
-def interpret(names: list[str]) -> dict[str, str]:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.kernels.test_proof", *names]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout.splitlines()[-1])
+def said_interpreted(name: str) -> str:
+    logging.disable()
+    proof_run.TOKENS = 72  # enough for a segment and a tail, and quickly interpreted
+    proof_run.CASES = (proof_run.Case(64, ("mild", "mixed"), ((0, 30, 31, 66), (0,)), True),)
+    return what_is_wrong(name, CPU, make_signature(HV=1))
 
 
 @pytest.mark.timeout(300)
-def test_wrong_kernels_are_found() -> None:
-    for name, said in interpret(list(WRONG)).items():
-        assert_said(name, said)
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_kernels_are_found(interpreter: Interpreter, name: str) -> None:
+    assert_said(name, interpreter("test_proof:said_interpreted", name))
 
 
 def assert_said(name: str, said: str) -> None:
@@ -232,11 +231,3 @@ def test_capture_and_waiting_on_gpu(
         torch.cuda.set_sync_debug_mode("default")
     assert time.perf_counter() - began < 1
     assert torch.equal(found, expected)
-
-
-if __name__ == "__main__":
-    logging.disable()
-    torch.set_num_threads(1)
-    proof_run.TOKENS = 72  # enough for a segment and a tail, and quickly interpreted
-    proof_run.CASES = (proof_run.Case(64, ("mild", "mixed"), ((0, 30, 31, 66), (0,)), True),)
-    print(json.dumps({name: what_is_wrong(name, CPU, make_signature(HV=1)) for name in sys.argv[1:]}))

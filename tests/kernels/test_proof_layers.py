@@ -1,16 +1,12 @@
 """The proofs of the kernels around the delta rule: right kernels pass, wrong ones do not, and each launch is asked for.
 
-What computes runs under Triton's interpreter in a process of its own (this file, ``python -m
-tests.kernels.test_proof_layers``), and on a GPU.
+What computes runs under Triton's interpreter (:mod:`tests.kernels.interpreter`), and on a GPU.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +36,7 @@ from dnsp.kernels.signatures import (
     stepped,
     to_json,
 )
+from tests.kernels.interpreter import Interpreter
 from tests.kernels.proofs import BF16, CPU, FP16, FP32, H200, LAYERS, wrong
 
 ROOT = Path(__file__).parents[2]
@@ -159,18 +156,14 @@ def what_is_wrong(signature: AnySignature, device: torch.device, change: str | N
         return proof_run.prove(device, signature, candidates()["as tuned"])["wrong"]
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, tuple[str | None, str]]:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.kernels.test_proof_layers"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout.splitlines()[-1])
+def said_interpreted(name: str) -> list[str | None]:
+    proof_layers.TOKENS, proof_layers.NORM = (9,), ((5, None), (9, 2))  # quickly interpreted
+    return [what_is_wrong(LAYERS[name], CPU), what_is_wrong(LAYERS[name], CPU, name)]
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_right_and_wrong_kernels(interpreted: dict[str, tuple[str | None, str]], name: str) -> None:
-    of_right, of_wrong = interpreted[name]
+def test_right_and_wrong_kernels(interpreter: Interpreter, name: str) -> None:
+    of_right, of_wrong = interpreter("test_proof_layers:said_interpreted", name)
     assert of_right is None and of_wrong.startswith(WRONG[name][-1]), (of_right, of_wrong)
 
 
@@ -258,10 +251,3 @@ def test_the_way_out_is_taken_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     y = causal_conv1d(x, filters)
     assert torch.equal(y, causal_conv1d(x, filters, backend="torch"))
     assert torch.equal(gated_rms_norm(y, y, filters[:, 0]), gated_rms_norm(y, y, filters[:, 0], backend="torch"))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    proof_layers.TOKENS, proof_layers.NORM = (9,), ((5, None), (9, 2))  # quickly interpreted
-    said = {name: (what_is_wrong(s, CPU), what_is_wrong(s, CPU, name)) for name, s in LAYERS.items()}
-    print(json.dumps(said))

@@ -1,17 +1,8 @@
-"""The Triton kernels on the shapes of all backends (:data:`tests.kernels.cases.SHAPES`), interpreted and on a GPU.
-
-The interpreter is chosen by an environment variable before Triton's kernels are defined, so its cases run in a process
-of their own: this file, ``python -m tests.kernels.test_triton NAME ...``.
-"""
+"""The Triton kernels on the shapes of all backends (:data:`tests.kernels.cases.SHAPES`), interpreted and on a GPU."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +14,7 @@ from dnsp.kernels.reference import Rule
 from dnsp.kernels.scan import LocalScan, fold, reverse_fold
 from dnsp.kernels.segments import Inputs, Segments
 from tests.kernels.cases import NOT_INTERPRETED, SHAPES, Case, errors, segments, truth
+from tests.kernels.interpreter import Interpreter
 
 # |error| / |truth|, per tensor, in the worst row of the batch: of outputs and states, of gradients.
 TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (5e-3, 1e-2), torch.float16: (5e-3, 1e-2)}
@@ -64,30 +56,19 @@ def assert_right(found: dict[str, Tensor], exact: dict[str, Tensor], dtype: torc
     assert not wrong, wrong
 
 
-def interpret(names: list[str]) -> dict[str, dict[str, float]]:
-    """Errors of some cases, from a process with Triton's interpreter."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.kernels.test_triton", *names]
-    run = subprocess.run(
-        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout.splitlines()[-1])
+def interpreted_errors(name: str) -> dict[str, float]:
+    case, tokens = SHAPES[name]
+    return errors(results(case, torch.float32, tokens, "cpu"), truth(case))
 
 
-def check_interpreted(names: list[str]) -> None:
-    for name, found in interpret(names).items():
-        assert max(found.values()) < INTERPRETED, (name, found)
-
-
-def test_interpreted():
-    check_interpreted([name for name in SHAPES if name not in SLOW | NOT_INTERPRETED])
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_interpreted_slow():
-    check_interpreted([name for name in SHAPES if name in SLOW])
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in SHAPES if n not in NOT_INTERPRETED],
+)
+def test_interpreted(interpreter: Interpreter, name: str) -> None:
+    found = interpreter("test_triton:interpreted_errors", name)
+    assert max(found.values()) < INTERPRETED, found
 
 
 def test_what_has_no_kernel_is_refused():
@@ -285,12 +266,3 @@ def test_beyond_32_bit_offsets():
         last, _ = chunk_gated_delta_rule(*after, initial_state=state, use_qk_l2norm_in_kernel=True)
         error = (o[:, -4096:].float() - last.float()).norm() / last.float().norm()
     assert error < 5e-3
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    found = {}
-    for chosen in sys.argv[1:]:
-        case, tokens = SHAPES[chosen]
-        found[chosen] = errors(results(case, torch.float32, tokens, "cpu"), truth(case))
-    print(json.dumps(found))
