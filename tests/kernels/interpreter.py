@@ -34,7 +34,9 @@ class Interpreter:
         try:
             stdin.write(json.dumps([function, arguments]) + "\n")
             stdin.flush()
-            answer = json.loads(stdout.readline())
+            line = stdout.readline()
+            assert line, "the process with Triton's interpreter ended; its last words are on stderr"
+            answer = json.loads(line)
         except BaseException:  # a test's time is up, say: the next one must not be given this answer
             self.close()
             raise
