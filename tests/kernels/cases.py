@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dnsp.kernels.backend import Backend
 from dnsp.kernels.delta_rule import Segments, delta_rule
 from dnsp.kernels.reference import Rule, recurrence
 from dnsp.kernels.scan import LocalScan, Scan
@@ -66,7 +67,7 @@ class Case:
                 bounds[row, s:] = s
         return torch.where(bounds == 0, -1 if self.initial else 0, bounds).to(torch.int32)
 
-    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def inputs(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
         """fp32 numbers, or those rounded to bf16, so that every dtype above has the same truth."""
         generator = torch.Generator().manual_seed(self.seed)
         B, T, H, HV, K, V = self.B, self.T, self.H, self.HV, self.K, self.V
@@ -80,7 +81,7 @@ class Case:
             "beta": self.beta[0] + (self.beta[1] - self.beta[0]) * torch.rand(B, T, HV, generator=generator),
             "initial": torch.randn(B, HV, K, V, generator=generator),
         }
-        return {name: values[name].to(dtype).requires_grad_() for name in self.names}
+        return {name: values[name].to(device, dtype).requires_grad_() for name in self.names}
 
     def output_gradients(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.seed + 1)
@@ -90,10 +91,10 @@ class Case:
     def results(self, o: Tensor, final: Tensor | None, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Outputs, final state and the gradient of every input."""
         do, dfinal = self.output_gradients()
-        outputs, gradients = [o], [do.to(o.dtype)]
+        outputs, gradients = [o], [do.to(o)]
         if self.final:
             assert final is not None
-            outputs, gradients = [o, final], [do.to(o.dtype), dfinal.to(final.dtype)]
+            outputs, gradients = [o, final], [do.to(o), dfinal.to(final)]
         grads = torch.autograd.grad(outputs, list(inputs.values()), gradients)
         found = {"o": o.detach()} | {"d" + name: grad for name, grad in zip(inputs, grads, strict=True)}
         return found | ({"final": final.detach()} if self.final and final is not None else {})
@@ -154,10 +155,17 @@ def segments(case: Case, tokens: int | None) -> Segments:
 
 
 def call(
-    case: Case, inputs: dict[str, Tensor], part: Segments, scan: Scan, local: slice = slice(None)
+    case: Case,
+    inputs: dict[str, Tensor],
+    part: Segments,
+    scan: Scan,
+    local: slice = slice(None),
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The rule on the tokens ``local`` of the case, which are the segments ``part``."""
-    doc_start = case.doc_start()
+    """The rule on the tokens ``local`` of the case, which are the segments ``part``, on the device of its inputs."""
+    doc_start, device = case.doc_start(), inputs["q"].device
+    if part.continues_NB is not None:
+        part = replace(part, continues_NB=part.continues_NB.to(device))
     return delta_rule(
         inputs["q"][:, local],
         inputs["k"][:, local],
@@ -167,18 +175,21 @@ def call(
         scale=case.scale,
         segments=part,
         scan=scan,
-        doc_start_BT=None if doc_start is None else doc_start[:, local],
+        doc_start_BT=None if doc_start is None else doc_start[:, local].to(device),
         initial_state_BHKV=inputs.get("initial"),
         output_final_state=case.final,
         rule=case.rule,
         normalise_qk=case.l2norm,
+        backend=backend,
     )
 
 
-def chunked(case: Case, dtype: torch.dtype, tokens: int | None = None) -> dict[str, Tensor]:
+def chunked(
+    case: Case, dtype: torch.dtype, tokens: int | None = None, device: str = "cpu", backend: Backend | None = None
+) -> dict[str, Tensor]:
     """Outputs, final state and gradients of the chunked form."""
-    inputs = case.inputs(dtype)
-    return case.results(*call(case, inputs, segments(case, tokens), LocalScan()), inputs)
+    inputs = case.inputs(dtype, device)
+    return case.results(*call(case, inputs, segments(case, tokens), LocalScan(), backend=backend), inputs)
 
 
 def errors(found: dict[str, Tensor], exact: dict[str, Tensor], smallest: float = 0.0) -> dict[str, float]:

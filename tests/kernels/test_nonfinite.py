@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from dnsp.kernels import proof, proof_run
-from dnsp.kernels.delta_rule import delta_rule
 from dnsp.kernels.launches import candidates
 from dnsp.kernels.reference import recurrence
 from dnsp.kernels.scan import LocalScan
-from tests.kernels.cases import Case, segments
+from tests.kernels.cases import Case, call, segments
 from tests.kernels.interpreter import Interpreter
 
 VALUES = {"nan": float("nan"), "inf": float("inf")}
@@ -66,14 +65,7 @@ def inputs_of(case: Case, dtype: torch.dtype, value: float | None) -> dict[str, 
 
 def run(case: Case, inputs: dict[str, Tensor], tokens: int | None, backend: Any, device: str = "cpu") -> Results:
     leaves = {n: x.to(device).requires_grad_() for n, x in inputs.items() if n != "do"}
-    doc_start, part = case.doc_start(), segments(case, tokens)
-    assert doc_start is not None and part.continues_NB is not None
-    part = replace(part, continues_NB=part.continues_NB.to(device))
-    q, k, v, g, beta = (leaves[name] for name in ("q", "k", "v", "g", "beta"))
-    o, _ = delta_rule(
-        q, k, v, g, beta, scale=case.scale, segments=part, scan=LocalScan(), doc_start_BT=doc_start.to(device),
-        normalise_qk=case.l2norm, backend=backend,
-    )  # fmt: skip
+    o, _ = call(case, leaves, segments(case, tokens), LocalScan(), backend=backend)
     grads = torch.autograd.grad(o, list(leaves.values()), inputs["do"].to(device))
     return {"o": o.detach().cpu()} | {"d" + name: x.cpu() for name, x in zip(leaves, grads, strict=True)}
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
 from dnsp.kernels import chunk_triton
-from dnsp.kernels.delta_rule import chunk_gated_delta_rule, delta_rule
+from dnsp.kernels.delta_rule import chunk_gated_delta_rule
 from dnsp.kernels.reference import Rule
 from dnsp.kernels.scan import LocalScan, fold, reverse_fold
 from dnsp.kernels.segments import Inputs, Segments
-from tests.kernels.cases import NOT_INTERPRETED, SHAPES, Case, errors, segments, truth
+from tests.kernels.cases import NOT_INTERPRETED, SHAPES, chunked, errors, truth
 from tests.kernels.interpreter import Interpreter
 
 # |error| / |truth|, per tensor, in the worst row of the batch: of outputs and states, of gradients.
@@ -21,31 +19,6 @@ TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (5e-3, 1e-2), torch.fl
 INTERPRETED = 5e-6  # fp32, everything
 
 SLOW = {"documents", "decays", "previous, documents", "beta over 2"}
-
-
-def results(case: Case, dtype: torch.dtype, tokens: int | None, device: str) -> dict[str, Tensor]:
-    """Outputs, final state and gradients through the Triton kernels."""
-    inputs = {name: x.detach().to(device).requires_grad_() for name, x in case.inputs(dtype).items()}
-    doc_start, part = case.doc_start(), segments(case, tokens)
-    if part.continues_NB is not None:
-        part = replace(part, continues_NB=part.continues_NB.to(device))
-    o, final = delta_rule(
-        *(inputs.get(name) for name in ("q", "k", "v", "g", "beta")),
-        scale=case.scale,
-        segments=part,
-        scan=LocalScan(),
-        doc_start_BT=None if doc_start is None else doc_start.to(device),
-        initial_state_BHKV=inputs.get("initial"),
-        output_final_state=case.final,
-        rule=case.rule,
-        normalise_qk=case.l2norm,
-        backend="triton",
-    )
-    on_host = {name: x.detach().cpu() for name, x in (("o", o), ("final", final)) if x is not None}
-    do, dfinal = (d.to(device) for d in case.output_gradients())
-    wanted = [(o, do.to(o.dtype))] + ([(final, dfinal)] if final is not None else [])
-    grads = torch.autograd.grad([y for y, _ in wanted], list(inputs.values()), [d for _, d in wanted])
-    return on_host | {"d" + name: grad.cpu() for name, grad in zip(inputs, grads, strict=True)}
 
 
 def assert_right(found: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -58,7 +31,7 @@ def assert_right(found: dict[str, Tensor], exact: dict[str, Tensor], dtype: torc
 
 def interpreted_errors(name: str) -> dict[str, float]:
     case, tokens = SHAPES[name]
-    return errors(results(case, torch.float32, tokens, "cpu"), truth(case))
+    return errors(chunked(case, torch.float32, tokens, backend="triton"), truth(case))
 
 
 @pytest.mark.timeout(300)
@@ -126,7 +99,8 @@ def test_fp32_on_gpu(name):
 
 def check_on_gpu(name: str, dtype: torch.dtype) -> None:
     case, tokens = SHAPES[name]
-    assert_right(results(case, dtype, tokens, "cuda"), truth(case, dtype), dtype)
+    found = chunked(case, dtype, tokens, "cuda", "triton")
+    assert_right({name: x.cpu() for name, x in found.items()}, truth(case, dtype), dtype)
 
 
 def random(T: int, H: int = 2, HV: int = 4, D: int = 128, decay: float = -1e-4) -> list[Tensor]:
