@@ -18,7 +18,7 @@ from dnsp.data.mix import Mixture
 from dnsp.data.tokenizer import Tokenizer
 from dnsp.errors import UsageError
 from dnsp.folder import IN_USE, check_identity, check_new, compare, compare_models, write_identity
-from dnsp.kernels.segments import kernels_for_program
+from dnsp.kernels.backend import kernels_for_program
 from dnsp.model import liger
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import Layout

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dnsp.config import Config, ModelConfig
-from dnsp.kernels.segments import kernels_for_program
+from dnsp.kernels.backend import kernels_for_program
 from dnsp.parallel.attention_backends import REPEATABLE, Heads, choose, unusable
 from dnsp.parallel.errors import PlanError
 from dnsp.parallel.grid import Grid

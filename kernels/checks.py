@@ -67,7 +67,10 @@ def check_floating(tensors: Mapping[str, Tensor], options: Mapping[str, Tensor |
             raise TypeError(f"{name} is {x.dtype}: it must be of a floating dtype; cast it")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, initial_state: Tensor | None, v: Tensor) -> None:
+def check_cu_seqlens(
+    cu_seqlens: Tensor, q: Tensor, initial_state: Tensor | None, v: Tensor, states: bool = False
+) -> None:
+    """``states``: documents have a state each, and are taken one after another by their bounds on the host."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens is {type(cu_seqlens).__name__}: give a tensor of N + 1 integer bounds")
     if q.shape[0] != 1:
@@ -83,7 +86,10 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, initial_state: Tensor | None
             f"initial_state{list(initial_state.shape)}: with cu_seqlens of {documents} documents expected {shape}, "
             f"one state a document"
         )
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # values cost nothing to look at here
+    on_host = cu_seqlens.device.type == "cpu"
+    if cu_seqlens.device != q.device and not (states and on_host):
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, q on {q.device}: move all inputs to one device")
+    if on_host and not torch.compiler.is_compiling():  # values cost nothing to look at here
         check_bounds(cu_seqlens, q.shape[1])
 
 

@@ -1,7 +1,8 @@
 """The chunked delta rule in torch operations, on any device: one segment at a time.
 
-In a chunk of C = 64 tokens, with b the cumulative log decay, G_ij = exp(b_i - b_j) for i >= j, e = exp(b),
-and E_ij = G_ij, or exp(b_{i-1} - b_j) where the error is taken from the undecayed state (then e' = exp(b_{i-1})):
+The form is that of Yang et al., arXiv:2406.06484, and with decay arXiv:2412.06464. In a chunk of C = 64 tokens, with b
+the cumulative log decay, G_ij = exp(b_i - b_j) for i >= j, e = exp(b), and E_ij = G_ij, or exp(b_{i-1} - b_j) where the
+error is taken from the undecayed state (then e' = exp(b_{i-1})):
 
     A     = (I + strict_lower(beta_i (k_i . k_j) E_ij))^-1
     V'    = A [beta * (V - e' * (K S_in))]

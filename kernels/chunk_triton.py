@@ -6,9 +6,10 @@
     gradients of a chunk's inputs, from its states                                    (triton_gradients)
     backward  reverse and gradients in one, where the GPU is a Hopper                 (gluon_backward)
 
-Nothing here waits for the device, and no launch depends on how many segments are here: not on T, not on N.
+Nothing here waits for the device, and no launch depends on how many segments are here: not on T, not on N. How each is
+launched, and with which constants, is in :mod:`.launches`.
 
-Long because a pass' launch, the constants it is given and the table that they come from are read together.
+Long because all passes are given what one class, Prepared, lays out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -29,52 +29,16 @@ from .gluon_chunk import WIDTH, scales_of, tiles_of, tokens_of
 from .gluon_prepare import prepare_pairs_kernel
 from .gluon_reverse import whole_reverse_kernel
 from .gluon_states import whole_states_kernel
+from .launches import GATES, IN_GLUON, LAUNCHES, Launches, constants
 from .segments import CHUNK, Gradients, Inputs
-from .signatures import Signature
+from .signatures import Signature, stepped
 from .triton_gradients import PARTS, gates_kernel, group_kernel, keys_kernel, pairs_kernel, queries_kernel
 from .triton_prepare import ROWS, invert_kernel, prepare_kernel
 from .triton_reverse import reverse_kernel
 from .triton_states import states_kernel
-from .verdicts import IN_GLUON, Launches
 
 WIDTHS = (16, 32, 64, 128, 256)  # of K and V
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-GATES = 8  # chunks of a program that adds up dbeta and dg
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Columns of V a program (at most), warps, stages of its loop's loads, and registers a thread (None: as many as
-    the compiler likes)."""
-
-    columns: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, int | None]:
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
-
-
-# For K = V = 128 in bf16 on an H200 with Triton 3.6.
-LAUNCHES = {
-    "prepare_pairs": Launch(64, 4, 1, 168),  # its warps are part of how it is written; 0 stands for the next two
-    "prepare": Launch(64, 4, 1),
-    "invert": Launch(64, 1, 1),
-    "whole_states": Launch(128, 8, 1),  # likewise, 0 for the next three
-    "summarise": Launch(64, 4, 3),
-    "apply": Launch(64, 4, 2),
-    "keep": Launch(64, 4, 2),
-    "whole_reverse": Launch(128, 8, 1),  # likewise, 0 for the next one
-    "reverse_summary": Launch(64, 4, 2),
-    "reverse": Launch(64, 4, 2),
-    "pairs": Launch(64, 8, 3, 128),
-    "queries": Launch(64, 4, 3),
-    "keys": Launch(64, 8, 3),
-    "backward": Launch(128, 8, 1),  # likewise, 0 for passes 3 and 4 apart
-    "group": Launch(128, 8, 1),
-}
 
 
 STATES = "summarise", "apply", "keep"
@@ -94,47 +58,11 @@ class Kernels:
     def __init__(self, s: Signature, launches: Launches, device: torch.device) -> None:
         self.launches = launches
         self.signature = s
-        self.constants = {use: _constants(use, s, launches) for use in KERNELS}
+        self.constants = {use: constants(use, s, launches, KERNELS[use].arg_names) for use in KERNELS}
         rule = s.rule.erase and s.rule.error_decay != "previous"
         fits = s.K == s.V == WIDTH.value and rule and s.dtype != torch.float32 and _is_hopper(device)
         # Whether a pass has its kernel for Hopper here.
         self.in_gluon = {use: fits and launches[use].warps == LAUNCHES[use].warps for use in IN_GLUON}
-
-
-def _constants(use: str, s: Signature, launches: Launches) -> dict[str, Any]:
-    """Constants and options of a kernel's launch."""
-    G = s.HV // s.H
-    values: dict[str, Any] = {
-        **{"H": s.H, "HV": s.HV, "G": G, "HEADS": triton.next_power_of_2(G), "K": s.K, "V": s.V},
-        **{"HAS_G": s.g is not None, "HAS_DOC": s.documents is not None, "NORM": s.normalise},
-        **{"ERASE": s.rule.erase, "PREVIOUS": s.rule.error_decay == "previous"},
-        **{"SUMMARY": "summar" in use, "OUTPUT": use.endswith("apply"), "KEEP": use.endswith("keep")},
-        **{"BK": min(s.K, 64), "CHUNKS": GATES},
-        # How products of fp32 operands are formed; those of bf16 and fp16 have one way.
-        "DOT": "tf32x3" if s.dtype == torch.float32 else "tf32",
-    }
-    named = "whole_states" if use.startswith("whole ") else use
-    options: dict[str, int | None] = {}
-    if named in launches:
-        how = _launch(launches[named], s)
-        values |= {"BV": min(s.V, how.columns, s.K if use == "summarise" else s.V), "STAGES": how.stages}
-        options = how.options
-    if named in (*IN_GLUON, "group"):
-        how = launches[named]
-        options = {"num_warps": how.warps}
-        if how.registers is not None:
-            options["maxnreg"] = how.registers
-    return {name: values[name] for name in KERNELS[use].arg_names if name in values} | options
-
-
-def _launch(how: Launch, s: Signature) -> Launch:
-    """The launch of a kernel at these widths."""
-    if min(s.K, s.V) < 64:  # a warp group's matrix instructions gave wrong numbers there: two warps use others
-        how = replace(how, warps=min(how.warps, 2), registers=None)
-    elif max(s.K, s.V) < 128:
-        how = replace(how, warps=min(how.warps, 4), registers=None)
-    # Loads are fetched ahead where a multiprocessor's shared memory holds them.
-    return how if max(s.K, s.V) * s.dtype.itemsize <= 256 else replace(how, stages=1, registers=None)
 
 
 @lru_cache
@@ -196,6 +124,12 @@ class Prepared:
 @cache  # none is ever given up: a captured graph reads it where it lies
 def _on_device(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A small table on the device, copied there once: the copy would wait for the device in every call."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"first call with segments of this kind ({', '.join(map(str, values[:4]))}, ...) while a CUDA graph is "
+            f"captured: a table of them is copied to {device} once, which would wait for it; call it once before the "
+            f"capture"
+        )
     return torch.tensor(values, dtype=dtype, device=device)
 
 
@@ -203,19 +137,9 @@ def _documents(x: Inputs) -> Tensor:
     return x.beta if x.doc_start is None else x.doc_start.contiguous()
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """x as the kernels read it, 16 bytes at a time: its last axis contiguous, the others in steps of 16 numbers."""
-    batch, tokens, heads, last = x.stride()
-    if last == 1 and x.data_ptr() % 16 == 0:
-        apart = zip((batch, tokens, heads), x.shape, strict=False)
-        if not (batch | tokens | heads) % 16 or all(stride % 16 == 0 for stride, size in apart if size > 1):
-            return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 def _gradient(do_BTHV: Tensor) -> Tensor:
     """The outputs' gradient, laid out as the outputs are: autograd's layout must not decide a binary."""
-    return _aligned(do_BTHV.contiguous())
+    return stepped(do_BTHV.contiguous())
 
 
 def refuse(k: Tensor, v: Tensor) -> None:
@@ -246,7 +170,7 @@ def refuse(k: Tensor, v: Tensor) -> None:
 
 def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
     """Pass 1 over all chunks, or its tensors from an earlier call; what the other functions start from."""
-    q, k, v = _aligned(x.q), _aligned(x.k), _aligned(x.v)
+    q, k, v = stepped(x.q), stepped(x.k), stepped(x.v)
     if q is not x.q or k is not x.k or v is not x.v:
         x = replace(x, q=q, k=k, v=v)
     kernels, segments = _kernels_for(x), x.segments

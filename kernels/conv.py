@@ -17,13 +17,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import operators
+from .backend import Backend, choose_fitting
 from .checks import check_floating
-from .segments import kernels_for_program
 
 BLOCK = 1 << 16  # elements
 
 Activation = Literal["silu"] | None
-Backend = Literal["torch", "triton"]
 
 
 def causal_conv1d(
@@ -63,9 +62,7 @@ def causal_conv1d(
 
 def _backend(asked: str | None, x: Tensor, weight: Tensor, bias: Tensor | None, halo: Tensor | None) -> Backend:
     """What was asked for, or what fits; refuses what has no kernel."""
-    if asked not in (None, "torch", "triton"):
-        raise ValueError(f"backend={asked!r}: give 'triton' (a GPU), 'torch' (any device), or None for what fits")
-    if asked == "torch" or (asked is None and (not x.is_cuda or kernels_for_program() == "torch")):
+    if choose_fitting(asked, x) == "torch":
         return "torch"
     from . import triton_conv
 

@@ -12,19 +12,15 @@ environment's DNSP_DELTA_RULE, ``"torch"`` or ``"triton"``, say otherwise.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from . import operators, variants
+from .backend import Backend, choose
 from .checks import check_floating
 from .conv import Activation, convolve, silu
 from .norm import l2norm as normalise
 from .reference import Rule
-from .segments import kernels_for_program
-
-Backend = Literal["torch", "triton"]
 
 WAY_OUT = "take the (much slower) torch path: backend='torch', or DNSP_DELTA_RULE=torch in the environment"
 
@@ -45,7 +41,7 @@ def conv_step(
     ``tail_BWD`` ``[B, W-1, D]`` holds the W-1 tokens before this one, zeros where a document begins; moves on in place.
     """
     _check_conv(x_BD, tail_BWD, weight_DW, bias_D, activation, slots_B)
-    if _backend(backend, x_BD) == "triton":
+    if choose(backend, x_BD) == "triton":
         from . import triton_decode
 
         floats = {"x": x_BD, "tail": tail_BWD, "weight": weight_DW}
@@ -101,7 +97,7 @@ def delta_step(
     """
     _check_delta(q_BHK, k_BHK, v_BHV, g_BH, beta_BH, state_BHKV, slots_B)
     scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
-    if _backend(backend, v_BHV) == "triton":
+    if choose(backend, v_BHV) == "triton":
         from . import triton_decode
 
         floats = {"q": q_BHK, "k": k_BHK, "v": v_BHV, "beta": beta_BH} | ({} if g_BH is None else {"g": g_BH})
@@ -192,7 +188,7 @@ def gated_delta_step(
     for name, x in {"A_log": A_log_H, "dt_bias": dt_bias_H}.items():
         if x.shape != (HV,) or x.device != state_BHKV.device:
             raise ValueError(f"{name}{list(x.shape)} on {x.device}: must be [HV] = [{HV}] on {state_BHKV.device}")
-    backend = _backend(backend, mixed_BD)
+    backend = choose(backend, mixed_BD)
     widths = (keys, keys, HV * V)
 
     def heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,14 +229,6 @@ def normaliser_step(q_BHK: Tensor, k_BHK: Tensor, key_sum_BHK: Tensor) -> Tensor
     _check_own(key_sum_BHK, "key_sum")
     key_sum_BHK += k_BHK.to(key_sum_BHK.dtype)
     return (q_BHK.to(key_sum_BHK.dtype) * key_sum_BHK).sum(-1)
-
-
-def _backend(asked: str | None, x: Tensor) -> Backend:
-    """What was asked for here, or else for the whole program, or else the kernels where there is a GPU."""
-    asked = asked or kernels_for_program() or ("triton" if x.is_cuda else "torch")
-    if asked not in ("torch", "triton"):
-        raise ValueError(f"backend={asked!r}: give 'triton' (a GPU) or 'torch' (any device)")
-    return "triton" if asked == "triton" else "torch"
 
 
 def _check_conv(

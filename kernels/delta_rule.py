@@ -2,6 +2,8 @@
 
     S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = scale * S_t^T q_t
 
+(Yang, Kautz and Hatamizadeh, arXiv:2412.06464, equation 10, transposed.)
+
 A sequence is cut into segments on a global grid. Each is *summarised* (what it does to any state), the *scan* finds
 the state that enters each, and *apply* computes outputs from it; the backward pass is the same, right to left (see
 passes.py). The scan is handed in: :class:`~dnsp.kernels.scan.LocalScan` here, one over many ranks in the parallel room.
@@ -15,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import Backend, choose
 from .checks import check_cu_seqlens, check_floating, check_shapes, check_values
-from .passes import Backend, Call, UnderWay, at_once, begin
+from .passes import Call, UnderWay, at_once, begin
 from .reference import Rule, recurrence
 from .scan import LocalScan, Scan
-from .segments import CHUNK, Segments, cached, check_segment_tokens, kernels_for_program
+from .segments import CHUNK, Segments, cached, check_segment_tokens
 
 __all__ = [
     "Rule",
@@ -85,7 +88,7 @@ def begin_delta_rule(
         raise ValueError(f"T={T}, but the local segments hold {held} tokens; pass the tokens of whole segments")
     if continues is not None and continues.device != v_BTHV.device:
         raise ValueError(f"continues_NB is on {continues.device}, v on {v_BTHV.device}: move all to one device")
-    has_initial, backend = initial_state_BHKV is not None, _backend(backend, v_BTHV)
+    has_initial, backend = initial_state_BHKV is not None, choose(backend, v_BTHV)
     call = Call(segments, scan, float(scale), rule, normalise_qk, has_initial, output_final_state, backend)
     return _begin(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, initial_state_BHKV, doc_start_BT, call)
 
@@ -115,14 +118,6 @@ def _begin(
     return begin(q, k, v, g, beta, initial, doc_start, call, width)
 
 
-def _backend(asked: str | None, v: Tensor) -> Backend:
-    """What was asked for here, or else for the whole program, or else what fits the device."""
-    asked = asked or kernels_for_program() or ("triton" if v.is_cuda else "torch")
-    if asked not in ("torch", "triton"):
-        raise ValueError(f"backend={asked!r}: give 'triton' (the default on a GPU) or 'torch' (any device)")
-    return "triton" if asked == "triton" else "torch"
-
-
 def chunk_gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -140,7 +135,7 @@ def chunk_gated_delta_rule(
     check_inputs: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gated delta rule, chunked; names, shapes and meaning of flash-linear-attention's op of this name.
+    """Gated delta rule (this module's head), chunked; names, shapes and meaning of flash-linear-attention's op.
 
     Args:
         q, k: ``[B, T, H, K]``.
@@ -151,7 +146,8 @@ def chunk_gated_delta_rule(
         initial_state: ``[B, HV, K, V]``; with ``cu_seqlens`` of N documents ``[N, HV, K, V]``.
         output_final_state: return the state behind the last token (of each document with ``cu_seqlens``).
         use_qk_l2norm_in_kernel: l2-normalise q and k over K (eps 1e-6).
-        cu_seqlens: ``[N + 1]`` integers from 0 to T, the documents of one packed row (B = 1).
+        cu_seqlens: ``[N + 1]`` integers from 0 to T, the documents of one packed row (B = 1). With a state each they
+            are computed one after another, and a GPU is waited for unless the bounds are on the CPU.
         doc_start: instead of ``cu_seqlens``, for any B: the index of the first token of each token's document,
             ``[B, T]``; one incoming state a row.
         segment_tokens: length of the segments, a multiple of 64; fixes the bits. None: one segment, or on a GPU as
@@ -169,14 +165,15 @@ def chunk_gated_delta_rule(
     """
     check_shapes(q, k, v, g, beta, None if cu_seqlens is not None else initial_state, doc_start)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    each = initial_state is not None or output_final_state  # with cu_seqlens: every document has a state
     if cu_seqlens is not None:
         if doc_start is not None:
             raise ValueError("cu_seqlens and doc_start both describe documents; give one of them")
-        check_cu_seqlens(cu_seqlens, q, initial_state, v)
+        check_cu_seqlens(cu_seqlens, q, initial_state, v, states=each)
     if check_inputs:
         floats = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state}
         check_values(floats, cu_seqlens, doc_start, q.shape[1])
-    if cu_seqlens is not None and (initial_state is not None or output_final_state):
+    if cu_seqlens is not None and each:
         return _by_document(
             q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens,
             segment_tokens, backend,
@@ -189,7 +186,7 @@ def chunk_gated_delta_rule(
         return torch.zeros_like(v), state.to(_state_dtype(v)) if output_final_state else None
     if cu_seqlens is not None:
         doc_start = document_starts(cu_seqlens, T)
-    backend = _backend(backend, v)
+    backend = choose(backend, v)
     tokens = _segment_tokens(v, backend) if segment_tokens is None else segment_tokens
     check_segment_tokens(tokens)
     if doc_start is not None and initial_state is not None:  # the first document goes on from the initial state
@@ -200,7 +197,7 @@ def chunk_gated_delta_rule(
         last = doc_start[:, tokens - 1 :: tokens]
         last = last if T % tokens == 0 else torch.cat([last, doc_start[:, -1:]], 1)
         continues = (last < first).T
-    elif doc_start is not None and (initial_state is not None or output_final_state):
+    elif doc_start is not None and each:
         continues = (doc_start[:, -1:] < 0).T
     segments, has_initial = _whole(tokens, T), initial_state is not None
     if continues is not None:
@@ -251,15 +248,16 @@ def fused_recurrent_gated_delta_rule(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule, token by token, for decoding; arguments, results and errors of
-    :func:`chunk_gated_delta_rule`. States and sums in fp32 (fp64 for fp64 inputs). ``beta`` None writes with strength
-    1. Behind g flash-linear-attention has two more gates, which this rule does not know, hence the keywords."""
+    :func:`chunk_gated_delta_rule`, bounds of documents waited for. States and sums in fp32 (fp64 for fp64 inputs).
+    ``beta`` None writes with strength 1. Behind g flash-linear-attention has two more gates, which this rule does not
+    know, hence the keywords."""
     check_floating({"q": q, "k": k, "v": v}, {"beta": beta})
     beta = v.new_ones(v.shape[:3]) if beta is None else beta
     check_shapes(q, k, v, g, beta, None if cu_seqlens is not None else initial_state, None)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bounds = [0, q.shape[1]]
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, q, initial_state, v)
+        check_cu_seqlens(cu_seqlens, q, initial_state, v, states=True)
         bounds = cu_seqlens.tolist()
     outputs, finals = [], []
     for n, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):

@@ -31,12 +31,12 @@ from .gluon_chunk import (
     WIDTH,
     arrived,
     barrier,
-    board,
-    boards,
     column_of,
     decays_of,
     fetch_chunk,
     kept_pairs,
+    new_mbarrier,
+    new_mbarriers,
     row_of,
     scaled,
 )
@@ -106,14 +106,14 @@ def backward_kernel(
     ones_mem = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], tile)
     rows_mem = gl.allocate_shared_memory(gl.float32, [2, 1, 512], SCALES)
     doc_at = gl.allocate_shared_memory(gl.int32, [64], line)
-    k_bars = boards()
-    rows_bars = boards()
-    q_bar = board()
-    do_bar = board()
-    P_bar = board()
-    A_bar = board()
-    errors_bar = board()
-    S_bar = board()
+    k_bars = new_mbarriers()
+    rows_bars = new_mbarriers()
+    q_bar = new_mbarrier()
+    do_bar = new_mbarrier()
+    P_bar = new_mbarrier()
+    A_bar = new_mbarrier()
+    errors_bar = new_mbarrier()
+    S_bar = new_mbarrier()
     fence_async_shared()
     barrier()
 

@@ -2,7 +2,7 @@
 a chunk's scales, which lie in shared memory one row after another as ``triton_prepare.ROWS`` has them.
 
 Triton puts a barrier of all warps between operations that touch the same shared memory, messages about arrivals
-included: each array has a board of its own, and all arrivals are announced before the first is asked for.
+included: each array has mbarriers of its own, and all arrivals are announced before the first is waited for.
 """
 
 from __future__ import annotations
@@ -74,16 +74,16 @@ def arrived(x):
 
 
 @gluon.jit
-def board():
-    """A barrier on which the arrivals of one array are announced."""
+def new_mbarrier():
+    """One on which the arrivals of an array are announced."""
     bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=1)
     return bar
 
 
 @gluon.jit
-def boards():
-    """A pair of them, for an array with two buffers."""
+def new_mbarriers():
+    """A pair, for an array with two buffers."""
     bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(bars.index(0), count=1)
     mbarrier.init(bars.index(1), count=1)

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_chunk import TILE, TOKENS, WIDTH, add, barrier, board, column_of, decays_of, kept_pairs, row_of
+from .gluon_chunk import TILE, TOKENS, WIDTH, add, barrier, column_of, decays_of, kept_pairs, new_mbarrier, row_of
 from .triton_prepare import EPS
 
 NARROW = gl.constexpr(gl.NVMMASharedLayout(64, 32, 2))  # in shared memory, of 16 columns of fp32
@@ -119,7 +119,7 @@ def prepare_pairs_kernel(
     rows_at = gl.allocate_shared_memory(gl.float32, [HEADS, 512], line)
     norms_at = gl.allocate_shared_memory(gl.float32, [2, 64], line)
     doc_at = gl.allocate_shared_memory(gl.int32, [64], line)
-    bar = board()
+    bar = new_mbarrier()
     fence_async_shared()
     barrier()
     mbarrier.expect(bar, 2 * 64 * W * 2)

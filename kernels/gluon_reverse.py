@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_chunk import SCALES, STATES, TILE, VALUES, WIDTH, add, barrier, boards, fetch_chunk, row_of, scaled
+from .gluon_chunk import SCALES, STATES, TILE, VALUES, WIDTH, add, barrier, fetch_chunk, new_mbarriers, row_of, scaled
 from .triton_states import LOOK, UNDERFLOW
 
 
@@ -73,12 +73,12 @@ def whole_reverse_kernel(
     A_mem = gl.allocate_shared_memory(dtype, [2, 64, 64], tile)
     P_mem = gl.allocate_shared_memory(dtype, [2, 64, 64], tile)
     scales_mem = gl.allocate_shared_memory(gl.float32, [2, 1, 256], SCALES)
-    k_bars = boards()
-    q_bars = boards()
-    do_bars = boards()
-    A_bars = boards()
-    P_bars = boards()
-    scales_bars = boards()
+    k_bars = new_mbarriers()
+    q_bars = new_mbarriers()
+    do_bars = new_mbarriers()
+    A_bars = new_mbarriers()
+    P_bars = new_mbarriers()
+    scales_bars = new_mbarriers()
     fence_async_shared()
     barrier()
     for j in gl.static_range(2):

@@ -28,8 +28,8 @@ from .gluon_chunk import (
     add,
     arrived,
     barrier,
-    boards,
     fetch_chunk,
+    new_mbarriers,
     row_of,
     scaled,
 )
@@ -94,15 +94,15 @@ def whole_states_kernel(
     v_mem = gl.allocate_shared_memory(dtype, [2, 64, W], tile)
     A_mem = gl.allocate_shared_memory(dtype, [2, 64, 64], tile)
     scales_mem = gl.allocate_shared_memory(gl.float32, [2, 1, 256], SCALES)
-    k_bars = boards()
-    v_bars = boards()
-    A_bars = boards()
-    scales_bars = boards()
+    k_bars = new_mbarriers()
+    v_bars = new_mbarriers()
+    A_bars = new_mbarriers()
+    scales_bars = new_mbarriers()
     if OUTPUT:
         q_mem = gl.allocate_shared_memory(dtype, [2, 64, W], tile)
         P_mem = gl.allocate_shared_memory(dtype, [2, 64, 64], tile)
-        q_bars = boards()
-        P_bars = boards()
+        q_bars = new_mbarriers()
+        P_bars = new_mbarriers()
     if not SUMMARY:
         out_mem = gl.allocate_shared_memory(dtype, [64, W], tile)  # outputs or errors
     if KEEP:

@@ -5,7 +5,7 @@ Where a choice of rounding is open, it is that of transformers' Qwen3.5, so that
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +13,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import operators
+from .backend import Backend, choose_fitting
 from .checks import check_floating
-from .segments import kernels_for_program
-
-Backend = Literal["torch", "triton"]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, zero_centred: bool = False) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis (Zhang and Sennrich, arXiv:1910.07467).
 
     x ``[..., D]``, weight ``[D]`` or None for none. With ``zero_centred`` the factor is ``1 + weight``, so that weight
-    decay pulls it to one. The product is rounded once, after the weight.
+    decay pulls it to one. The product is rounded once, after the weight. Raises ValueError or TypeError for what does
+    not fit.
     """
     check_floating({"x": x}, {"weight": weight})
     _check_weight(x, weight)
@@ -59,9 +58,7 @@ def gated_rms_norm(
 
 def _backend(asked: str | None, x: Tensor, gate: Tensor, weight: Tensor) -> Backend:
     """What was asked for, or what fits; refuses what has no kernel."""
-    if asked not in (None, "torch", "triton"):
-        raise ValueError(f"backend={asked!r}: give 'triton' (a GPU), 'torch' (any device), or None for what fits")
-    if asked == "torch" or (asked is None and (not x.is_cuda or kernels_for_program() == "torch")):
+    if choose_fitting(asked, x) == "torch":
         return "torch"
     from . import triton_norm
 
@@ -88,7 +85,8 @@ class _GatedRMSNorm(torch.autograd.Function):
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """``x / sqrt(sum(x^2) + eps)`` over the last axis; flash-linear-attention's form, eps inside the root."""
+    """``x / sqrt(sum(x^2) + eps)`` over the last axis of ``[..., D]``; flash-linear-attention's form, eps inside the
+    root. Raises TypeError for what is no tensor of real numbers."""
     check_floating({"x": x}, {})
     y = _accumulator(x)
     return (y * torch.rsqrt((y * y).sum(-1, keepdim=True) + eps)).to(x.dtype)

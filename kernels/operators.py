@@ -1,11 +1,11 @@
-"""The kernels' launches as torch.library operators, ``torch.ops.dnsp.*``, so that others can follow them.
+"""The kernels' launches as torch.library operators, ``torch.ops.dnsp.*``, so that others can see them.
 
 Whoever works on operators, not on Python, sees each pass as one with known outputs: torch.compile, which traces through
 the autograd functions, a policy of selective activation checkpointing (``torch.ops.dnsp.apply.default`` can be named),
 fake tensors. Shapes, strides and dtypes of outputs are stated here a second time, for tensors without memory.
 
 A call by way of torch's dispatcher takes 3 us of the host and more to take inputs apart and together again. So the
-dispatcher is asked where someone follows (:func:`followed`), and elsewhere kernels are launched directly.
+dispatcher is asked where someone looks on (:func:`dispatched`), and elsewhere kernels are launched directly.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> A
     return getattr(torch.ops.dnsp, name).default
 
 
-def followed(x: Tensor) -> bool:
-    """Whether someone follows the operators that are called on tensors such as x."""
+def dispatched(x: Tensor) -> bool:
+    """Whether operators on tensors such as x are called by way of torch's dispatcher: someone looks on."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return True
     return torch._C._len_torch_dispatch_stack() > 0
@@ -50,7 +50,7 @@ _HOW = "int[] starts, int tokens, int total, float scale, bool erase, bool previ
 _HOWS = _HOW.count(",") + 1
 
 
-class Followed(NamedTuple):
+class Dispatched(NamedTuple):
     """What the passes start from, as :class:`.chunk_triton.Prepared`."""
 
     x: Inputs
@@ -144,24 +144,24 @@ _apply_backward = _define(
 )
 
 
-def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Followed:
-    """:func:`.chunk_triton.prepare`, and so on: all that :mod:`.delta_rule` asks of that module."""
-    return Followed(x, tensors or Followed(x, ()).call(_prepare))
+def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Dispatched:
+    """:func:`.chunk_triton.prepare`, and so on: all that :mod:`.passes` asks of that module."""
+    return Dispatched(x, tensors or Dispatched(x, ()).call(_prepare))
 
 
-def summarise(p: Followed, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+def summarise(p: Dispatched, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
     return p.call(_summarise, need_M, need_U)
 
 
-def apply(p: Followed, incoming_NBHKV: Tensor) -> Tensor:
+def apply(p: Dispatched, incoming_NBHKV: Tensor) -> Tensor:
     return p.call(_apply, incoming_NBHKV)
 
 
-def summarise_backward(p: Followed, do_BTHV: Tensor, need_D: tuple[bool, ...]) -> Tensor:
+def summarise_backward(p: Dispatched, do_BTHV: Tensor, need_D: tuple[bool, ...]) -> Tensor:
     return p.call(_summarise_backward, do_BTHV, need_D)
 
 
-def apply_backward(p: Followed, incoming_NBHKV: Tensor, do_BTHV: Tensor, coming: Callable[[], Tensor]) -> Gradients:
+def apply_backward(p: Dispatched, incoming_NBHKV: Tensor, do_BTHV: Tensor, coming: Callable[[], Tensor]) -> Gradients:
     dq, dk, dv, dg, dbeta = p.call(_apply_backward, incoming_NBHKV, do_BTHV, coming())
     return Gradients(dq, dk, dv, None if p.x.g is None else dg, dbeta)
 
@@ -194,7 +194,7 @@ def fold(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """:func:`.triton_scan.fold` without mail."""
-    if followed(U_NBHKV):
+    if dispatched(U_NBHKV):
         return _fold(M_NBHKK, U_NBHKV, first_BHKV, continues_NB, steps, reverse)
     from . import triton_scan
 
@@ -244,7 +244,7 @@ def conv(
     silu: bool,
 ) -> Tensor:  # fmt: skip
     """:func:`.triton_conv.forward` on x's device."""
-    return (_conv if followed(x) else _run_conv)(x, weight, bias, halo, doc_start, start, silu)
+    return (_conv if dispatched(x) else _run_conv)(x, weight, bias, halo, doc_start, start, silu)
 
 
 def conv_backward(
@@ -252,7 +252,7 @@ def conv_backward(
     start: int, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """:func:`.triton_conv.backward` on x's device."""
-    if not followed(x):
+    if not dispatched(x):
         return _conv_gradients(dy, x, weight, bias, halo, doc_start, start, silu)
     dx, dweight, dbias, dhalo = _conv_backward(dy, x, weight, bias, halo, doc_start, start, silu)
     return dx, dweight, None if bias is None else dbias, None if halo is None else dhalo
@@ -286,14 +286,14 @@ _norm_backward = _define(
 
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """:func:`.triton_norm.forward` on x's device."""
-    return (_norm if followed(x) else _run_norm)(x, gate, weight, eps)
+    return (_norm if dispatched(x) else _run_norm)(x, gate, weight, eps)
 
 
 def gated_norm_backward(
     dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`.triton_norm.backward` on x's device."""
-    return (_norm_backward if followed(x) else _run_norm_backward)(dy, x, gate, weight, eps)
+    return (_norm_backward if dispatched(x) else _run_norm_backward)(dy, x, gate, weight, eps)
 
 
 # A decode step: its memories are changed in place.
@@ -331,7 +331,7 @@ _delta_step = _define(
 
 def conv_step(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, slots: Tensor | None) -> Tensor:
     """:func:`.triton_decode.conv_step`."""
-    return (_conv_step if followed(x) else _run_conv_step)(x, tail, weight, bias, silu, slots)
+    return (_conv_step if dispatched(x) else _run_conv_step)(x, tail, weight, bias, silu, slots)
 
 
 def delta_step(
@@ -339,7 +339,7 @@ def delta_step(
     normalise: bool, slots: Tensor | None, gates: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """:func:`.triton_decode.delta_step`."""
-    if followed(v):
+    if dispatched(v):
         A_log, dt_bias = gates or (None, None)
         previous = rule.error_decay == "previous"
         return _delta_step(

@@ -21,18 +21,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal, ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import chunk_torch, kept, operators
+from .backend import Backend
 from .reference import Rule
 from .scan import Coming, LocalScan, Scan
 from .segments import Inputs, Needs, Segments
 
-Backend = Literal["torch", "triton"]
 P = ParamSpec("P")
 
 
@@ -64,9 +64,9 @@ class Call:
         x = Inputs(q, k, v, g, beta, doc_start, self.segments, self.scale, self.rule, self.normalise_qk)
         if self.backend == "torch":
             return chunk_torch, x, ()
-        if operators.followed(v):
-            followed = operators.prepare(x, prepared or None)
-            return operators, followed, followed.tensors
+        if operators.dispatched(v):
+            seen = operators.prepare(x, prepared or None)
+            return operators, seen, seen.tensors
         from . import chunk_triton
 
         p = chunk_triton.prepare(x, prepared or None)
@@ -173,7 +173,7 @@ class _AtOnce(torch.autograd.Function):
             chunks, x, prepared = call.passes(q, k, v, g, beta, doc_start)
 
             def summarise_and_scan() -> tuple[Tensor, Tensor, Tensor | None]:
-                M, coming = _set_out(chunks, x, initial, call)
+                M, coming = _start_scan(chunks, x, initial, call)
                 return M, *coming()
 
             M, incoming, final = kept.once(summarise_and_scan)
@@ -186,7 +186,7 @@ class _AtOnce(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
         *tensors, M, incoming = ctx.saved_tensors
         with _as_given(M):
-            chunks, x, do, coming = _set_out_back(tensors, M, do, dfinal, ctx.call)
+            chunks, x, do, coming = _start_reverse(tensors, M, do, dfinal, ctx.call)
             outgoing, dinitial = coming()
             grads = chunks.apply_backward(x, incoming, do, lambda: outgoing)
             return _gradients(grads, dinitial, ctx.initial_dtype)
@@ -209,10 +209,10 @@ class _Begin(torch.autograd.Function):
         with _as_given(v):
             chunks, x, prepared = between.call.passes(q, k, v, g, beta, doc_start)
 
-            def summarise_and_set_out() -> None:
-                between.scan = _set_out(chunks, x, initial, between.call)
+            def summarise_and_start() -> None:
+                between.scan = _start_scan(chunks, x, initial, between.call)
 
-            kept.once(summarise_and_set_out)
+            kept.once(summarise_and_start)
         between.forward = chunks, x, (q, k, v, g, beta, doc_start, *prepared)
         ctx.between, ctx.initial_dtype = between, None if initial is None else initial.dtype
         return v.new_empty(0)
@@ -260,7 +260,7 @@ class _Finish(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor, None]:
         *tensors, M, incoming = ctx.saved_tensors
         with _as_given(M):
-            chunks, x, do, coming = _set_out_back(tensors, M, do, dfinal, ctx.between.call)
+            chunks, x, do, coming = _start_reverse(tensors, M, do, dfinal, ctx.between.call)
         ctx.between.backward = chunks, x, incoming, do, coming
         return do.new_empty(0), None
 
@@ -268,14 +268,14 @@ class _Finish(torch.autograd.Function):
 # What the nodes share.
 
 
-def _set_out(chunks: ModuleType, x: Any, initial: Tensor | None, call: Call) -> tuple[Tensor, Coming]:
+def _start_scan(chunks: ModuleType, x: Any, initial: Tensor | None, call: Call) -> tuple[Tensor, Coming]:
     """M, and the scan under way."""
     M, U = chunks.summarise(x, call.needs().M, call.needs().U)
     start = None if initial is None else initial.to(U.dtype)
     return M, call.scan.forward(M, U, call.segments.continues_NB, start, call.want_final)
 
 
-def _set_out_back(
+def _start_reverse(
     tensors: Sequence[Any], M: Tensor, do: Tensor | None, dfinal: Tensor | None, call: Call
 ) -> tuple[ModuleType, Any, Tensor, Coming]:
     """The passes and what they start from, dO, and the scan of dS under way."""

@@ -37,8 +37,9 @@ import torch
 from torch import Tensor
 
 from . import launcher, verdicts
+from .launches import Launches, candidates
 from .signatures import AnySignature, Fold, Signature, to_json
-from .verdicts import Launches, Toolchain, Verdict, candidates, to_try, toolchain
+from .verdicts import Toolchain, Verdict, to_try, toolchain
 
 CHILD_SECONDS = 1200  # at most, for compiling (fp32 takes minutes) and proving one table
 _log = logging.getLogger(__name__)

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from . import chunk_triton, proof_layers, triton_scan
 from .delta_rule import delta_rule
+from .launches import Launches, candidates
 from .proof import mode
 from .scan import LocalScan
 from .segments import Inputs, Segments
 from .signatures import AnySignature, Fold, Norm, Post, Signature, from_json
-from .verdicts import Launches, candidates
 
 # |error| / |truth| of each result in the row of the batch where it is worst: of outputs and states, of gradients.
 LIMITS = {torch.bfloat16: (5e-3, 1e-2), torch.float16: (5e-3, 1e-2), torch.float32: (1e-5, 1e-4)}

@@ -87,11 +87,13 @@ def recurrence(
     alpha = torch.ones_like(beta) if g_BTH is None else g_BTH.to(dtype).exp()
     state = v.new_zeros(B, HV, K, V) if initial_state_BHKV is None else initial_state_BHKV.to(dtype)
     outputs = []
-    for t in range(T):
+    # Taken apart at once: the gradient of a slice would be as large as all tokens, for each of them.
+    apart = zip(q.unbind(1), k.unbind(1), v.unbind(1), alpha.unbind(1), beta.unbind(1), strict=True)
+    for t, (q_t, k_t, v_t, alpha_t, beta_t) in enumerate(apart):
         if doc_start_BT is not None:
             begins = (doc_start_BT[:, t] == t)[:, None, None, None]
             state = torch.where(begins, torch.zeros_like(state), state)
-        o, state = step(q[:, t], k[:, t], v[:, t], alpha[:, t], beta[:, t], state, rule)
+        o, state = step(q_t, k_t, v_t, alpha_t, beta_t, state, rule)
         outputs.append(o)
     o_BTHV = torch.stack(outputs, 1) if outputs else v.new_zeros(B, 0, HV, V)
     return o_BTHV, state

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .segments import kernels_for_program
+from .backend import kernels_for_program
 
 Coming = Callable[[], tuple[Tensor, Tensor | None]]  # awaits a pass that was started; called once
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
@@ -26,11 +25,6 @@ def cached(fn: Callable[..., T]) -> Callable[..., T]:
         return fn(*args) if torch.compiler.is_compiling() else quick(*args)
 
     return call
-
-
-def kernels_for_program() -> str | None:
-    """The backend that the environment's DNSP_DELTA_RULE asks for, ``torch`` or ``triton``; None where it is silent."""
-    return os.environ.get("DNSP_DELTA_RULE") or None
 
 
 @dataclass(frozen=True)

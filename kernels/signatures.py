@@ -154,7 +154,7 @@ AnySignature = Signature | Fold | Conv | Norm | ConvStep | DeltaStep | Post
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Signature, Fold, Conv, Norm, ConvStep, DeltaStep, Post)}
 # The modules that launch each kind's kernels, or make what these are given.
 MODULES = {
-    "Signature": ("chunk_triton", "gluon_chunk", "triton_scan"),
+    "Signature": ("chunk_triton", "launches", "gluon_chunk", "triton_scan"),
     "Fold": ("triton_scan",),
     "Conv": ("triton_conv",),
     "Norm": ("triton_norm",),
@@ -204,8 +204,10 @@ def aligned(x: Tensor) -> Tensor:
 
 def is_stepped(x: Tensor) -> bool:
     """Whether x's rows, numbers one after another, begin at multiples of 16 bytes and of 16 numbers from each other."""
-    steps = all(stride % 16 == 0 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1)
-    return steps and (x.stride(-1) == 1 or x.shape[-1] == 1) and x.data_ptr() % 16 == 0
+    strides, shape = x.stride(), x.shape
+    if (strides[-1] != 1 and shape[-1] != 1) or x.data_ptr() % 16:
+        return False
+    return all(stride % 16 == 0 or size <= 1 for stride, size in zip(strides, shape[:-1], strict=False))
 
 
 def stepped(x: Tensor) -> Tensor:

@@ -11,22 +11,17 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
+from .launches import candidates
 from .signatures import MODULES, AnySignature, Signature, to_json
-
-if TYPE_CHECKING:
-    from .chunk_triton import Launch
-
-Launches = Mapping[str, "Launch"]
-IN_GLUON = ("prepare_pairs", "whole_states", "whole_reverse", "backward")  # of LAUNCHES: the passes' kernels for Hopper
 
 FORMAT = 3  # of the files; another number where a proof asks for more than it did
 _log = logging.getLogger(__name__)
@@ -57,35 +52,10 @@ class Verdict:
     refused: dict[str, str] = field(default_factory=dict)  # table: why
 
 
-def candidates() -> dict[str, Launches]:
-    """The tables of launches to try, in order: as tuned, then what the compiler has less to do for."""
-    from .chunk_triton import LAUNCHES
-
-    changes: dict[str, dict[str, Any]] = {
-        "as tuned": {},
-        "passes apart": {},
-        "one stage": {"stages": 1},
-        "one stage, at most 4 warps": {"stages": 1, "warps": 4, "registers": None},
-        "one stage, at most 32 columns": {"stages": 1, "columns": 32, "warps": 4, "registers": None},
-        "one stage, at most 2 warps, 32 columns": {"stages": 1, "columns": 32, "warps": 2, "registers": None},
-    }
-    tables: dict[str, dict[str, Launch]] = {
-        name: {use: _at_most(how, **change) for use, how in LAUNCHES.items()} for name, change in changes.items()
-    }
-    for name in list(tables)[1:]:  # see LAUNCHES
-        tables[name] |= {use: replace(LAUNCHES[use], warps=0) for use in IN_GLUON}
-    return dict(tables)
-
-
 def to_try(signature: AnySignature) -> list[str]:
     """The tables that a signature has; all but the delta rule's passes have one launch, whatever the table."""
     tables = list(candidates())
     return tables if isinstance(signature, Signature) else tables[:1]
-
-
-def _at_most(how: Launch, **change: Any) -> Launch:
-    less: dict[str, Any] = {n: x if x is None else min(getattr(how, n), x) for n, x in change.items()}
-    return replace(how, **less)
 
 
 def folder() -> Path:

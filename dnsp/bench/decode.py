@@ -9,7 +9,8 @@ holds one such round, a step after another; *one state* is a graph whose steps a
 lie in the cache. Times are those of a step: of a round, over its steps. Eager steps are timed with the host's work,
 from an idle device on; graphs by what the device takes.
 
-Errors are those of a step against torch operations in fp64. :mod:`.decode_shapes` has the formulas of the bytes.
+Memory is the peak of what a step allocates, above what was allocated before it: a step in place needs its outputs
+alone. Errors are those of a step against torch operations in fp64. :mod:`.decode_shapes` has the formulas of the bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,12 @@ from rich.table import Table
 from torch import Tensor
 
 from dnsp.bench import common
-from dnsp.bench.common import Ceilings, Runs
+from dnsp.bench.common import MIB, Ceilings, Runs
 from dnsp.bench.decode_shapes import CPU_SHAPES, SHAPES, Inputs, Shape, make_inputs, parse_shape
 from dnsp.bench.peers import PACKAGES, Peer, find_peers
 from dnsp.json_files import write_json
-from dnsp.kernels.decode import Backend, delta_step, gated_delta_step
+from dnsp.kernels.backend import Backend
+from dnsp.kernels.decode import delta_step, gated_delta_step
 
 WAYS = {"eager": "eager", "graph": "graph", "cached": "graph, one state"}
 NO_GRAPHS = "CUDA graphs need a GPU"
@@ -58,7 +61,6 @@ class Memories:
         tails = [torch.randn(tail, generator=generator, device=device).to(dtype) for _ in range(steps)]
         return Memories(states, tails)
 
-
     def of(self, side: Side) -> Memories:
         """As a side keeps them, and its own."""
         states = [state.mT.contiguous() if side.v_first else state.clone() for state in self.states]
@@ -79,6 +81,7 @@ class Side:
     keep_tail: Callable[[Tensor], Any] = torch.clone
     runs: dict[str, Runs] = field(default_factory=lambda: {name: Runs() for name in WAYS})
     errors: dict[str, float] = field(default_factory=dict)
+    peak: int | None = None
 
     def round(self, x: Inputs, memories: Memories, only: int | None = None) -> list[Any]:
         """A step of each state, or as many of the one. What is returned keeps every new state, as a cache does."""
@@ -215,7 +218,9 @@ def _measure(shape: Shape, sides: list[Side], steps: int, runs: int, warmup: int
         _check(side, x, first)
     of_sides = {}
     for side in sides:
-        of_sides[side.name] = Memories.make(shape, steps, device).of(side)
+        own = of_sides[side.name] = Memories.make(shape, steps, device).of(side)
+        if side.errors:
+            side.peak = common.peak_bytes(partial(side.step, x, own.states[0], own.tails[0]), device)
     for way in WAYS:
         calls: list[tuple[Runs, Callable[[int], Any]]] = []
         for side in sides:
@@ -280,6 +285,7 @@ def _figures(shape: Shape, sides: list[Side], steps: int, ceilings: Ceilings) ->
             if side is not ours and mine.median is not None and not mine.failure:
                 row["ours_over_this"][way] = mine.median / record.median
         row["errors"] = {name: e if math.isfinite(e) else str(e) for name, e in side.errors.items()}
+        row["peak_mib"] = None if side.peak is None else side.peak / MIB
         figures["sides"].append(row)
     return figures
 
@@ -319,7 +325,8 @@ def wrong(figures: dict[str, Any]) -> list[str]:
 
 def table(figures: dict[str, Any]) -> Table:
     ratios = [f"dnsp / it: {way}" for way in ("eager", "graph")]
-    columns = [*ratios, *(f"us: {label}" for label in WAYS.values()), "spread", "copy", "one state", "o", "state"]
+    columns = [*ratios, *(f"us: {label}" for label in WAYS.values()), "spread", "copy", "one state"]
+    columns += ["MiB", "o", "state"]
     rows = common.make_table(f"{figures['name']}, over {figures['states']} states", *columns)
     for row in figures["sides"]:
         ways = row["ways"]
@@ -327,6 +334,6 @@ def table(figures: dict[str, Any]) -> Table:
         cells = [common.cell(row["ours_over_this"].get(way), ".3f") for way in ("eager", "graph")]
         cells += [common.cell(1e3 * ways[way]["ms"] if "ms" in ways[way] else None, ",.2f") for way in WAYS]
         cells += [common.cell(timed.get("spread"), ".1%"), common.cell(timed.get("copy_fraction"), ".1%")]
-        cells += [common.cell(ways["cached"].get("copy_fraction"), ".1%")]
+        cells += [common.cell(ways["cached"].get("copy_fraction"), ".1%"), common.cell(row["peak_mib"], ",.1f")]
         rows.add_row(row["name"], *cells, *(common.cell(row["errors"].get(name), ".1e") for name in ("o", "state")))
     return rows

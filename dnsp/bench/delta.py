@@ -37,7 +37,7 @@ from dnsp.bench.delta_shapes import (
 )
 from dnsp.bench.peers import PACKAGES, Peer, find_peers
 from dnsp.json_files import write_json
-from dnsp.kernels.segments import kernels_for_program
+from dnsp.kernels.backend import kernels_for_program
 
 PASSES = {"inference": "no grad", "forward": "forward", "training": "forward + backward"}
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from dnsp.bench import common
 from dnsp.choices import MULTIPROCESSORS, filling
 from dnsp.errors import UsageError
-from dnsp.kernels.delta_rule import Backend, chunk_gated_delta_rule
+from dnsp.kernels.backend import Backend
+from dnsp.kernels.delta_rule import chunk_gated_delta_rule
 from dnsp.kernels.segments import CHUNK, check_segment_tokens
 from dnsp.parallel.layout import Layout
 

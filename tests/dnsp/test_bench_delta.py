@@ -298,6 +298,7 @@ def test_decode_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for row in (step, layer):
         assert row["ways"]["eager"]["ms"] > 0 and "failure" in row["ways"]["graph"]
         assert 0 < row["errors"]["o"] < 1e-5 and row["errors"]["state"] < 1e-5
+        assert row["peak_mib"] is None  # of a CPU
     assert report["shapes"][0]["bytes"]["delta"] == decode.Shape(2, 1, 2, 16, 16, dtype="fp32").bytes("delta")
     assert "delta step" in capsys.readouterr().out
 
@@ -415,3 +416,4 @@ def test_decode_on_a_gpu(tmp_path: Path) -> None:
     for row in json.loads(file.read_text())["shapes"][0]["sides"][:2]:
         graph = row["ways"]["graph"]
         assert 0 < graph["copy_fraction"] < 1 and graph["ms"] < row["ways"]["eager"]["ms"]
+        assert 0 < row["peak_mib"] < 1  # the states of a step, 4 MiB a sequence, are not copied

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dnsp.kernels.backend import Backend
 from dnsp.kernels.delta_rule import Segments, delta_rule
 from dnsp.kernels.reference import Rule, recurrence
 from dnsp.kernels.scan import LocalScan, Scan
@@ -66,7 +67,7 @@ class Case:
                 bounds[row, s:] = s
         return torch.where(bounds == 0, -1 if self.initial else 0, bounds).to(torch.int32)
 
-    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def inputs(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
         """fp32 numbers, or those rounded to bf16, so that every dtype above has the same truth."""
         generator = torch.Generator().manual_seed(self.seed)
         B, T, H, HV, K, V = self.B, self.T, self.H, self.HV, self.K, self.V
@@ -80,7 +81,7 @@ class Case:
             "beta": self.beta[0] + (self.beta[1] - self.beta[0]) * torch.rand(B, T, HV, generator=generator),
             "initial": torch.randn(B, HV, K, V, generator=generator),
         }
-        return {name: values[name].to(dtype).requires_grad_() for name in self.names}
+        return {name: values[name].to(device, dtype).requires_grad_() for name in self.names}
 
     def output_gradients(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.seed + 1)
@@ -90,13 +91,40 @@ class Case:
     def results(self, o: Tensor, final: Tensor | None, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Outputs, final state and the gradient of every input."""
         do, dfinal = self.output_gradients()
-        outputs, gradients = [o], [do.to(o.dtype)]
+        outputs, gradients = [o], [do.to(o)]
         if self.final:
             assert final is not None
-            outputs, gradients = [o, final], [do.to(o.dtype), dfinal.to(final.dtype)]
+            outputs, gradients = [o, final], [do.to(o), dfinal.to(final)]
         grads = torch.autograd.grad(outputs, list(inputs.values()), gradients)
         found = {"o": o.detach()} | {"d" + name: grad for name, grad in zip(inputs, grads, strict=True)}
         return found | ({"final": final.detach()} if self.final and final is not None else {})
+
+
+WEAK, PACKED = ("weak", "mixed"), ((0, 33, 97, 150), (0, 1, 2, 64))
+# What every backend computes, torch, Triton's interpreter and a GPU, each in segments of so many tokens (None: one).
+SHAPES: dict[str, tuple[Case, int | None]] = {
+    "one chunk": (Case(50, decays=("weak",), HV=1, V=16), None),
+    "previous": (Case(130, decays=WEAK, V=16, rule=Rule(error_decay="previous")), 64),
+    "no erase": (Case(130, decays=("weak", "any"), V=16, rule=Rule(erase=False)), 64),
+    "no decay": (Case(100, decays=("none",), V=16, g=False, l2norm=True, initial=True, final=True), 128),
+    "neither decay nor erase": (  # linear attention, whose sum of keys is a case of one value column
+        Case(100, decays=("none",), V=1, HV=1, g=False, rule=Rule(erase=False), starts=((0, 33, 70),)),
+        64,
+    ),
+    "two halves of K": (Case(70, decays=("weak",), K=128, V=32, H=1, HV=1, l2norm=True), 64),
+    "documents": (Case(200, decays=WEAK, V=32, K=32, starts=PACKED, initial=True, final=True, l2norm=True), 64),
+    "decays": (Case(200, decays=("weak", "strong", "mixed"), H=2, HV=4, V=32), 64),
+    "previous, documents": (
+        Case(200, decays=WEAK, V=16, starts=PACKED, rule=Rule(error_decay="previous"), initial=True, final=True),
+        64,
+    ),
+    "beta over 2": (Case(130, decays=("spikes",), V=16, beta=(2.0, 2.4)), 64),
+    "grouped heads": (Case(400, decays=("weak", "strong", "mixed", "any"), H=2, HV=4, K=64, V=128, l2norm=True), 128),
+    "K over V": (Case(300, decays=WEAK, H=1, HV=2, K=128, V=32), 128),
+    "wide": (Case(300, decays=WEAK, H=1, HV=1, K=256, V=256, l2norm=True), 128),
+    "normaliser": (Case(300, decays=("none",), K=16, V=1, HV=1, g=False, rule=Rule(erase=False), initial=True), 128),
+}
+NOT_INTERPRETED = {"grouped heads", "K over V", "wide", "normaliser"}  # minutes there
 
 
 @cache
@@ -131,10 +159,17 @@ def segments(case: Case, tokens: int | None) -> Segments:
 
 
 def call(
-    case: Case, inputs: dict[str, Tensor], part: Segments, scan: Scan, local: slice = slice(None)
+    case: Case,
+    inputs: dict[str, Tensor],
+    part: Segments,
+    scan: Scan,
+    local: slice = slice(None),
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The rule on the tokens ``local`` of the case, which are the segments ``part``."""
-    doc_start = case.doc_start()
+    """The rule on the tokens ``local`` of the case, which are the segments ``part``, on the device of its inputs."""
+    doc_start, device = case.doc_start(), inputs["q"].device
+    if part.continues_NB is not None:
+        part = replace(part, continues_NB=part.continues_NB.to(device))
     return delta_rule(
         inputs["q"][:, local],
         inputs["k"][:, local],
@@ -144,18 +179,21 @@ def call(
         scale=case.scale,
         segments=part,
         scan=scan,
-        doc_start_BT=None if doc_start is None else doc_start[:, local],
+        doc_start_BT=None if doc_start is None else doc_start[:, local].to(device),
         initial_state_BHKV=inputs.get("initial"),
         output_final_state=case.final,
         rule=case.rule,
         normalise_qk=case.l2norm,
+        backend=backend,
     )
 
 
-def chunked(case: Case, dtype: torch.dtype, tokens: int | None = None) -> dict[str, Tensor]:
+def chunked(
+    case: Case, dtype: torch.dtype, tokens: int | None = None, device: str = "cpu", backend: Backend | None = None
+) -> dict[str, Tensor]:
     """Outputs, final state and gradients of the chunked form."""
-    inputs = case.inputs(dtype)
-    return case.results(*call(case, inputs, segments(case, tokens), LocalScan()), inputs)
+    inputs = case.inputs(dtype, device)
+    return case.results(*call(case, inputs, segments(case, tokens), LocalScan(), backend=backend), inputs)
 
 
 def errors(found: dict[str, Tensor], exact: dict[str, Tensor], smallest: float = 0.0) -> dict[str, float]:

@@ -24,12 +24,12 @@ import torch
 import triton
 
 from dnsp.kernels import proof, proof_layers, proof_run
+from dnsp.kernels.launches import candidates
 from dnsp.kernels.proof_run import Case, Compiling, Recording
 from dnsp.kernels.reference import Rule
 from dnsp.kernels.signatures import MODULES, AnySignature, Conv, ConvStep, DeltaStep, Norm, Post, Signature
 from dnsp.kernels.triton_post import RING
-from dnsp.kernels.verdicts import candidates
-from tests.kernels.test_proof import make_signature
+from tests.kernels.proofs import make_signature
 
 TOKENS = 150  # two chunks and a tail
 WITH_STATES = Case(64, ("mild", "mixed"), ((0, 30, 31, 100), (0,)), True)

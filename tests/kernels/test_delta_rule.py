@@ -10,7 +10,7 @@ import torch
 from dnsp.kernels.delta_rule import Segments
 from dnsp.kernels.reference import Rule
 from dnsp.kernels.scan import LocalScan
-from tests.kernels.cases import Case, assert_close, call, chunked, truth
+from tests.kernels.cases import SHAPES, Case, assert_close, call, chunked, truth
 
 # |error| / |truth|, per tensor, in the worst row of the batch. What is promised for fp32 is 2e-5.
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 5e-14, torch.bfloat16: 8e-3}
@@ -31,6 +31,11 @@ def documents(T: int, name: str) -> tuple[tuple[int, ...], ...] | None:
 def check(case: Case, segment_tokens: int | None = None) -> None:
     for dtype in (torch.float32, torch.float64):
         assert_close(chunked(case, dtype, segment_tokens), truth(case), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_of_all_backends(name):
+    check(*SHAPES[name])
 
 
 @pytest.mark.parametrize("T", LENGTHS)

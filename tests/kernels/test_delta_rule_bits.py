@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -67,10 +67,10 @@ class PieceScan:
         return lambda: (stack_states(outgoing[::-1], D), grad if has_initial and self.left is None else None)
 
 
-def in_pieces(case: Case, dtype: torch.dtype, tokens: int, pieces: int) -> dict[str, Tensor]:
+def in_pieces(case: Case, dtype: torch.dtype, tokens: int, pieces: int, device: str = "cpu") -> dict[str, Tensor]:
     """Outputs, final state and gradients; forward from left to right, backward from right to left."""
-    whole, inputs = segments(case, tokens), case.inputs(dtype)
-    do, dfinal = (x.to(dtype) for x in case.output_gradients())
+    whole, inputs = segments(case, tokens), case.inputs(dtype, device)
+    do, dfinal = case.output_gradients()
     cuts = [p * len(whole.starts) // pieces for p in range(pieces + 1)]
     mails = [None, *(Mail() for _ in range(pieces - 1)), None]
     outputs = []
@@ -82,7 +82,9 @@ def in_pieces(case: Case, dtype: torch.dtype, tokens: int, pieces: int) -> dict[
     found = {"o": torch.cat([o for _, o, _ in outputs], 1).detach()}
     grads = {n: torch.zeros_like(x) for n, x in inputs.items()}
     for local, o, final in reversed(outputs):
-        roots, along = ([o], [do[:, local]]) if final is None else ([o, final], [do[:, local], dfinal])
+        roots, along = [o], [do[:, local].to(o)]
+        if final is not None:
+            roots, along = [o, final], [*along, dfinal.to(final)]
         for n, grad in zip(
             inputs, torch.autograd.grad(roots, list(inputs.values()), along, allow_unused=True), strict=True
         ):
@@ -104,6 +106,22 @@ def test_pieces_give_the_bits_of_the_whole(name, pieces):
     for dtype in TOLERANCE:
         for tokens in (64, 128) if pieces > 2 else (64, 128, 512):
             assert_same_bits(in_pieces(CASES[name], dtype, tokens, pieces), chunked(CASES[name], dtype, tokens))
+
+
+ON_GPU = {
+    "of a Hopper's widths": replace(CASES["documents and states"], H=1, HV=2, K=128, V=128, l2norm=True),
+    "one document": replace(CASES["one document"], H=1, HV=2, K=128, V=128, l2norm=True),
+    "passes apart": replace(CASES["documents and states"], K=64, V=32, l2norm=True),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+@pytest.mark.parametrize("pieces", [1, 2, 4, 8])
+def test_pieces_give_the_bits_of_the_whole_on_gpu(name, pieces):
+    for tokens in (64, 128) if pieces > 2 else (64, 128, 512):
+        found = in_pieces(ON_GPU[name], torch.bfloat16, tokens, pieces, "cuda")
+        assert_same_bits(found, chunked(ON_GPU[name], torch.bfloat16, tokens, "cuda"))
 
 
 # Documents, the NaN's among them. Those beside it in its chunks may go with it; those of other chunks may not.

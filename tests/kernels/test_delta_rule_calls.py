@@ -204,6 +204,12 @@ REFUSALS = [
         ValueError,
         r"2 documents.*\[2, 2, 8, 6\]",
     ),
+    (dict(cu_seqlens=bounds(0, 100).to("meta")), ValueError, "cu_seqlens is on meta, q on cpu: move"),
+    (
+        dict(cu_seqlens=bounds(0, 100).to("meta"), output_final_state=True),
+        ValueError,
+        "cu_seqlens is on meta, q on cpu: move all",
+    ),
     (dict(cu_seqlens=bounds(0, 100), doc_start=torch.zeros(1, 100).int()), ValueError, "one of them"),
     (dict(doc_start=torch.zeros(1, 99).int()), ValueError, r"doc_start\[1, 99\].*\[1, 100\]"),
     (dict(doc_start=torch.zeros(1, 100)), TypeError, "doc_start.*int32 or int64"),
@@ -230,6 +236,14 @@ def test_refusals(change, error, said):
     with pytest.raises(error, match=said) as refusal:
         chunk_gated_delta_rule(**(dict(q=Q, k=K_, v=V_, g=G, beta=BETA) | change))
     assert len(str(refusal.value)) < 240 and "\n" not in str(refusal.value)
+
+
+def test_a_backend_that_is_not_known_is_refused_by_where_it_was_given(monkeypatch):
+    monkeypatch.setenv("DNSP_DELTA_RULE", "cuda")
+    with pytest.raises(ValueError, match="^DNSP_DELTA_RULE=cuda: give 'triton'.* or 'torch'"):
+        chunk_gated_delta_rule(*make())
+    with pytest.raises(ValueError, match="^backend='cpu': give 'triton'"):
+        chunk_gated_delta_rule(*make(), backend="cpu")
 
 
 def test_packed_rows_are_refused():

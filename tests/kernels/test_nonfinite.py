@@ -3,18 +3,12 @@ share their key head: never in another head or row, never in another document, n
 kernels hold the last but one for documents that share no chunk with the token's, nor with one that is spoilt so.
 
 Every key head has another input that is not finite, and one has none, so that a run shows all of them. On the torch
-path, under Triton's interpreter in a process of its own (this file, ``python -m tests.kernels.test_nonfinite``), and on
-a GPU, where the fused backward and the passes apart are looked at each.
+path, under Triton's interpreter, and on a GPU, where the fused backward and the passes apart are looked at each.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,11 +16,11 @@ import torch
 from torch import Tensor
 
 from dnsp.kernels import proof, proof_run
-from dnsp.kernels.delta_rule import delta_rule
+from dnsp.kernels.launches import candidates
 from dnsp.kernels.reference import recurrence
 from dnsp.kernels.scan import LocalScan
-from dnsp.kernels.verdicts import candidates
-from tests.kernels.cases import Case, segments
+from tests.kernels.cases import Case, call, segments
+from tests.kernels.interpreter import Interpreter
 
 VALUES = {"nan": float("nan"), "inf": float("inf")}
 # What is not finite in a key head and its two value heads; of v, g, beta and do the first value head's alone.
@@ -71,14 +65,7 @@ def inputs_of(case: Case, dtype: torch.dtype, value: float | None) -> dict[str, 
 
 def run(case: Case, inputs: dict[str, Tensor], tokens: int | None, backend: Any, device: str = "cpu") -> Results:
     leaves = {n: x.to(device).requires_grad_() for n, x in inputs.items() if n != "do"}
-    doc_start, part = case.doc_start(), segments(case, tokens)
-    assert doc_start is not None and part.continues_NB is not None
-    part = replace(part, continues_NB=part.continues_NB.to(device))
-    q, k, v, g, beta = (leaves[name] for name in ("q", "k", "v", "g", "beta"))
-    o, _ = delta_rule(
-        q, k, v, g, beta, scale=case.scale, segments=part, scan=LocalScan(), doc_start_BT=doc_start.to(device),
-        normalise_qk=case.l2norm, backend=backend,
-    )  # fmt: skip
+    o, _ = call(case, leaves, segments(case, tokens), LocalScan(), backend=backend)
     grads = torch.autograd.grad(o, list(leaves.values()), inputs["do"].to(device))
     return {"o": o.detach().cpu()} | {"d" + name: x.cpu() for name, x in zip(leaves, grads, strict=True)}
 
@@ -138,15 +125,14 @@ def test_torch(name: str, value: str) -> None:
     assert check(name, value, torch.float32, "torch") == []
 
 
+def check_interpreted() -> list[str]:
+    return check("documents", "nan", torch.float32, "triton")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_interpreted() -> None:
-    command = [sys.executable, "-m", "tests.kernels.test_nonfinite"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    root = Path(__file__).parents[2]
-    ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert json.loads(ran.stdout.splitlines()[-1]) == []
+def test_interpreted(interpreter: Interpreter) -> None:
+    assert interpreter("test_nonfinite:check_interpreted") == []
 
 
 @pytest.mark.gpu
@@ -160,8 +146,3 @@ def test_interpreted() -> None:
 def test_on_gpu(name: str, value: str, dtype: torch.dtype, table: str) -> None:
     with proof.mode(proof_run.Recording(candidates()[table])):
         assert check(name, value, dtype, "triton", "cuda") == []
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(check("documents", "nan", torch.float32, "triton")))

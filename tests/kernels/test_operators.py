@@ -1,20 +1,10 @@
-"""Launches as operators: schemas and fakes that say what kernels do, and torch.compile and policies that see them.
-
-Under Triton's interpreter, in a process of its own: this file, ``python -m tests.kernels.test_operators NAME ...``,
-prints what is wrong with each.
-"""
+"""Launches as operators: schemas and fakes that say what kernels do, and torch.compile and policies that see them."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +20,7 @@ from dnsp.kernels.norm import gated_rms_norm
 from dnsp.kernels.scan import LocalScan
 from dnsp.kernels.segments import Inputs, Segments
 from dnsp.kernels.variants import DELTA, FORGET_GATE
+from tests.kernels.interpreter import Interpreter
 
 dnsp = torch.ops.dnsp
 DEVICE, DTYPE = "cpu", torch.float32  # of operands; on a GPU bf16 at widths that Hopper has kernels of its own for
@@ -68,8 +59,8 @@ def passes(documents: bool, decay: bool) -> list[tuple[Any, tuple[Any, ...]]]:
 
         return call(self, partial(keep, operator), *own)
 
-    call = operators.Followed.call
-    operators.Followed.call = noted  # type: ignore[method-assign]
+    call = operators.Dispatched.call
+    operators.Dispatched.call = noted  # type: ignore[method-assign]
     try:
         p = operators.prepare(x)
         yes = True, True
@@ -78,7 +69,7 @@ def passes(documents: bool, decay: bool) -> list[tuple[Any, tuple[Any, ...]]]:
         D = operators.summarise_backward(p, do, yes)
         operators.apply_backward(p, U, do, lambda: D)
     finally:
-        operators.Followed.call = call  # type: ignore[method-assign]
+        operators.Dispatched.call = call  # type: ignore[method-assign]
     assert len(found) == 5
     return [*found, (dnsp.fold.default, (M, U, None, None, 1, False))]
 
@@ -279,24 +270,14 @@ CHECKS: dict[str, Callable[[], None]] = {
 SLOW = {"operators: decay, documents", "compile: states", "compile: documents"}
 
 
-def interpret(names: set[str]) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.kernels.test_operators", *sorted(names)]
-    root = Path(__file__).parents[2]
-    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-2000:]
-    wrong = [f"{name}: {said}" for name, said in json.loads(run.stdout.splitlines()[-1]).items() if said]
-    assert not wrong, "\n".join(wrong)
+def check(name: str) -> None:
+    CHECKS[name]()
 
 
-def test_interpreted() -> None:
-    interpret(CHECKS.keys() - SLOW)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_interpreted_slow() -> None:
-    interpret(SLOW)
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CHECKS])
+def test_interpreted(interpreter: Interpreter, name: str) -> None:
+    interpreter("test_operators:check", name)
 
 
 @pytest.mark.gpu
@@ -310,18 +291,6 @@ def test_on_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nobody_follows_a_plain_call() -> None:
     x = torch.zeros(1)
-    assert not operators.followed(x) and not operators.followed(torch.nn.Parameter(x))
+    assert not operators.dispatched(x) and not operators.dispatched(torch.nn.Parameter(x))
     with torch._subclasses.FakeTensorMode():
-        assert operators.followed(torch.zeros(1))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    said = {}
-    for chosen in sys.argv[1:]:
-        try:
-            CHECKS[chosen]()
-            said[chosen] = ""
-        except Exception:
-            said[chosen] = traceback.format_exc()[-3000:]
-    print(json.dumps(said))
+        assert operators.dispatched(torch.zeros(1))

@@ -1,16 +1,12 @@
 """The proofs of the kernels around the delta rule: right kernels pass, wrong ones do not, and each launch is asked for.
 
-What computes runs under Triton's interpreter in a process of its own (this file, ``python -m
-tests.kernels.test_proof_layers``), and on a GPU.
+What computes runs under Triton's interpreter (:mod:`tests.kernels.interpreter`), and on a GPU.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +19,7 @@ from torch import Tensor
 from dnsp.kernels import proof, proof_layers, proof_run, triton_conv, triton_decode, triton_norm, triton_post, verdicts
 from dnsp.kernels.conv import causal_conv1d
 from dnsp.kernels.decode import gated_delta_step
+from dnsp.kernels.launches import candidates
 from dnsp.kernels.norm import gated_rms_norm
 from dnsp.kernels.reference import Rule
 from dnsp.kernels.signatures import (
@@ -39,33 +36,17 @@ from dnsp.kernels.signatures import (
     stepped,
     to_json,
 )
-from dnsp.kernels.verdicts import Toolchain, candidates
+from tests.kernels.interpreter import Interpreter
+from tests.kernels.proofs import BF16, CPU, FP16, FP32, H200, LAYERS, wrong
 
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
-H200 = Toolchain("NVIDIA H200", (9, 0), "3.6.0", "12.8.93", "of the tests")
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-
-SIGNATURES: dict[str, AnySignature] = {
-    "conv": Conv(FP32, FP32, None, None, None, 32, 4, True),
-    "conv, everything": Conv(FP32, FP32, FP32, FP32, torch.int32, 20, 3, False),
-    "norm": Norm(FP32, FP32, FP32, 24, 1),
-    "norm, heads apart": Norm(FP32, FP32, FP32, 40, 3),
-    "conv step": ConvStep(FP32, FP32, FP32, FP32, torch.int64, 20, 3, False, False),
-    "delta step": DeltaStep(FP32, FP32, FP32, FP32, FP32, FP32, FP32, torch.int32, 1, 3, 12, 20, Rule(), True, False),
-    "delta step, no erase": DeltaStep(
-        *(FP32,) * 4, *(None,) * 4, 1, 1, 3, 5, Rule(erase=False), False, True
-    ),
-    "post": Post(triton_post.RING),
-}  # fmt: skip
-
 
 # Signatures.
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
+@pytest.mark.parametrize("name", LAYERS)
 def test_a_signature_is_kept_as_it_is(name: str) -> None:
-    signature = SIGNATURES[name]
+    signature = LAYERS[name]
     read = from_json(json.loads(json.dumps(to_json(signature))))
     assert read == signature and type(read) is type(signature)
 
@@ -73,7 +54,7 @@ def test_a_signature_is_kept_as_it_is(name: str) -> None:
 def test_kinds_are_not_taken_for_each_other() -> None:
     """Their tuples may be equal; what is known of one is not known of the other."""
     assert tuple(Fold(8, 8)) == (8, 8)
-    files = {verdicts.file_of(H200, s) for s in (Fold(8, 8), Post(8), SIGNATURES["norm"], SIGNATURES["conv step"])}
+    files = {verdicts.file_of(H200, s) for s in (Fold(8, 8), Post(8), LAYERS["norm"], LAYERS["conv step"])}
     assert len(files) == 4
 
 
@@ -114,24 +95,24 @@ def children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[AnySignatu
 def test_each_kind_is_proven_once(children: list[AnySignature], monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda:0")
     for _ in range(2):
-        for signature in SIGNATURES.values():
+        for signature in LAYERS.values():
             proof.require_kernels(gpu, signature)
             proof.require_kernels(CPU, signature)  # interpreted: nothing to prove
-    assert children == list(SIGNATURES.values()) and proof._proven == {str(s) for s in SIGNATURES.values()}
+    assert children == list(LAYERS.values()) and proof._proven == {str(s) for s in LAYERS.values()}
     monkeypatch.setattr(proof, "_tables", {})
-    for signature in SIGNATURES.values():  # from the disk
+    for signature in LAYERS.values():  # from the disk
         proof.require_kernels(gpu, signature)
-    assert len(children) == len(SIGNATURES)
+    assert len(children) == len(LAYERS)
 
 
 def test_another_text_of_a_kind_is_proven_anew(children: list[AnySignature], monkeypatch: pytest.MonkeyPatch) -> None:
     right = verdicts._text
     verdicts._sources.cache_clear()
-    before = {name: verdicts.file_of(H200, s) for name, s in SIGNATURES.items()}
+    before = {name: verdicts.file_of(H200, s) for name, s in LAYERS.items()}
     try:
         monkeypatch.setattr(verdicts, "_text", lambda module: right(module) + b"#" * (module == "triton_conv"))
         verdicts._sources.cache_clear()
-        changed = [name for name, s in SIGNATURES.items() if verdicts.file_of(H200, s) != before[name]]
+        changed = [name for name, s in LAYERS.items() if verdicts.file_of(H200, s) != before[name]]
     finally:
         verdicts._sources.cache_clear()
     assert changed == ["conv", "conv, everything"]
@@ -142,7 +123,7 @@ def test_what_is_refused_names_the_kernel_and_the_way_out(
 ) -> None:
     monkeypatch.setattr(proof, "_child", lambda *asked: {"wrong": "y is off by 8.8e-01"})
     with pytest.raises(proof.UnprovenError) as error:
-        proof.require_kernels(torch.device("cuda:0"), SIGNATURES["conv"])
+        proof.require_kernels(torch.device("cuda:0"), LAYERS["conv"])
     for part in ("NVIDIA H200", "Triton 3.6.0", "convolution, float32, 32 channels", "as tuned: y is off by 8.8e-01"):
         assert part in str(error.value)
     assert "backend='torch', DNSP_DELTA_RULE=torch" in str(error.value)
@@ -166,134 +147,24 @@ WRONG: dict[str, tuple[ModuleType, str, str, Callable[[Tensor], Any], str]] = {
 }  # fmt: skip
 
 
-class Wrong:
-    """A kernel that is right but for one of its outputs, which it changes."""
-
-    def __init__(self, kernel: Any, output: str, change: Callable[[Tensor], Any]) -> None:
-        self.kernel, self.change = kernel, change
-        self.__name__, self.at = kernel.__name__, kernel.arg_names.index(output)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.kernel, name)
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        def run(*args: Any, **constants: Any) -> Any:
-            binary = self.kernel[grid](*args, **constants)
-            self.change(args[self.at])
-            return binary
-
-        return run
-
-
 def what_is_wrong(signature: AnySignature, device: torch.device, change: str | None = None) -> str | None:
     """What the prover says of the kernels, or of kernels of which one computes wrong numbers."""
     if change is None:
         return proof_run.prove(device, signature, candidates()["as tuned"])["wrong"]
     module, kernel, output, how, _ = WRONG[change]
-    right = getattr(module, kernel)
-    setattr(module, kernel, Wrong(right, output, how))
-    try:
+    with wrong(module, kernel, output, how):
         return proof_run.prove(device, signature, candidates()["as tuned"])["wrong"]
-    finally:
-        setattr(module, kernel, right)
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, tuple[str | None, str]]:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.kernels.test_proof_layers"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout.splitlines()[-1])
+def said_interpreted(name: str) -> list[str | None]:
+    proof_layers.TOKENS, proof_layers.NORM = (9,), ((5, None), (9, 2))  # quickly interpreted
+    return [what_is_wrong(LAYERS[name], CPU), what_is_wrong(LAYERS[name], CPU, name)]
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_right_and_wrong_kernels(interpreted: dict[str, tuple[str | None, str]], name: str) -> None:
-    right, wrong = interpreted[name]
-    assert right is None and wrong.startswith(WRONG[name][-1]), (right, wrong)
-
-
-# Compiled for a GPU that need not be there, in a process with a driver of its own.
-
-COMPILED = """
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from dnsp.kernels import proof, proof_layers, proof_run, triton_conv, triton_decode, triton_norm
-from dnsp.kernels.signatures import Post
-from dnsp.kernels.verdicts import candidates
-from tests.kernels.test_proof_layers import calls
-
-
-class Driver:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-
-class Compiling(proof_run.Compiling):
-    def __init__(self):
-        super().__init__(candidates()["as tuned"])
-        self.launched, self.met = {}, []
-
-    def meet(self, signature):
-        self.met.append(signature)
-
-    def launch(self, kernel, grid, args, constants):
-        self.launched.setdefault(kernel.warmup(*args, grid=grid, **constants).hash, kernel.__name__)
-
-
-driver.set_active(Driver())
-proof_layers.TOKENS, proof_layers.NORM = (6,), ((5, None),)
-asked = Compiling()
-with proof.mode(asked):
-    for call in calls():
-        call()
-proven, signatures = Compiling(), dict.fromkeys(asked.met)
-with proof.mode(proven):
-    for signature in signatures:
-        for _ in proof_layers.results(torch.device("cpu"), signature):
-            pass
-missing = {h: name for h, name in asked.launched.items() if h not in proven.launched}
-print(len(signatures), len(asked.launched), sorted(missing.values()))
-"""
-
-
-def calls() -> list[Callable[[], Any]]:
-    """The same calls of each kind, laid out in memory as they may be."""
-    found: list[Callable[[], Any]] = []
-    for B, T, off in ((1, 70, 0), (2, 33, 1), (3, 64, 16), (2, 1, 3)):
-        flat = torch.zeros(B * T * 3 * 64 + 64, dtype=BF16)
-        x = flat[off:][: B * T * 192].view(B, T, 192)[..., 64:128]
-        if off == 16:  # a stride beyond 2^31, over memory that nobody touches
-            B, x = 2, torch.empty(2**31 + 2**16, dtype=BF16).as_strided((2, T, 64), (2**31, 192, 1))
-        weight = torch.zeros(64 * 4 + off)[off:].view(64, 4)
-        doc = torch.zeros(B * T + off, dtype=torch.int32)[off:].view(B, T)
-        dy = torch.zeros(B, 64, T, dtype=BF16).mT
-        conv: Any = (weight, None, None, doc, 5 * off, True)
-        found += [lambda x=x, a=conv: triton_conv.forward(x, *a)]
-        found += [lambda x=x, dy=dy, a=conv: triton_conv.backward(dy, x, *a)]
-        o, gate = x.unflatten(-1, (4, 16)), torch.zeros(B, T, 4, 16, dtype=BF16)
-        norm: Any = (gate, torch.zeros(16 + off)[off:], 1e-6)
-        found += [lambda o=o, a=norm: triton_norm.forward(o, *a)]
-        found += [lambda o=o, a=norm: triton_norm.backward(torch.zeros(()).to(BF16).expand(o.shape), o, *a)]
-        tail, state = torch.zeros(B, 3, 64, dtype=BF16), torch.zeros(B, 2, 16, 16)
-        found += [lambda x=x, t=tail, w=weight: triton_decode.conv_step(x[:, 0], t, w, None, True, None)]
-        token = x[:, 0].split([16, 16, 32], -1)
-        q, k, v = token[0].unflatten(-1, (1, 16)), token[1].unflatten(-1, (1, 16)), token[2].unflatten(-1, (2, 16))
-        g, slots = torch.zeros(B * 2 + off)[off:].view(B, 2), torch.arange(B + off)[off:]
-        step: Any = (1, Rule(), True, slots, (g[0], g[0]))  # a scale that is no float
-        found += [lambda q=q, k=k, v=v, g=g, s=state, a=step: triton_decode.delta_step(q, k, v, g, g, s, *a)]
-    return found
-
-
-@pytest.mark.timeout(300)
-def test_the_signature_decides_the_binaries() -> None:
-    """Lengths, batches, addresses and the layout of gradients do not: what is launched was in the proof."""
-    command = [sys.executable, "-c", COMPILED]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.split(maxsplit=2) == ["5", "8", "[]\n"], run.stdout
+@pytest.mark.parametrize("name", LAYERS)
+def test_right_and_wrong_kernels(interpreter: Interpreter, name: str) -> None:
+    of_right, of_wrong = interpreter("test_proof_layers:said_interpreted", name)
+    assert of_right is None and of_wrong.startswith(WRONG[name][-1]), (of_right, of_wrong)
 
 
 # On a GPU.
@@ -311,7 +182,7 @@ GPU: dict[str, AnySignature] = {
     "delta step, slots": DeltaStep(
         *(BF16,) * 3, FP32, FP32, None, None, torch.int64, 2, 4, 64, 256, Rule(error_decay="previous"), True, True
     ),
-} | SIGNATURES  # fmt: skip
+} | LAYERS  # fmt: skip
 
 
 @pytest.mark.gpu
@@ -323,7 +194,7 @@ def test_right_kernels_are_proven_on_gpu(name: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_kernels_are_found_on_gpu(name: str) -> None:
-    said = what_is_wrong(SIGNATURES[name], torch.device("cuda:0"), name)
+    said = what_is_wrong(LAYERS[name], torch.device("cuda:0"), name)
     assert said is not None and said.startswith(WRONG[name][-1]), said
 
 
@@ -380,10 +251,3 @@ def test_the_way_out_is_taken_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     y = causal_conv1d(x, filters)
     assert torch.equal(y, causal_conv1d(x, filters, backend="torch"))
     assert torch.equal(gated_rms_norm(y, y, filters[:, 0]), gated_rms_norm(y, y, filters[:, 0], backend="torch"))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    proof_layers.TOKENS, proof_layers.NORM = (9,), ((5, None), (9, 2))  # quickly interpreted
-    said = {name: (what_is_wrong(s, CPU), what_is_wrong(s, CPU, name)) for name, s in SIGNATURES.items()}
-    print(json.dumps(said))

@@ -1,79 +1,24 @@
-"""The Triton kernels: the cases of the torch path, under Triton's interpreter, compiled for GPUs, and on a GPU.
-
-The interpreter is chosen by an environment variable before Triton's kernels are defined, so its cases run in a process
-of their own: this file, ``python -m tests.kernels.test_triton NAME ...``.
-"""
+"""The Triton kernels on the shapes of all backends (:data:`tests.kernels.cases.SHAPES`), interpreted and on a GPU."""
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from dnsp.kernels import chunk_triton
-from dnsp.kernels.delta_rule import chunk_gated_delta_rule, delta_rule
+from dnsp.kernels.delta_rule import chunk_gated_delta_rule
 from dnsp.kernels.reference import Rule
 from dnsp.kernels.scan import LocalScan, fold, reverse_fold
 from dnsp.kernels.segments import Inputs, Segments
-from dnsp.kernels.verdicts import IN_GLUON
-from tests.kernels.cases import Case, errors, segments, truth
+from tests.kernels.cases import NOT_INTERPRETED, SHAPES, chunked, errors, truth
+from tests.kernels.interpreter import Interpreter
 
 # |error| / |truth|, per tensor, in the worst row of the batch: of outputs and states, of gradients.
 TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (5e-3, 1e-2), torch.float16: (5e-3, 1e-2)}
 INTERPRETED = 5e-6  # fp32, everything
 
-WEAK, PACKED = ("weak", "mixed"), ((0, 33, 97, 150), (0, 1, 2, 64))
-CASES = {
-    "one chunk": (Case(50, decays=("weak",), HV=1, V=16), None),
-    "previous": (Case(130, decays=WEAK, V=16, rule=Rule(error_decay="previous")), 64),
-    "no erase": (Case(130, decays=("weak", "any"), V=16, rule=Rule(erase=False)), 64),
-    "no decay": (Case(100, decays=("none",), V=16, g=False, l2norm=True, initial=True, final=True), 128),
-    "neither decay nor erase": (  # linear attention, whose sum of keys is a case of one value column
-        Case(100, decays=("none",), V=1, HV=1, g=False, rule=Rule(erase=False), starts=((0, 33, 70),)),
-        64,
-    ),
-    "two halves of K": (Case(70, decays=("weak",), K=128, V=32, H=1, HV=1, l2norm=True), 64),
-    "documents": (Case(200, decays=WEAK, V=32, K=32, starts=PACKED, initial=True, final=True, l2norm=True), 64),
-    "decays": (Case(200, decays=("weak", "strong", "mixed"), H=2, HV=4, V=32), 64),
-    "previous, documents": (
-        Case(200, decays=WEAK, V=16, starts=PACKED, rule=Rule(error_decay="previous"), initial=True, final=True),
-        64,
-    ),
-    "beta over 2": (Case(130, decays=("spikes",), V=16, beta=(2.0, 2.4)), 64),
-}
 SLOW = {"documents", "decays", "previous, documents", "beta over 2"}
-
-
-def results(case: Case, dtype: torch.dtype, tokens: int | None, device: str) -> dict[str, Tensor]:
-    """Outputs, final state and gradients through the Triton kernels."""
-    inputs = {name: x.detach().to(device).requires_grad_() for name, x in case.inputs(dtype).items()}
-    doc_start, part = case.doc_start(), segments(case, tokens)
-    if part.continues_NB is not None:
-        part = replace(part, continues_NB=part.continues_NB.to(device))
-    o, final = delta_rule(
-        *(inputs.get(name) for name in ("q", "k", "v", "g", "beta")),
-        scale=case.scale,
-        segments=part,
-        scan=LocalScan(),
-        doc_start_BT=None if doc_start is None else doc_start.to(device),
-        initial_state_BHKV=inputs.get("initial"),
-        output_final_state=case.final,
-        rule=case.rule,
-        normalise_qk=case.l2norm,
-        backend="triton",
-    )
-    on_host = {name: x.detach().cpu() for name, x in (("o", o), ("final", final)) if x is not None}
-    do, dfinal = (d.to(device) for d in case.output_gradients())
-    wanted = [(o, do.to(o.dtype))] + ([(final, dfinal)] if final is not None else [])
-    grads = torch.autograd.grad([y for y, _ in wanted], list(inputs.values()), [d for _, d in wanted])
-    return on_host | {"d" + name: grad.cpu() for name, grad in zip(inputs, grads, strict=True)}
 
 
 def assert_right(found: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -84,63 +29,19 @@ def assert_right(found: dict[str, Tensor], exact: dict[str, Tensor], dtype: torc
     assert not wrong, wrong
 
 
-def interpret(names: list[str]) -> dict[str, dict[str, float]]:
-    """Errors of some cases, from a process with Triton's interpreter."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.kernels.test_triton", *names]
-    run = subprocess.run(
-        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout.splitlines()[-1])
+def interpreted_errors(name: str) -> dict[str, float]:
+    case, tokens = SHAPES[name]
+    return errors(chunked(case, torch.float32, tokens, backend="triton"), truth(case))
 
 
-def check_interpreted(names: list[str]) -> None:
-    for name, found in interpret(names).items():
-        assert max(found.values()) < INTERPRETED, (name, found)
-
-
-def test_interpreted():
-    check_interpreted([name for name in CASES if name not in SLOW])
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_interpreted_slow():
-    check_interpreted([name for name in CASES if name in SLOW])
-
-
-# Bytes of local memory a thread, the more of Triton 3.6's and 3.7's; still more means that a change spills registers.
-SPILLED = {
-    100: {"summarise": 48, "apply": 552, "keep": 256, "reverse_summary": 32, "reverse": 504, "pairs": 48},
-    90: {"prepare_pairs": 8, "reverse": 64, "queries": 56, "backward": 56},
-    80: {"apply": 408, "reverse_summary": 448, "reverse": 6176, "queries": 176},  # reverse with 3.6: 616
-}
-# The tensor cores' instructions; blocks of 16 rows, which *invert* multiplies, are below a warp group's size.
-MATRIX = {100: "UTCHMMA", 90: "HGMMA", 80: "HMMA"}
-
-
-@pytest.mark.parametrize("use", ["apply", "invert"])
-def test_compiles(use):
-    check_compiled(use, 90)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", SPILLED)
-@pytest.mark.parametrize("use", chunk_triton.LAUNCHES)
-def test_compiles_everywhere(use, capability):
-    check_compiled(use, capability)
-
-
-def check_compiled(use: str, capability: int) -> None:
-    from tests.kernels.triton_compile import compiled
-
-    if use in IN_GLUON and capability != 90:
-        pytest.skip("written for Hopper")
-    binary = compiled(use, capability)
-    assert binary.spilled <= SPILLED[capability].get(use, 0)
-    matrix = "HMMA" if use == "invert" else MATRIX[capability]
-    assert binary.matrix == (set() if use == "group" else {matrix})
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in SHAPES if n not in NOT_INTERPRETED],
+)
+def test_interpreted(interpreter: Interpreter, name: str) -> None:
+    found = interpreter("test_triton:interpreted_errors", name)
+    assert max(found.values()) < INTERPRETED, found
 
 
 def test_what_has_no_kernel_is_refused():
@@ -164,18 +65,17 @@ def test_what_has_no_kernel_is_refused():
         chunk_gated_delta_rule(*make(16, 16), backend="triton")
 
 
+def test_a_first_length_in_a_capture_is_refused(monkeypatch):
+    """Its table of segments would be copied to the GPU, which a capture must not wait for."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"of this kind \(0, 4096, 8192, 12288, \.\.\.\).*once before the capture"):
+        chunk_triton._on_device(tuple(range(0, 32768, 4096)), torch.int64, torch.device("cuda", 0))
+
+
 # On a GPU.
 
-GPU = {
-    "grouped heads": (Case(1000, decays=("weak", "strong", "mixed", "any"), H=2, HV=4, K=64, V=128, l2norm=True), 256),
-    "K over V": (Case(500, decays=WEAK, H=1, HV=2, K=128, V=32), 128),
-    "wide": (Case(300, decays=WEAK, H=1, HV=1, K=256, V=256, l2norm=True), 128),
-    "normaliser": (Case(300, decays=("none",), K=16, V=1, HV=1, g=False, rule=Rule(erase=False), initial=True), 128),
-}
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*CASES, *GPU])
+@pytest.mark.parametrize("name", SHAPES)
 def test_on_gpu(name):
     # With beta over 2 values grow by a power of the length: no rounded operands there.
     check_on_gpu(name, torch.float32 if name == "beta over 2" else torch.bfloat16)
@@ -191,15 +91,16 @@ def test_dtypes_on_gpu(name, dtype):
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", GPU)
+@pytest.mark.parametrize("name", sorted(NOT_INTERPRETED))
 def test_fp32_on_gpu(name):
     """Minutes of compilation: three products for one."""
     check_on_gpu(name, torch.float32)
 
 
 def check_on_gpu(name: str, dtype: torch.dtype) -> None:
-    case, tokens = (CASES | GPU)[name]
-    assert_right(results(case, dtype, tokens, "cuda"), truth(case, dtype), dtype)
+    case, tokens = SHAPES[name]
+    found = chunked(case, dtype, tokens, "cuda", "triton")
+    assert_right({name: x.cpu() for name, x in found.items()}, truth(case, dtype), dtype)
 
 
 def random(T: int, H: int = 2, HV: int = 4, D: int = 128, decay: float = -1e-4) -> list[Tensor]:
@@ -217,7 +118,7 @@ def with_gradients(inputs: list[Tensor], do: Tensor, **options: object) -> list[
 @pytest.mark.gpu
 @pytest.mark.parametrize("decay", [-1e-4, -20.0])
 def test_long_on_gpu(decay):
-    inputs = random(16384, decay=decay)
+    inputs = random(131072, decay=decay)
     do = torch.randn_like(inputs[2])
     found = with_gradients(inputs, do, segment_tokens=4096)
     exact = with_gradients([x.double() for x in inputs], do.double(), backend="torch")
@@ -339,12 +240,3 @@ def test_beyond_32_bit_offsets():
         last, _ = chunk_gated_delta_rule(*after, initial_state=state, use_qk_l2norm_in_kernel=True)
         error = (o[:, -4096:].float() - last.float()).norm() / last.float().norm()
     assert error < 5e-3
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    found = {}
-    for chosen in sys.argv[1:]:
-        case, tokens = CASES[chosen]
-        found[chosen] = errors(results(case, torch.float32, tokens, "cpu"), truth(case))
-    print(json.dumps(found))

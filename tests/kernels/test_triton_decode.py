@@ -1,16 +1,8 @@
-"""The decode kernels against the recurrence in fp64: under Triton's interpreter, compiled for GPUs, and on a GPU.
-
-As in test_triton, the interpreter's cases run in a process of their own: this file as a module, with their names.
-"""
+"""The decode kernels against the recurrence in fp64: under Triton's interpreter, compiled for GPUs, and on a GPU."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +16,7 @@ from dnsp.kernels import triton_decode
 from dnsp.kernels.conv import causal_conv1d
 from dnsp.kernels.decode import conv_step, delta_step, gated_delta_step
 from dnsp.kernels.reference import Rule, recurrence
+from tests.kernels.interpreter import Interpreter
 from tests.kernels.triton_compile import Compiled
 
 pytestmark = pytest.mark.usefixtures("unasked")
@@ -217,14 +210,13 @@ def check(found: dict[str, dict[str, float]], dtype: torch.dtype) -> None:
 INTERPRETED = ["conv", "conv, plain", *DELTA, *GATED]
 
 
-def test_interpreted():
-    command = [sys.executable, "-m", "tests.kernels.test_triton_decode"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout.splitlines()[-1])
-    assert found.keys() == set(INTERPRETED)
-    check(found, torch.float32)
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted(interpreter: Interpreter, name: str) -> None:
+    check({name: interpreter("test_triton_decode:interpreted_errors", name)}, torch.float32)
+
+
+def interpreted_errors(name: str) -> dict[str, float]:
+    return measure(name, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -376,8 +368,3 @@ def test_beyond_32_bit_offsets():
     o = gated_delta_step(mixed[0], a[0], b[0], tails, table, slots_B=slots, **parameters)
     assert torch.equal(o, gated_delta_step(mixed[0], a[0], b[0], tail, state, **parameters))
     assert torch.equal(table[-1], state[0]) and torch.equal(tails[-1], tail[0])
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps({name: measure(name, torch.float32, "cpu") for name in INTERPRETED}))

@@ -1,16 +1,7 @@
-"""The Triton kernels of the convolution and the gated norm, under Triton's interpreter and on a GPU, against fp64.
-
-The interpreter is chosen before kernels are defined, so that its cases run in a process of their own: this file,
-``python -m tests.kernels.test_triton_layers``.
-"""
+"""The Triton kernels of the convolution and the gated norm, under Triton's interpreter and on a GPU, against fp64."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -19,6 +10,7 @@ from torch import Tensor
 
 from dnsp.kernels.conv import causal_conv1d
 from dnsp.kernels.norm import gated_rms_norm
+from tests.kernels.interpreter import Interpreter
 
 pytestmark = pytest.mark.usefixtures("unasked")
 
@@ -137,20 +129,17 @@ def assert_within(found: dict[str, float], limit: float) -> None:
     assert not wrong, f"beyond {limit:.0e}: {wrong}"
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, float]]:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.kernels.test_triton_layers"]
-    root = Path(__file__).parents[2]
-    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout.splitlines()[-1])
+def interpreted_errors(name: str) -> dict[str, float]:
+    kind, _, case = name.partition(" ")
+    if kind == "conv":
+        return conv_errors(CONV[case], torch.float32, "cpu")
+    return norm_errors(NORM[case], torch.float32, "cpu")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", [*(f"conv {n}" for n in CONV), *(f"norm {n}" for n in NORM)])
-def test_interpreted(interpreted: dict[str, dict[str, float]], name: str) -> None:
-    assert_within(interpreted[name], TOLERANCE[torch.float32])
+def test_interpreted(interpreter: Interpreter, name: str) -> None:
+    assert_within(interpreter("test_triton_layers:interpreted_errors", name), TOLERANCE[torch.float32])
 
 
 @pytest.mark.gpu
@@ -188,10 +177,3 @@ def test_what_is_not_finite_stays_in_its_document() -> None:
     spoilt = causal_conv1d(x, weight, doc_start_BT=doc_start)
     assert torch.equal(spoilt[:, 100:], clean[:, 100:]) and torch.equal(spoilt[:, :99], clean[:, :99])
     assert not spoilt[:, 99].isfinite().all()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    found = {f"conv {name}": conv_errors(case, torch.float32, "cpu") for name, case in CONV.items()}
-    found |= {f"norm {name}": norm_errors(case, torch.float32, "cpu") for name, case in NORM.items()}
-    print(json.dumps(found))

@@ -25,7 +25,7 @@ from dnsp.kernels import (
     triton_reverse,
     triton_states,
 )
-from dnsp.kernels.chunk_triton import LAUNCHES
+from dnsp.kernels.launches import GATES, LAUNCHES, Launch
 
 KERNELS = {
     "prepare_pairs": gluon_prepare.prepare_pairs_kernel,
@@ -43,6 +43,7 @@ KERNELS = {
     "keys": triton_gradients.keys_kernel,
     "backward": gluon_backward.backward_kernel,
     "group": triton_gradients.group_kernel,
+    "gates": triton_gradients.gates_kernel,
 }
 # Blocks of those arguments that are fetched by descriptors.
 TILES = {
@@ -75,9 +76,10 @@ class Compiled:
 
 def compiled(use: str, capability: int, *, K: int = 128, V: int = 128, H: int = 16, G: int = 2) -> Compiled:
     """The kernel as ``chunk_triton`` launches it for bf16 operands, decay and normalised keys, no documents."""
-    kernel, launch = KERNELS[use], LAUNCHES[use]
+    kernel, launch = KERNELS[use], LAUNCHES.get(use, Launch(64, 4, 1))  # gates has Triton's own four warps
     constants: dict[str, Any] = {
-        **{"H": H, "G": G, "HEADS": G, "K": K, "V": V, "BV": min(V, launch.columns), "BK": min(K, 64)},
+        **{"H": H, "HV": H * G, "G": G, "HEADS": G, "CHUNKS": GATES},
+        **{"K": K, "V": V, "BV": min(V, launch.columns), "BK": min(K, 64)},
         **{"sqt": H * K, "sqh": K, "skt": H * K, "skh": K, "svt": H * G * V, "svh": V, "sot": H * G * V, "soh": V},
         **{"sgt": H * G, "sgh": 1, "sbt": H * G, "sbh": 1, "DOT": "tf32", "STAGES": launch.stages},
         **{"ERASE": True, "HAS_G": True, "HAS_DOC": False, "PREVIOUS": False, "NORM": True},

@@ -121,7 +121,7 @@ def on_every_rank(folder: str, a_host: int) -> tuple[int, list[str]]:
 def in_vain() -> dict[str, Any]:
     """Waits whose time is up at once, on one rank that plays the second of four."""
     from dnsp.kernels import proof, proof_run
-    from dnsp.kernels.verdicts import candidates
+    from dnsp.kernels.launches import candidates
     from dnsp.parallel import symmetric
 
     inbox, outbox, clock = triton_scan.loopback(4, torch.device("cpu"))
