@@ -14,7 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dnsp.config import Config
+from pydantic import ValidationError
+
+from dnsp.config import Config, ModelConfig
 from dnsp.errors import UsageError
 
 FOLDER = "checkpoints"
@@ -155,6 +157,10 @@ def compare(saved: Mapping[str, Any], ours: Mapping[str, Any], where: Path, key:
     Raises:
         UsageError: naming the field and both values.
     """
+    _hold_against({**saved, "model": _as_now(saved["model"])} if "model" in saved else saved, ours, where, key)
+
+
+def _hold_against(saved: Mapping[str, Any], ours: Mapping[str, Any], where: Path, key: str) -> None:
     for field, was, now in _differences(saved, json.loads(json.dumps(ours))):
         if field == "data.sources":
             what = "on data with other contents or weights than data.sources has"
@@ -171,13 +177,21 @@ def compare_models(theirs: Mapping[str, Any], config: Config, where: Path) -> No
     Raises:
         UsageError: naming the first field that differs.
     """
-    ours, theirs = config.model.model_dump(mode="json"), dict(theirs)
+    ours, theirs = config.model.model_dump(mode="json"), _as_now(theirs)
     for model in (ours, theirs):
         model.pop("rope_theta", None)
         # how often a pattern is repeated is written in several ways
         layers = model.pop("pattern") * model["num_hidden_layers"]
         model["pattern"] = layers[: model["num_hidden_layers"]]
-    compare({"model": theirs}, {"model": ours}, where, "init_from")
+    _hold_against({"model": theirs}, {"model": ours}, where, "init_from")
+
+
+def _as_now(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded model with the keys that have come since: their defaults are what it did without them."""
+    try:
+        return ModelConfig.model_validate(model).model_dump(mode="json")
+    except ValidationError:
+        return dict(model)
 
 
 def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -27,7 +27,8 @@ from dnsp import ending, watchdog
 from dnsp.checkpoint import way_on
 from dnsp.cli import main
 from dnsp.config import load_config
-from dnsp.folder import check_start
+from dnsp.errors import UsageError
+from dnsp.folder import check_start, compare_models
 from dnsp.launch.environment import Environment
 from dnsp.parallel.errors import PeerLost
 from dnsp.stalls import Place, Stalls
@@ -189,6 +190,19 @@ def test_what_is_not_to_be_seen_refuses_nobody(reference: Path, workplace: Path,
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     for given in (("resume=auto",), ("resume=auto", f"init_from=run:{reference}"), (f"resume={tmp_path}",)):
         check_start(load_config(workplace / "tiny.yaml", [*other, *given]))
+
+
+def test_a_run_from_before_a_key_goes_on(reference: Path, workplace: Path, tmp_path: Path) -> None:
+    """What was recorded without it is what its default does; any other value is another model."""
+    identity = json.loads((reference / "run.json").read_text())
+    del identity["model"]["deltanet"]["train_beta"], identity["model"]["rms_norm_eps"]
+    (tmp_path / "run.json").write_text(json.dumps(identity))
+    config = load_config(workplace / "tiny.yaml", [f"run.dir={tmp_path}", "resume=auto"])
+    check_start(config)
+    compare_models(identity["model"], config, tmp_path)
+    other = load_config(workplace / "tiny.yaml", [f"run.dir={tmp_path}", "resume=auto", "model.rms_norm_eps=1e-3"])
+    with pytest.raises(UsageError, match=r"with model.rms_norm_eps=1e-06, the configuration has 0.001"):
+        check_start(other)
 
 
 def test_ranks_that_do_not_fit(workplace: Path, tmp_path: Path, dnsp: Dnsp) -> None:
