@@ -23,7 +23,6 @@ from dnsp.model import liger
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
-from dnsp.parallel.transport import Transport
 
 
 def check_layout(config: Config, grid: Grid, length: int) -> None:
@@ -31,16 +30,28 @@ def check_layout(config: Config, grid: Grid, length: int) -> None:
     make_plan([[0]], Layout(config.parallel.layout, grid.sequence_size, length), grid, config.parallel.segment_tokens)
 
 
-def check_alike(config: Config, identity: dict[str, Any], grid: Grid) -> None:
-    """Whether all ranks mean the same run; hosts may have configurations and data of their own.
+OWN = ("run.dir", "data.sources", "data.tokenizer")  # a host's own places for what is the same
+
+
+def check_configuration(config: Config) -> None:
+    """Whether all ranks have the same configuration, before they do anything together that depends on it.
 
     Raises: PlanError on every rank, naming the rank that differs and in what.
     """
-    tree = config.model_dump(mode="json")
-    sections = ("model", "parallel", "engine", "train")
-    fields = {f"{section}.{key}": value for section in sections for key, value in tree[section].items()}
-    fields |= {"the tokenizer": identity["tokenizer"], "the data": identity["data"]}
-    Transport(grid.everyone, range(grid.world), grid.rank, grid.everyone).compare(fields, "the run")
+    sections = [(name, keys) for name, keys in config.model_dump(mode="json").items() if isinstance(keys, dict)]
+    fields = {f"{name}.{key}": value for name, keys in sections for key, value in keys.items()}
+    watchdog.compare({name: value for name, value in fields.items() if name not in OWN}, "the run")
+
+
+def check_data(identity: dict[str, Any]) -> None:
+    """Whether all ranks read the same data; hosts may have it in places of their own.
+
+    Raises: PlanError on every rank, naming the rank that differs and in what.
+    """
+    fields = {"the tokenizer": identity["tokenizer"]}
+    for n, source in enumerate(identity["data"]["sources"]):
+        fields |= {f"the {key} of data.sources[{n}]": value for key, value in source.items()}
+    watchdog.compare(fields, "the data")
 
 
 def identity_of(config: Config, tokenizer: Tokenizer, data: Mixture) -> dict[str, Any]:

@@ -19,21 +19,24 @@ PATIENCE = 10.0  # seconds: how much later than the others a rank may start, and
 def end(status: int, message: str, consequence: bool = False, quiet: bool = False) -> int:
     """Say why this process ends and, if it is a rank, end it.
 
-    ``consequence``: of another rank's failure. ``quiet``: to be said only where the ranks' starter collects reports,
-    and has nothing better. What cannot be said, on a disk that is full, keeps no rank from its end.
+    ``consequence``: of another rank's failure. ``quiet``: another says it; this one ends up to ``PATIENCE`` seconds
+    later, and where no launcher has ended it until then, so that nobody may have spoken, it says its own after all. The
+    ranks' starter, where there is one, collects every report, and shows the best. What cannot be said, on a disk that
+    is full, keeps no rank from its end.
     """
     text = "error: " + message.strip()
+    with suppress(OSError):
+        sys.stdout.flush()
     if ERROR_FILE in os.environ:
         said = {"time": time.time(), "message": text, "consequence": consequence, "quiet": quiet}
         with suppress(OSError):
             Path(os.environ[ERROR_FILE]).write_text(json.dumps(said))
-    elif not quiet:
-        with suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
-    with suppress(OSError):
-        sys.stdout.flush()
-    if quiet and ERROR_FILE not in os.environ:
-        _let_others_speak()
+    else:
+        if quiet:
+            _let_others_speak()
+        if not (quiet and consequence):
+            with suppress(OSError):
+                print(text, file=sys.stderr, flush=True)
     if "RANK" in os.environ:  # no destructors: a process group would wait in them for ranks that are gone
         os._exit(status)
     return status

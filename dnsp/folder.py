@@ -88,10 +88,18 @@ def check_new(config: Config) -> None:
 
 def started_again(config: Config, restarts: int) -> Config:
     """The configuration of a run that its launcher has started before: it goes on by itself, from its own newest
-    checkpoint rather than from where its first start began."""
+    checkpoint rather than from where its first start began.
+
+    Raises:
+        UsageError: its folder cannot be read.
+    """
     if not restarts or config.run.dir is None:
         return config
-    if config.resume != "none" and not checkpoints(Path(config.run.dir)):
+    try:
+        saved = config.resume == "none" or checkpoints(Path(config.run.dir))
+    except OSError as error:
+        raise UsageError(f"run.dir={config.run.dir} cannot be read ({error.strerror}); choose another one") from None
+    if not saved:
         return config
     return config.model_copy(update={"resume": "auto"})
 
@@ -145,8 +153,8 @@ def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        saved = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        saved = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{path} cannot be read ({error}); choose another run.dir") from None
     compare(saved, identity, folder)
 
@@ -177,21 +185,24 @@ def compare_models(theirs: Mapping[str, Any], config: Config, where: Path) -> No
     Raises:
         UsageError: naming the first field that differs.
     """
-    ours, theirs = config.model.model_dump(mode="json"), _as_now(theirs)
-    for model in (ours, theirs):
+    ours, known = config.model.model_dump(mode="json"), _as_now(theirs)
+    if not known.keys() >= ours.keys():
+        raise UsageError(f"{where} is of a run whose model this version does not know; choose another init_from")
+    for model in (ours, known):
         model.pop("rope_theta", None)
         # how often a pattern is repeated is written in several ways
         layers = model.pop("pattern") * model["num_hidden_layers"]
         model["pattern"] = layers[: model["num_hidden_layers"]]
-    _hold_against({"model": theirs}, {"model": ours}, where, "init_from")
+    _hold_against({"model": known}, {"model": ours}, where, "init_from")
 
 
-def _as_now(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded model with the keys that have come since: their defaults are what it did without them."""
+def _as_now(model: Any) -> Any:
+    """A recorded model with the keys that have come since: their defaults are what it did without them. As it is where
+    it is none of this version's."""
     try:
         return ModelConfig.model_validate(model).model_dump(mode="json")
     except ValidationError:
-        return dict(model)
+        return model
 
 
 def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dnsp import checkpoint, watchdog
 from dnsp.begin import (
-    check_alike,
+    check_configuration,
+    check_data,
     check_layout,
     check_variables,
     identity_of,
@@ -75,10 +76,13 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     rank, first = environment.rank, environment.rank == 0
 
     # What can be refused is refused here, on every rank, before anything is written.
+    check_configuration(config)
     grid = make_grid(config.parallel.sequence, config.run.timeout)
     # torchrun's agents count each for itself: one that only follows another's restart has counted none
     restarts = max(watchdog.from_all(environment.restarts))
-    config = started_again(config, restarts)
+    with watchdog.agreed():
+        resume = started_again(config, restarts).resume if first else None
+    config = config.model_copy(update={"resume": watchdog.from_first(resume)})
     with watchdog.agreed():
         if first:
             check_free(config)
@@ -105,7 +109,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             hollow=config.engine.zero_stage == 3,  # no rank ever holds the whole model: the engine fills it
         )
         begin = starting_point(config, identity) if first else None
-    check_alike(config, identity, grid)
+    check_data(identity)
     begin = watchdog.from_first(begin)  # rank 0 has read every byte of it against the checksums
     with watchdog.agreed():
         found = checkpoint.open_checked(begin) if begin else None

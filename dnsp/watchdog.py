@@ -29,6 +29,7 @@ from dnsp.parallel.errors import LayoutError, PeerLost, PlanError, first_line
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.probe import refusal
 from dnsp.parallel.rendezvous import own_store
+from dnsp.parallel.transport import Transport
 from dnsp.stalls import FAILURE, STACKS, Place, Stalls
 
 T = TypeVar("T")
@@ -152,6 +153,12 @@ def from_all(value: Any, grid: Grid | None = None) -> list[Any]:
     return values
 
 
+def compare(fields: dict[str, Any], what: str) -> None:
+    """Refuses ranks that do not have the same ``fields``: PlanError on every one, naming a rank and its first field."""
+    world, everyone = dist.get_world_size(), dist.group.WORLD
+    Transport(everyone, range(world), dist.get_rank(), everyone).compare(fields, what)
+
+
 def slow_group() -> dist.ProcessGroup | None:
     """A gloo group of all ranks whose messages may take as long as a checkpoint does; None for one rank."""
     return dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if dist.get_world_size() > 1 else None
@@ -263,8 +270,9 @@ class Watch:
                 self.at_end()
 
         thread = threading.Thread(target=work, daemon=True, name="at the end")
-        thread.start()
-        thread.join(GIVE_BACK)
+        with suppress(RuntimeError):  # no room for a thread
+            thread.start()
+            thread.join(GIVE_BACK)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.stop and number != signal.SIGUSR1:

@@ -89,7 +89,8 @@ def panels(files: Sequence[Path]) -> list[Panel]:
 def _delta(found: dict[str, Any]) -> list[Bar]:
     bars = []
     for entry in found["shapes"]:
-        times = {side["name"]: side["passes"]["training"]["ms"] for side in entry["sides"] if side.get("passes")}
+        ended = {side["name"]: (side["passes"] or {}).get("training", {}) for side in entry["sides"]}
+        times = {name: figures["ms"] for name, figures in ended.items() if "ms" in figures}  # the others failed
         if times.keys() & SIDES.keys() > {"dnsp"}:
             row, tokens = shape_name(entry["shape"]), entry["shape"]["batch"] * entry["shape"]["tokens"]
             bars += [Bar(tokens, row, side, ms / times["dnsp"]) for side, ms in times.items() if side in SIDES]
@@ -105,7 +106,7 @@ def shape_name(shape: dict[str, Any]) -> str:
 
 def _train(found: dict[str, Any]) -> list[Bar]:
     tokens = found["rows"] * found["tokens"]
-    sides = [side for side in (found["ours"], found["peer"]) if side]
+    sides = [side for side in (found["ours"], found["peer"]) if side and "tokens_per_s" in side]
     return [Bar(tokens, f"{tokens:,} tokens", side["name"], side["tokens_per_s"] / 1e3) for side in sides]
 
 

@@ -105,16 +105,17 @@ class Worker(threading.Thread):
         )  # fmt: skip
 
     def ask_to_stop(self) -> None:
-        """Once: asked a second time a run no longer saves."""
-        if self.process is not self._asked:
-            self._asked = self.process
-            self._send(signal.SIGTERM)
+        """Once: with each further time a run is nearer to an end without saving."""
+        process = self.process
+        if process is not self._asked:
+            self._asked = process
+            self._send(process, signal.SIGTERM)
 
     def kill(self) -> None:
-        self._send(signal.SIGKILL)
+        self._send(self.process, signal.SIGKILL)
 
-    def _send(self, number: signal.Signals) -> None:
-        process = self.process
+    @staticmethod
+    def _send(process: subprocess.Popen[str] | None, number: signal.Signals) -> None:
         if process is not None and process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)

@@ -128,7 +128,7 @@ def deviation(values: Sequence[float]) -> float | None:
 
 
 def perplexity(losses: Sequence[float]) -> list[float]:
-    return [math.exp(loss) if loss < LARGEST else math.inf for loss in losses]
+    return [math.inf if loss >= LARGEST else math.exp(loss) for loss in losses]
 
 
 def recall_tables(task: str, cells: list[Summary], scale: Scale = "full") -> list[Table]:
@@ -259,7 +259,8 @@ def order_verdict(variants: Sequence[Summary | str]) -> str:
     names = ", then ".join(cell.labels["variant"] for cell in cells)
     lost = [cell.labels["variant"] for cell, span in zip(cells, spans, strict=True) if span[0] == math.inf]
     if len(lost) > 1:
-        return f"no order can be told (worst first: {names}): every run of {' and of '.join(lost)} diverged"
+        why = "diverged, or has a perplexity beyond all numbers"
+        return f"no order can be told (worst first: {names}): every run of {' and of '.join(lost)} {why}"
     if not order:
         return f"the document's order (worst first: {names}) does not hold"
     return f"the document's order holds (worst first: {names}); spreads {'do not overlap' if apart else 'overlap'}"

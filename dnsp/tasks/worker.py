@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -117,7 +118,7 @@ def in_turn(job: dict[str, Any], test: dict[str, Any]) -> Iterator[None]:
     if test["length"] <= LONG or "queue" not in job:
         yield
         return
-    device = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(",", "-")
+    device = re.sub(r"\W", "-", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     with FileLock(Path(job["queue"]) / f".long-{device}"):
         yield
         torch.cuda.empty_cache()  # the next process needs what this one took

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
-from dnsp.begin import check_alike
+from dnsp.begin import check_configuration, check_data
 from dnsp.config import Config, load_config, parse_config
 from dnsp.data.tokenizer import load_tokenizer
 from dnsp.errors import UsageError
 from dnsp.parallel.errors import PlanError
-from dnsp.parallel.grid import make_grid
 from dnsp.schedule import learning_rate, spans
 from tests.ranks import run_ranks
 
@@ -134,21 +135,33 @@ def test_learning_rates(config_file: Path) -> None:
     assert rates[3:17] == [1.0] * 14 and rates[-1] == pytest.approx(0.1 + 0.9 * 0.25)
 
 
+def of_data(tokenizer: str, *weights: float) -> dict[str, Any]:
+    return {"tokenizer": tokenizer, "data": {"sources": [{"contents": "a text", "weight": w} for w in weights]}}
+
+
+MINE = {"config": {"model": {"vocab_size": 257}}, "identity": of_data("bytes", 1.0, 1.0)}
 OTHERS = [  # what the last of three ranks has, and what all are told
-    ({"config": {"model": {"vocab_size": 258}}}, "model.vocab_size is 257 on rank 0 and 258 on rank 2"),
-    ({"config": {"engine": {"dtype": "bf16"}}}, "engine.dtype is fp32 on rank 0 and bf16 on rank 2"),
-    ({"data": "another"}, "the data is a text on rank 0 and another on rank 2"),
+    ({"config": {"model": {"vocab_size": 258}}}, "the run: model.vocab_size is 257 on rank 0 and 258 on rank 2"),
+    ({"config": {"parallel": {"sequence": 3}}}, "the run: parallel.sequence is None on rank 0 and 3 on rank 2"),
+    ({"config": {"checkpoint": {"every": 2}}}, "the run: checkpoint.every is 0 on rank 0 and 2 on rank 2"),
+    ({"config": {"run": {"dir": "here", "timeout": 31}}}, "the run: run.timeout is 25.0 on rank 0 and 31.0 on rank 2"),
+    ({"config": {"run": {"dir": "here"}, "data": {"sources": [{"path": "here"}]}}}, None),
+    (
+        {"identity": of_data("bytes", 1.0, 2.0)},
+        "the data: the weight of data.sources[1] is 1.0 on rank 0 and 2.0 on rank 2",
+    ),
+    ({"identity": of_data("words", 1.0, 1.0)}, "the data: the tokenizer is bytes on rank 0 and words on rank 2"),
     ({}, None),
 ]
 
 
 def told_apart() -> list[str | None]:
-    grid, told = make_grid(timeout=30), list[str | None]()
+    told = list[str | None]()
     for other, _ in OTHERS:
-        mine = other if grid.rank == 2 else {}
-        config = parse_config({"model": {"vocab_size": 257}} | mine.get("config", {}), "the test")
+        mine = other if dist.get_rank() == 2 else {}
         try:
-            check_alike(config, {"tokenizer": "bytes", "data": mine.get("data", "a text")}, grid)
+            check_configuration(parse_config(MINE["config"] | mine.get("config", {}), "the test"))
+            check_data(mine.get("identity", MINE["identity"]))
             told.append(None)
         except PlanError as refused:
             told.append(str(refused))
@@ -156,6 +169,6 @@ def told_apart() -> list[str | None]:
 
 
 def test_hosts_with_other_configurations_are_refused_on_every_rank() -> None:
-    said = "the ranks disagree about the run: {}; give every rank of a group the same"
+    said = "the ranks disagree about {}; give every rank of a group the same"
     for told in run_ranks(told_apart, 3, timeout=60):
         assert told == [words and said.format(words) for _, words in OTHERS]

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -28,7 +29,7 @@ from dnsp.checkpoint import way_on
 from dnsp.cli import main
 from dnsp.config import load_config
 from dnsp.errors import UsageError
-from dnsp.folder import check_start, compare_models
+from dnsp.folder import check_identity, check_start, compare_models
 from dnsp.launch.environment import Environment
 from dnsp.parallel.errors import PeerLost
 from dnsp.stalls import Place, Stalls
@@ -400,18 +401,21 @@ def test_a_file_system_that_fails_keeps_no_verdict_back(tmp_path: Path) -> None:
     assert stalls.where_the_others_are(3) == "rank 2 was at step 3 for 4 s; rank 1 left no stack: stopped or gone"
 
 
+class Ended(BaseException):
+    """By the launcher."""
+
+
 @pytest.mark.parametrize("local", ["0", "1"])
 def test_srun_hears_a_refusal_once_a_node(
     local: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its tasks have no LOCAL_RANK yet; those that keep quiet leave time to the one that speaks."""
+    """Its tasks have no LOCAL_RANK yet; those that keep quiet leave time to the one that speaks, and are ended then."""
     monkeypatch.setenv("SLURM_LOCALID", local)
-    waited = Mock()
-    monkeypatch.setattr(ending, "_let_others_speak", waited)
+    monkeypatch.setattr(ending, "_let_others_speak", Mock(side_effect=Ended))
     for slip in ("train.stpes=3", "--rank"):
-        assert main(["train", str(workplace / "tiny.yaml"), slip]) == 2
+        with pytest.raises(Ended) if local == "1" else nullcontext():
+            assert main(["train", str(workplace / "tiny.yaml"), slip]) == 2
         assert bool(capsys.readouterr().err) is (local == "0")
-    assert waited.call_count == 2 * (local == "1")
 
 
 QUIET = """
@@ -458,3 +462,25 @@ def test_a_launcher_that_ends_all_leaves_the_words_of_the_first_whole(tmp_path: 
         [sys.executable, "-c", SETTLING, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (0, "the reason True\n"), done.stderr
+
+
+def test_a_damaged_record_of_a_model_is_refused_with_words(workplace: Path, tmp_path: Path) -> None:
+    config = load_config(workplace / "tiny.yaml", [f"run.dir={tmp_path}", "resume=auto"])
+    with pytest.raises(UsageError, match="whose model this version does not know; choose another init_from"):
+        compare_models({"vocab_size": "many"}, config, tmp_path)
+    (tmp_path / "run.json").write_text('{"model": 5}')
+    with pytest.raises(UsageError, match="is of a run with model=5, the configuration has"):
+        check_identity(tmp_path, {"model": config.model.model_dump(mode="json")})
+    (tmp_path / "run.json").write_text("[5]")
+    with pytest.raises(UsageError, match=r"run.json cannot be read .*; choose another run.dir"):
+        check_identity(tmp_path, {"model": {}})
+
+
+def test_a_rank_that_nobody_ends_says_its_reason_after_all(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where no launcher ends it for another's reason, there was none: but an echo of another's is none itself."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(ending, "_let_others_speak", lambda: print("waited", file=sys.stderr))
+    assert ending.end(2, "mine", quiet=True) == 2 and ending.end(1, "another's", quiet=True, consequence=True) == 1
+    assert capfd.readouterr().err == "waited\nerror: mine\nwaited\n"
