@@ -151,9 +151,10 @@ def initial_weights(config: Config, rope_theta: float, first: bool) -> Mapping[s
 
 def check_variables() -> None:
     """Refuse variables of the environment that would fail only in the first step."""
-    kernels = kernels_for_program()
-    if kernels not in (None, "torch", "triton"):
-        raise UsageError(f"DNSP_DELTA_RULE={kernels}: the delta rule has the backends torch and triton; take one")
+    try:
+        kernels = kernels_for_program()
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     if kernels == "triton" and not torch.cuda.is_available():
         raise UsageError("DNSP_DELTA_RULE=triton needs a GPU, and there is none; unset it, or take torch")
     if torch.cuda.is_available() and liger.wanted() and liger.missing():

@@ -11,8 +11,14 @@ Backend = Literal["torch", "triton"]
 
 
 def kernels_for_program() -> str | None:
-    """The backend that the environment's DNSP_DELTA_RULE asks for, ``torch`` or ``triton``; None where it is silent."""
-    return os.environ.get("DNSP_DELTA_RULE") or None
+    """The backend that the environment's DNSP_DELTA_RULE asks for, ``torch`` or ``triton``; None where it is silent.
+
+    Raises: ValueError for a backend that is not known.
+    """
+    program = os.environ.get("DNSP_DELTA_RULE") or None
+    if program not in (None, "torch", "triton"):
+        raise ValueError(f"DNSP_DELTA_RULE={program}: give 'triton' (the default on a GPU) or 'torch' (any device)")
+    return program
 
 
 def choose(asked: str | None, x: Tensor) -> Backend:
@@ -20,11 +26,9 @@ def choose(asked: str | None, x: Tensor) -> Backend:
 
     Raises: ValueError for a backend that is not known.
     """
-    program = kernels_for_program()
-    found = asked or program or ("triton" if x.is_cuda else "torch")
-    if found not in ("torch", "triton"):
-        who = f"backend={asked!r}" if asked else f"DNSP_DELTA_RULE={program}"
-        raise ValueError(f"{who}: give 'triton' (the default on a GPU) or 'torch' (any device)")
+    if asked not in (None, "torch", "triton"):
+        raise ValueError(f"backend={asked!r}: give 'triton' (the default on a GPU) or 'torch' (any device)")
+    found = asked or kernels_for_program() or ("triton" if x.is_cuda else "torch")
     return "triton" if found == "triton" else "torch"
 
 
@@ -32,6 +36,6 @@ def choose_fitting(asked: str | None, x: Tensor) -> Backend:
     """The same of what has no kernel for some inputs: there the environment can only say torch, for all."""
     if asked not in (None, "torch", "triton"):
         raise ValueError(f"backend={asked!r}: give 'triton' (a GPU), 'torch' (any device), or None for what fits")
-    if asked == "triton" or (asked is None and x.is_cuda and kernels_for_program() != "torch"):
+    if asked == "triton" or (asked is None and kernels_for_program() != "torch" and x.is_cuda):
         return "triton"
     return "torch"

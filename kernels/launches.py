@@ -65,12 +65,12 @@ def candidates() -> dict[str, Launches]:
         "one stage, at most 32 columns": {"stages": 1, "columns": 32, "warps": 4, "registers": None},
         "one stage, at most 2 warps, 32 columns": {"stages": 1, "columns": 32, "warps": 2, "registers": None},
     }
-    tables: dict[str, dict[str, Launch]] = {
+    tables: dict[str, Launches] = {
         name: {use: _at_most(how, **change) for use, how in LAUNCHES.items()} for name, change in changes.items()
     }
     for name in list(tables)[1:]:  # see LAUNCHES
-        tables[name] |= {use: replace(LAUNCHES[use], warps=0) for use in IN_GLUON}
-    return dict(tables)
+        tables[name] = {**tables[name], **{use: replace(LAUNCHES[use], warps=0) for use in IN_GLUON}}
+    return tables
 
 
 def _at_most(how: Launch, **change: Any) -> Launch:

@@ -111,12 +111,12 @@ def _key(where: Toolchain, signature: AnySignature) -> str:
 @functools.cache
 def _sources(kind: str) -> dict[str, str]:
     """The kernels of a kind with all that they call, by Triton's hashes (interpreted ones have none), and the texts of
-    the modules that launch them."""
+    the modules that launch them or say which binary a call has."""
     modules = [importlib.import_module(f".{name}", __package__) for name in MODULES[kind]]
     found = {name: x for module in modules for name, x in vars(module).items()}
     kernels = {name: kernel for name, kernel in found.items() if isinstance(kernel, triton.JITFunction)}
     hashes = {name: kernels[name].cache_key for name in sorted(kernels)}
-    return hashes | {name: hashlib.sha256(_text(name)).hexdigest() for name in MODULES[kind]}
+    return hashes | {name: hashlib.sha256(_text(name)).hexdigest() for name in (*MODULES[kind], "signatures")}
 
 
 def _text(module: str) -> bytes:

@@ -128,7 +128,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, backend:
 def _meet(q: Tensor, k: Tensor, v: Tensor, plan: Plan, way: str) -> None:
     """All ranks of the group, before the first of their keys and values."""
     heads = {"query heads": q.shape[2], "key heads": k.shape[2], "key width": k.shape[3], "value width": v.shape[3]}
-    plan.comm.first("attention's heads", k, way, **heads)
+    plan.comm.first("attention's heads", k, way, plan.layer, **heads)
 
 
 def _merge(o: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, first: bool) -> None:

@@ -31,7 +31,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .errors import PlanError
+from .errors import PlanError, first_line
 from .flash import VERSIONS, Edges
 
 aten = torch.ops.aten
@@ -188,7 +188,7 @@ def _failed_proof(backend: Backend, heads: Heads) -> str | None:
                 if not all(torch.equal(a, b) for a, b in zip(again, got[2:], strict=True)):
                     return "its backward does not repeat its bits"
         except Exception as failure:  # whatever a package of another version raises
-            return (str(failure).strip() or type(failure).__name__).splitlines()[0]
+            return first_line(failure)
         do, q, k, v = do.float(), q.float(), k.float(), v.float()
         wide, wide_lse = PLAIN.forward(q, k, v, edges, scale)
         truth = (wide, wide_lse, *PLAIN.backward(do, q, k, v, wide, wide_lse, edges, scale))

@@ -33,4 +33,4 @@ def first_line(error: BaseException) -> str:
     """What a library says of a failure, in one line: without its source file's name and its advice."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     line = re.sub(r"^\[.*?\]:?\s*|\[[^]]*\.(cc|cpp|h):\d+\]\s*", "", line)
-    return line.partition(" This is typically")[0].rstrip(".")[:300]
+    return line.partition(" This is typically")[0].rstrip(".")[:300] or type(error).__name__

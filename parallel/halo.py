@@ -97,7 +97,7 @@ def _shift(parts: list[Tensor], plan: Plan, step: int) -> Tensor:
                 receives.append((layout.owner(source), arriving[n]))
     way = "forward" if step == 1 else "backward"
     _, B, width, D = arriving.shape
-    plan.comm.first("a convolution's halo", arriving, way, rows=B, tokens=width, channels=D)
+    plan.comm.first("a convolution's halo", arriving, way, plan.layer, rows=B, tokens=width, channels=D)
     size = arriving[0].numel() * arriving.element_size()
     mail = plan.mail(plan.scan.kind if layout.ranks > 1 else "", arriving, size)
     plan.comm.calls += mail is not plan.comm

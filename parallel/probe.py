@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from .errors import first_line
 from .transport import Transport
 
 
@@ -40,7 +41,7 @@ def _gloo() -> tuple[bool, str]:
         group: Any = dist.ProcessGroupGloo(dist.HashStore(), 0, 1, timedelta(seconds=10))
         group.allreduce(torch.ones(1)).wait()
     except RuntimeError as error:
-        return False, str(error).strip().splitlines()[0]
+        return False, first_line(error)
     return True, "a group of one summed"
 
 

@@ -167,7 +167,7 @@ class _Chain:
     def start(self, start: Tensor | None) -> Coming:
         B, HV, K, V = self.U.shape[1:]
         state = {"rows": B, "value heads": HV, "key width": K, "value width": V}
-        self.scan.comm.first("the state of a scan", self.U, self._way, **state)
+        self.scan.comm.first("the state of a scan", self.U, self._way, self.scan.layer, **state)
         self.into[0] = start
         self.held = self.M, self.U, start  # until awaited: the side stream reads them
         side, device = _side(self.U.device), self.U.device

@@ -24,7 +24,7 @@ from torch import Tensor
 from dnsp.kernels import proof, triton_scan
 from dnsp.kernels.triton_scan import DEPTH, TILE, Inbox, Outbox
 
-from .errors import PeerLost, PlanError
+from .errors import PeerLost, PlanError, first_line
 from .probe import places, refusal
 from .transport import Transport
 from .waits import WAITS
@@ -119,7 +119,7 @@ class Region:
         try:
             mine, handle = _allocate(words, self.comm, self.device, len(set(where)) < len(where))
         except RuntimeError as failure:
-            error = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+            error = first_line(failure)
         for rank, said in enumerate(self.comm.from_all(error)):
             if said:
                 raise PlanError(

@@ -22,11 +22,9 @@ from .waits import WAITS
 T = TypeVar("T")
 COMPILING = {"cuda"}  # devices whose kernels are compiled, and proven, at their first launch
 _together: set[tuple[Any, ...]] = set()  # what the ranks of a group have come to together, by the group's name
-Message = tuple[int, Tensor]  # (peer, contiguous tensor)
-
-
 # One tensor for all ranks' parts; torch 2.13 has another name for it, and warns of the old one.
 _gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+Message = tuple[int, Tensor]  # (peer, contiguous tensor)
 Works = list[tuple[int | None, dist.Work]]  # by peer; None where one work is several peers'
 
 
@@ -160,15 +158,16 @@ class Transport:
         """Until every rank's host is here."""
         self.from_all(None)
 
-    def first(self, what: str, tensor: Tensor, way: str, **fields: int) -> None:
-        """Before the first message of a kind: until every rank's host has come to it, however long it compiles what
-        comes before. The time that a message may take counts from there. All ranks call it together.
+    def first(self, what: str, tensor: Tensor, way: str, layer: int | None, **fields: int) -> None:
+        """Before the first message of a kind in a layer: until every rank's host has come to it, however long it
+        compiles what comes before, of this layer or the last. The time that a message may take counts from there. All
+        ranks call it together.
 
         Raises: PlanError on every rank, naming rank and field, where one means another type or another of ``fields``.
         """
         if self.control is None or tensor.device.type not in COMPILING:
             return
-        key = self.control.group_name, what, way, tensor.dtype, *fields.values()
+        key = self.control.group_name, what, way, layer, tensor.dtype, *fields.values()
         if key not in _together:
             self._hold_against({**fields, "dtype": str(tensor.dtype).removeprefix("torch.")}, what)
             _together.add(key)

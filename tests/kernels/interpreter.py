@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -28,6 +29,7 @@ class Interpreter:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.kernels.interpreter"], cwd=ROOT,
                 env=os.environ | {"TRITON_INTERPRET": "1"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                start_new_session=True,
             )  # fmt: skip
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None and stdout is not None
@@ -45,8 +47,8 @@ class Interpreter:
 
     def close(self) -> None:
         if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
+            os.killpg(self.process.pid, signal.SIGKILL)  # with the child that has not answered
+            self.process.wait()
             self.process = None
 
 

@@ -116,6 +116,7 @@ ON_GPU = {
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ON_GPU)
 @pytest.mark.parametrize("pieces", [1, 2, 4, 8])
 def test_pieces_give_the_bits_of_the_whole_on_gpu(name, pieces):

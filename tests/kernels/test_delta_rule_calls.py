@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dnsp.kernels.conv import causal_conv1d
 from dnsp.kernels.delta_rule import Segments, chunk_gated_delta_rule, delta_rule, fused_recurrent_gated_delta_rule
 from dnsp.kernels.reference import recurrence
 from dnsp.kernels.scan import LocalScan
@@ -242,6 +243,8 @@ def test_a_backend_that_is_not_known_is_refused_by_where_it_was_given(monkeypatc
     monkeypatch.setenv("DNSP_DELTA_RULE", "cuda")
     with pytest.raises(ValueError, match="^DNSP_DELTA_RULE=cuda: give 'triton'.* or 'torch'"):
         chunk_gated_delta_rule(*make())
+    with pytest.raises(ValueError, match="^DNSP_DELTA_RULE=cuda: give 'triton'"):
+        causal_conv1d(torch.ones(1, 8, 4), torch.ones(4, 3))
     with pytest.raises(ValueError, match="^backend='cpu': give 'triton'"):
         chunk_gated_delta_rule(*make(), backend="cpu")
 

@@ -75,7 +75,7 @@ def test_rows_are_laid_in_steps() -> None:
 
 
 @pytest.fixture
-def children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[AnySignature]:
+def children(memory: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[AnySignature]:
     """Nothing is known, and the proofs are written down here instead of run; all succeed."""
     asked: list[AnySignature] = []
 
@@ -87,8 +87,6 @@ def children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[AnySignatu
     monkeypatch.setattr(proof, "toolchain", lambda device: H200)
     monkeypatch.setattr(proof, "_child", child)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(proof, "_proven", set())
-    monkeypatch.setattr(proof, "_tables", {})
     return asked
 
 
@@ -113,9 +111,13 @@ def test_another_text_of_a_kind_is_proven_anew(children: list[AnySignature], mon
         monkeypatch.setattr(verdicts, "_text", lambda module: right(module) + b"#" * (module == "triton_conv"))
         verdicts._sources.cache_clear()
         changed = [name for name, s in LAYERS.items() if verdicts.file_of(H200, s) != before[name]]
+        # how a call becomes a signature is every kind's
+        monkeypatch.setattr(verdicts, "_text", lambda module: right(module) + b"#" * (module == "signatures"))
+        verdicts._sources.cache_clear()
+        same = [name for name, s in LAYERS.items() if verdicts.file_of(H200, s) == before[name]]
     finally:
         verdicts._sources.cache_clear()
-    assert changed == ["conv", "conv, everything"]
+    assert changed == ["conv", "conv, everything"] and not same
 
 
 def test_what_is_refused_names_the_kernel_and_the_way_out(
@@ -170,25 +172,25 @@ def test_right_and_wrong_kernels(interpreter: Interpreter, name: str) -> None:
 # On a GPU.
 
 GPU: dict[str, AnySignature] = {
-    "conv": Conv(BF16, FP32, None, None, torch.int32, 8192, 4, True),
+    "conv, model": Conv(BF16, FP32, None, None, torch.int32, 8192, 4, True),
     "conv, halo": Conv(BF16, BF16, BF16, BF16, torch.int32, 2048, 4, True),
     "conv, fp16": Conv(FP16, FP16, None, None, None, 96, 2, False),
-    "norm": Norm(BF16, BF16, FP32, 128, 1),
-    "norm, heads apart": Norm(FP16, FP16, FP16, 64, 4),
+    "norm, model": Norm(BF16, BF16, FP32, 128, 1),
+    "norm, fp16, heads apart": Norm(FP16, FP16, FP16, 64, 4),
     "norm, narrow": Norm(BF16, BF16, BF16, 24, 1),
     "norm, widest": Norm(BF16, BF16, FP32, 8192, 1),
-    "conv step": ConvStep(BF16, BF16, BF16, None, None, 8192, 4, True, True),
-    "delta step": DeltaStep(*(BF16,) * 5, FP32, FP32, None, 16, 32, 128, 128, Rule(), True, True),
+    "conv step, model": ConvStep(BF16, BF16, BF16, None, None, 8192, 4, True, True),
+    "delta step, model": DeltaStep(*(BF16,) * 5, FP32, FP32, None, 16, 32, 128, 128, Rule(), True, True),
     "delta step, slots": DeltaStep(
         *(BF16,) * 3, FP32, FP32, None, None, torch.int64, 2, 4, 64, 256, Rule(error_decay="previous"), True, True
     ),
-} | LAYERS  # fmt: skip
+}  # fmt: skip
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", GPU)
-def test_right_kernels_are_proven_on_gpu(name: str) -> None:
-    assert what_is_wrong(GPU[name], torch.device("cuda:0")) is None
+@pytest.mark.parametrize(("name", "signature"), [*GPU.items(), *LAYERS.items()])
+def test_right_kernels_are_proven_on_gpu(name: str, signature: AnySignature) -> None:
+    assert what_is_wrong(signature, torch.device("cuda:0")) is None
 
 
 @pytest.mark.gpu
@@ -200,12 +202,12 @@ def test_wrong_kernels_are_found_on_gpu(name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.timeout(300)
-def test_each_launch_is_asked_for_on_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_launch_is_asked_for_on_gpu(
+    memory: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the public functions: unproven, a capture is refused; proven by processes of their own, none is started again,
     neither by this process nor by one that knows nothing, and a graph of them is captured."""
     monkeypatch.setenv("DNSP_PROOFS", str(tmp_path))
-    monkeypatch.setattr(proof, "_proven", set())
-    monkeypatch.setattr(proof, "_tables", {})
     draw = torch.Generator("cuda").manual_seed(0)
 
     def random(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -231,8 +233,7 @@ def test_each_launch_is_asked_for_on_gpu(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(proof, "_child", None)
     for forget in (False, True):
         if forget:
-            monkeypatch.setattr(proof, "_proven", set())
-            monkeypatch.setattr(proof, "_tables", {})
+            memory()
         assert all(torch.equal(a, b) for a, b in zip(work(), expected, strict=True))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -116,6 +116,7 @@ def with_gradients(inputs: list[Tensor], do: Tensor, **options: object) -> list[
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("decay", [-1e-4, -20.0])
 def test_long_on_gpu(decay):
     inputs = random(131072, decay=decay)
