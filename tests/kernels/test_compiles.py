@@ -68,7 +68,7 @@ def check_compiled(use: str, capability: int) -> None:
     binary = compiled(use, capability)
     assert binary.spilled <= SPILLED[capability].get(use, 0)
     matrix = "HMMA" if use == "invert" else MATRIX[capability]
-    assert binary.matrix == (set() if use in ("group", "gates") else {matrix})
+    assert binary.matrix == (set() if use == "gates" else {matrix})
 
 
 # Whole calls.
