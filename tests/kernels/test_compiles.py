@@ -193,7 +193,7 @@ def delta_rule_binaries(name: str) -> list[Any]:
 
 
 OF_TRITON = ["gates", "invert", "keys", "pairs", "prepare", "queries", *["reverse"] * 2, *["states"] * 3]
-OF_HOPPER = ["backward", "gates", "group", "prepare_pairs", "whole_reverse", *["whole_states"] * 3]
+OF_HOPPER = ["gates", "prepare_pairs", "whole_reverse", *["backward"] * 2, *["whole_states"] * 3]
 
 
 @pytest.mark.slow
