@@ -66,6 +66,11 @@ class Kernels:
         self.in_gluon["backward"] &= self.in_gluon["whole_states"]  # the heads of its launches lie apart
 
 
+def holds_heads_whole(k: Tensor, v: Tensor) -> bool:
+    """Whether there are kernels that hold a value head's state whole, as tuned and for the usual rule."""
+    return k.shape[3] == v.shape[3] == WIDTH.value and v.dtype != torch.float32 and _is_hopper(v.device)
+
+
 @lru_cache
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
