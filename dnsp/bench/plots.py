@@ -75,7 +75,7 @@ def panels(files: Sequence[Path]) -> list[Panel]:
         except (OSError, ValueError) as error:
             raise UsageError(f"{file}: {error}; give what dnsp bench wrote with --json") from None
         kinds = set(found) if isinstance(found, dict) else set()
-        if {"shapes", "kernels"} <= kinds:
+        if {"shapes", "kernels"} <= kinds:  # bench decode has shapes as well, in other units
             delta.bars.extend(_delta(found))
         elif {"ours", "rows", "tokens"} <= kinds:
             train.bars.extend(_train(found))
@@ -89,7 +89,7 @@ def panels(files: Sequence[Path]) -> list[Panel]:
 def _delta(found: dict[str, Any]) -> list[Bar]:
     bars = []
     for entry in found["shapes"]:
-        ended = {side["name"]: (side["passes"] or {}).get("training", {}) for side in entry["sides"]}
+        ended = {side["name"]: side["passes"].get("training", {}) for side in entry["sides"]}
         times = {name: figures["ms"] for name, figures in ended.items() if "ms" in figures}  # the others failed
         if times.keys() & SIDES.keys() > {"dnsp"}:
             row, tokens = shape_name(entry["shape"]), entry["shape"]["batch"] * entry["shape"]["tokens"]
