@@ -32,7 +32,7 @@ from .gluon_states import whole_states_kernel
 from .launches import GATES, IN_GLUON, LAUNCHES, Launches, constants
 from .segments import CHUNK, Gradients, Inputs
 from .signatures import Signature, stepped
-from .triton_gradients import PARTS, gates_kernel, group_kernel, keys_kernel, pairs_kernel, queries_kernel
+from .triton_gradients import PARTS, gates_kernel, keys_kernel, pairs_kernel, queries_kernel
 from .triton_prepare import ROWS, invert_kernel, prepare_kernel
 from .triton_reverse import reverse_kernel
 from .triton_states import states_kernel
@@ -48,7 +48,7 @@ KERNELS = {
     **dict.fromkeys(STATES, states_kernel),
     **{"whole_reverse": whole_reverse_kernel} | dict.fromkeys(("reverse_summary", "reverse"), reverse_kernel),
     **{"pairs": pairs_kernel, "queries": queries_kernel, "keys": keys_kernel},
-    **{"backward": backward_kernel, "group": group_kernel, "gates": gates_kernel},
+    **{"backward": backward_kernel, "gates": gates_kernel},
 }
 
 
@@ -63,6 +63,12 @@ class Kernels:
         fits = s.K == s.V == WIDTH.value and rule and s.dtype != torch.float32 and _is_hopper(device)
         # Whether a pass has its kernel for Hopper here.
         self.in_gluon = {use: fits and launches[use].warps == LAUNCHES[use].warps for use in IN_GLUON}
+        self.in_gluon["backward"] &= self.in_gluon["whole_states"]  # the heads of its launches lie apart
+
+
+def holds_heads_whole(k: Tensor, v: Tensor) -> bool:
+    """Whether there are kernels that hold a value head's state whole, as tuned and for the usual rule."""
+    return k.shape[3] == v.shape[3] == WIDTH.value and v.dtype != torch.float32 and _is_hopper(v.device)
 
 
 @lru_cache
@@ -221,15 +227,15 @@ def _forward(
     """Pass 2 over some value heads of all rows (all unless told), for one of its uses."""
     x, v = p.x, p.x.v
     B, _, HV, V = v.shape
-    first, last = (0, B * HV) if heads is None else (heads.start, heads.stop)
+    first, last, every = (heads or slice(None)).indices(B * HV)
     if p.kernels.in_gluon["whole_states"]:
         v_chunks = p.fetched_v
         proof.launch(
-            whole_states_kernel, (p.sizes[4], last - first, 2 if use == "summarise" else 1),
+            whole_states_kernel, (p.sizes[4], -(-(last - first) // every), 2 if use == "summarise" else 1),
             *p.fetched[:2], v_chunks, *p.fetched[2:], scales_of(p.rows, 256),
             v_chunks if o is None else tokens_of(o),
             *(v_chunks if y is None else tiles_of(y) for y in (states, errors)), p.through, p.bound,
-            *(v if y is None else y for y in (need, incoming, M, U)), *p.sizes, first,
+            *(v if y is None else y for y in (need, incoming, M, U)), *p.sizes, first, every,
             **p.kernels.constants[f"whole {use}"],
         )  # fmt: skip
         return
@@ -334,32 +340,27 @@ def _reverse_and_gradients(
 
 
 def _fetched(
-    p: Prepared, do: Tensor, states: Tensor, errors: Tensor, between: tuple[Tensor, Tensor], dv: Tensor
+    p: Prepared, do: Tensor, states: Tensor, errors: Tensor, grads: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Any, ...]:
     """What the one kernel of passes 3 and 4 reads and writes by descriptors, the same for all heads."""
     q_chunks, k_chunks, A_tiles, P_tiles = p.fetched
+    dq, dk, dv = map(tokens_of, grads)
     return (
-        q_chunks, k_chunks, tokens_of(do), tiles_of(states), tiles_of(errors), A_tiles, P_tiles, tokens_of(dv),
-        *map(tiles_of, between), scales_of(p.rows, 512),
+        q_chunks, k_chunks, tokens_of(do), tiles_of(states), tiles_of(errors), A_tiles, P_tiles, dv, dq, dk,
+        scales_of(p.rows, 512), *grads[:2],
     )  # fmt: skip
 
 
-def _backward(
-    p: Prepared, fetched: tuple[Any, ...], outgoing: Tensor, heads: slice, between: tuple[Tensor, Tensor],
-    parts: Tensor, dq: Tensor, dk: Tensor,
-) -> None:  # fmt: skip
-    """The same in one kernel, and a second one that sums the value heads' dq and dk, which lie between them."""
-    x, constants = p.x, p.kernels.constants
-    G = x.v.shape[2] // x.k.shape[2]
+def _backward(p: Prepared, fetched: tuple[Any, ...], outgoing: Tensor, head: int, parts: Tensor) -> None:
+    """The same in one kernel, over a value head of every key head; dq and dk are whole with the last."""
     T, NC, segment_chunks, B, N = p.sizes
+    s = p.kernels.signature
+    G = s.HV // s.H
     proof.launch(
-        backward_kernel, (N, heads.stop - heads.start),
-        *fetched, p.rows, p.through, _documents(x), outgoing, parts,
-        T, NC, segment_chunks, B, heads.start, x.scale, **constants["backward"],
-    )  # fmt: skip
-    proof.launch(
-        group_kernel, (NC, (heads.stop - heads.start) // G, 2),
-        x.q, x.k, p.rows, *between, dq, dk, T, NC, heads.start, *p.strides_qk, **constants["group"],
+        backward_kernel, (N, B * s.H),
+        *fetched, p.rows, p.through, _documents(p.x), outgoing, parts,
+        T, NC, segment_chunks, B, head, p.x.scale,
+        **p.kernels.constants["backward"], SUM=head > 0, LAST=head + 1 == G,
     )  # fmt: skip
 
 
@@ -376,28 +377,31 @@ def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, coming:
     dbeta = torch.empty((B, T, HV), dtype=x.beta.dtype, device=device)
 
     # The states kept of a chunk are K / 64 times the size of its v: for all heads together that would be the most of
-    # the backward pass's memory. It takes the heads in groups whose states are as large as v.
-    together = -(-B * H * CHUNK // max(K, CHUNK))
-    chunks = together * G, NC
-    states, errors = torch.empty((*chunks, V, K), **like), torch.empty((*chunks, CHUNK, V), **like)
-    parts = torch.empty((*chunks, len(PARTS), CHUNK), dtype=torch.float32, device=device)
-    one = p.kernels.in_gluon["backward"]
-    shapes = ((CHUNK, K), (CHUNK, K)) if one else ((V, K), (2 * CHUNK, CHUNK))
-    between = torch.empty((*chunks, *shapes[0]), **like), torch.empty((*chunks, *shapes[1]), **like)
+    # the backward pass's memory. It takes the heads in groups: a value head of each key head, or all of as many key
+    # heads as have states as large as v.
+    one, together = p.kernels.in_gluon["backward"], -(-B * H * CHUNK // max(K, CHUNK))
+    groups = [slice(j, B * HV, G) for j in range(G)]
+    if not one:
+        groups = [slice(n * G, min(n + together, B * H) * G) for n in range(0, B * H, together)]
+    rows = B * H if one else together * G
+    states, errors = torch.empty((rows, NC, V, K), **like), torch.empty((rows, NC, CHUNK, V), **like)
+    parts = torch.empty((rows, NC, 14 if one else len(PARTS), CHUNK), dtype=torch.float32, device=device)
     fetched: tuple[Any, ...] = ()
-    for first in range(0, B * H, together):
-        last = min(first + together, B * H)
-        heads = slice(first * G, last * G)
+    if one:
+        fetched = _fetched(p, do, states, errors, (dq, dk, dv))
+    else:
+        between = torch.empty((rows, NC, V, K), **like), torch.empty((rows, NC, 2 * CHUNK, CHUNK), **like)
+    for n, heads in enumerate(groups):
         _forward(p, "keep", heads, incoming=incoming, states=states, errors=errors)
         outgoing = coming().contiguous() if outgoing is None else outgoing  # behind what does not need it
         if one:
-            fetched = fetched or _fetched(p, do, states, errors, between, dv)
-            _backward(p, fetched, outgoing, heads, between, parts, dq, dk)
+            _backward(p, fetched, outgoing, n, parts)
         else:
             _reverse_and_gradients(p, do, outgoing, heads, states, errors, between, parts, (dq, dk, dv))
+        first, last, every = heads.indices(B * HV)
         proof.launch(
-            gates_kernel, (-(-NC // GATES), heads.stop - heads.start),
-            p.rows, p.through, parts, dbeta if dg is None else dg, dbeta, T, NC, heads.start,
-            **p.kernels.constants["gates"],
+            gates_kernel, (-(-NC // GATES), -(-(last - first) // every)),
+            p.rows, p.through, parts, dbeta if dg is None else dg, dbeta, T, NC, first, every,
+            **p.kernels.constants["gates"], HALVES=one,
         )  # fmt: skip
     return Gradients(dq, dk, dv, dg, dbeta)

@@ -187,7 +187,7 @@ def chunk_gated_delta_rule(
     if cu_seqlens is not None:
         doc_start = document_starts(cu_seqlens, T)
     backend = choose(backend, v)
-    tokens = _segment_tokens(v, backend) if segment_tokens is None else segment_tokens
+    tokens = _segment_tokens(k, v, backend) if segment_tokens is None else segment_tokens
     check_segment_tokens(tokens)
     if doc_start is not None and initial_state is not None:  # the first document goes on from the initial state
         doc_start = torch.where(doc_start == 0, -1, doc_start)
@@ -217,16 +217,23 @@ def _whole(tokens: int, T: int) -> Segments:
     return Segments(tokens, tuple(range(0, T, tokens)), T)
 
 
-def _segment_tokens(v: Tensor, backend: Backend) -> int:
-    """Segments for speed alone: one, or on a GPU as many as make four programs a multiprocessor."""
-    B, T, HV, V = v.shape
-    chunks = -(-T // CHUNK)
-    segments = 1
+def _segment_tokens(k: Tensor, v: Tensor, backend: Backend) -> int:
+    """Segments for speed alone: one, or on a GPU as many as fill its multiprocessors."""
+    chunks, segments = -(-v.shape[1] // CHUNK), 1
     if backend == "triton" and v.is_cuda:
-        programs = B * HV * max(1, V // 64)
-        segments = 4 * _multiprocessors(v.device) // programs
+        from . import chunk_triton
+
+        (B, _, HV, V), H = v.shape, k.shape[2]
+        segments = filling_segments(B, H, HV, V, _multiprocessors(v.device), chunk_triton.holds_heads_whole(k, v))
         segments = max(1, min(segments, chunks // 16))  # a segment costs a state's worth of work: 16 chunks pay for it
     return -(-chunks // segments) * CHUNK
+
+
+def filling_segments(B: int, H: int, HV: int, V: int, multiprocessors: int, whole: bool) -> int:
+    """Segments whose programs fill a GPU. Where one holds a head ``whole`` it has a multiprocessor to itself, and the
+    backward pass takes a value head of each key head at a time; else there are four, of 64 columns each. More would
+    only be more to summarise: where decays are strong, a summary is of the segment's last chunks alone."""
+    return multiprocessors // (B * H) if whole else 4 * multiprocessors // (B * HV * max(1, V // 64))
 
 
 @cached

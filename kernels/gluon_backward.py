@@ -7,7 +7,11 @@ left, and all of a chunk stays on the multiprocessor. Eight warps hold dS, trans
 as the last use of the chunk behind it is over. Matrix instructions are issued before their results are waited for.
 Few may spill: shared memory leaves the first cache 10 KiB.
 
-A value head leaves its part of dq and dk, which *group* of :mod:`.triton_gradients` sums, and ``parts`` as there.
+The value heads of a key head are launched one after another. Each but the first adds to what dq and dk hold so far, and
+the last takes them through the norm: in memory there are no other parts of them.
+
+It leaves ``parts`` as the kernels there, but where a row lies in two warps each has its half of the sum: warps wait for
+each other at barriers, of which a sum over all of them takes two. (Of the pairs' dbeta there are quarters.)
 """
 
 from __future__ import annotations
@@ -54,14 +58,33 @@ def _add_pairs(a, b, c, d):
     return a + c, b + d
 
 
+@gluon.jit
+def _store_halves(at, x, columns: gl.constexpr):
+    """Sums of the rows of x, [64, 2 * columns], in two halves."""
+    sums = gl.sum(gl.reshape(x, [64, 2, columns]), 2)
+    i = gl.arange(0, 64, layout=gl.SliceLayout(1, sums.type.layout))
+    half = gl.arange(0, 2, layout=gl.SliceLayout(0, sums.type.layout))
+    gl.store(at + gl.expand_dims(i, 1) * 2 + gl.expand_dims(half, 0), sums)
+
+
+@gluon.jit
+def _store_quarters(at, x):
+    """Sums of the columns of x, [64, 64], in four quarters."""
+    sums = gl.sum(gl.reshape(x, [4, 16, 64]), 1)
+    quarter = gl.arange(0, 4, layout=gl.SliceLayout(1, sums.type.layout))
+    j = gl.arange(0, 64, layout=gl.SliceLayout(0, sums.type.layout))
+    gl.store(at + gl.expand_dims(quarter, 1) * 64 + gl.expand_dims(j, 0), sums)
+
+
 @gluon.jit(
     do_not_specialize=["T", "NC", "segment_chunks", "B", "row0"],
     do_not_specialize_on_alignment=["doc"],
 )
 def backward_kernel(
-    q, k, do, states, errors, A, P, dv, dq, dk, scales, rows, through, doc, outgoing, parts,
+    q, k, do, states, errors, A, P, dv, dq, dk, scales, dq_sum, dk_sum, rows, through, doc, outgoing, parts,
     T, NC, segment_chunks, B, row0, scale,
-    H: gl.constexpr, G: gl.constexpr, HAS_G: gl.constexpr, HAS_DOC: gl.constexpr,
+    H: gl.constexpr, G: gl.constexpr, HAS_G: gl.constexpr, HAS_DOC: gl.constexpr, NORM: gl.constexpr,
+    SUM: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
     W: gl.constexpr = WIDTH
     dtype: gl.constexpr = q.dtype
@@ -82,7 +105,7 @@ def backward_kernel(
 
     n = gl.program_id(0)
     local = gl.program_id(1)
-    row = row0 + local
+    row = row0 + local * G
     HV: gl.constexpr = H * G
     ib = row // HV
     hv = row % HV
@@ -212,13 +235,13 @@ def backward_kernel(
         d_value = warpgroup_mma(
             gl.convert_layout(dnew.to(dtype), of_new), A_at, zero_new, use_acc=False, is_async=True
         )
-        at_part = parts + (local.to(gl.int64) * NC + c) * 384
+        at_part = parts + (local.to(gl.int64) * NC + c) * 896
         mbarrier.wait(S_bar, phase)
         if HAS_G:
             sums = gl.zeros([32, W], gl.float32, loads)
             for j in gl.static_range(0, W, 32):
                 sums += S_at.slice(j, 32).load(loads).to(gl.float32) * dS_at.slice(j, 32).load(loads).to(gl.float32)
-            gl.store(at_part + 320, gl.sum(gl.sum(sums, 1), 0))
+            gl.store(at_part + 768 + gl.arange(0, 32, layout=gl.SliceLayout(1, loads)), gl.sum(sums, 1))
         pairs, products = warpgroup_mma_wait(1, deps=[pairs, products])
         tma.store_wait(0)  # of dq and dk of the chunk behind
         barrier()
@@ -275,7 +298,7 @@ def backward_kernel(
         dkk_at.store((back * bt).to(dtype))
         products = warpgroup_mma_wait(1, deps=[products])
         pairs += back * products
-        gl.store(at_part + gl.arange(0, 64, layout=pair_j), gl.sum(pairs, 0))
+        _store_quarters(at_part, pairs)
         if HAS_G:
             logs_at.store(gl.where(strict, pairs * bt, 0.0).to(gl.bfloat16))
         fence_async_shared()
@@ -297,16 +320,12 @@ def backward_kernel(
         taken = warpgroup_mma(dv_at, S_at, zero_long, use_acc=False, is_async=True)
         key = k_now.load(long)
         part = scaled(column_of(rows_at, 128, long), part, HAS_DOC)
-        at_long = at_part + gl.arange(0, 64, layout=long_i)
         d_query = warpgroup_mma(do_at, S_at, zero_long, use_acc=False, is_async=True)
         taken = warpgroup_mma_wait(1, deps=[taken])
         taken = scaled(column_of(rows_at, 64, long), taken, HAS_DOC)
+        _store_halves(at_part + 512, part * key.to(gl.float32), 64)
         if HAS_G:
-            sum_left, sum_taken = gl.reduce((part * key.to(gl.float32), taken * key.to(gl.float32)), 1, _add_pairs)
-            gl.store(at_long + 192, sum_left)
-            gl.store(at_long + 256, sum_taken)
-        else:
-            gl.store(at_long + 192, gl.sum(part * key.to(gl.float32), 1))
+            _store_halves(at_part + 640, taken * key.to(gl.float32), 64)
         d_key = part * column_of(rows_at, 192, long) - taken
         d_key = warpgroup_mma(dqk_at.permute((1, 0)), q_at, d_key, is_async=True)
         d_key = warpgroup_mma(dkk_at, k_now, d_key, is_async=True)
@@ -331,20 +350,38 @@ def backward_kernel(
             tma.async_copy_global_to_shared(states, [at_kept * W, 0], S_bar, S_at)
         d_query = gl.where(column_of(rows_at, 0, long) != 0.0, d_query, 0.0)
         if HAS_G:
-            gl.store(at_long + 128, gl.sum(d_query * q_at.load(long).to(gl.float32), 1))
+            _store_halves(at_part + 384, d_query * q_at.load(long).to(gl.float32), 64)
         d_query = warpgroup_mma(dqk_at, k_now, d_query, is_async=True)
         dk_at = pairs_mem.index(1 + nil)._reinterpret(dtype, [64, W], tile)
+        if SUM:  # fetched before the products are waited for
+            token = c * 64 + gl.arange(0, 64, layout=long_i)
+            at_sum = gl.expand_dims(((ib.to(gl.int64) * T + token) * H + ih) * W, 1)
+            at_sum = at_sum + gl.expand_dims(gl.arange(0, W, layout=gl.SliceLayout(0, long)), 0)
+            there = gl.expand_dims(token < T, 1)
+            dk_before = gl.load(dk_sum + at_sum, mask=there, other=0.0)
+            dq_before = gl.load(dq_sum + at_sum, mask=there, other=0.0)
         if HAS_G:
             d_key, d_query, crossing = warpgroup_mma_wait(0, deps=[d_key, d_query, crossing])
         else:
             d_key, d_query = warpgroup_mma_wait(0, deps=[d_key, d_query])
+        if SUM:
+            d_key += dk_before.to(gl.float32)
+            d_query += dq_before.to(gl.float32)
+        if LAST and NORM:  # see triton_gradients._write
+            query = q_at.load(long).to(gl.float32)
+            key = k_now.load(long).to(gl.float32)
+            along_q, along_k = gl.reduce((d_query * query, d_key * key), 1, _add_pairs)
+            rq = column_of(rows_at, 384, long)
+            rk = column_of(rows_at, 448, long)
+            d_query -= rq * rq * gl.expand_dims(along_q, 1) * query
+            d_key -= rk * rk * gl.expand_dims(along_k, 1) * key
         tma.store_wait(0)  # of dv
         barrier()
         dk_at.store(d_key.to(dtype))
         dv_at.store(d_query.to(dtype))
         if HAS_G:
             crossing = gl.where(ri > rj, crossing, 0.0)
-            gl.store(at_part + 64 + gl.arange(0, 64, layout=pair_i), gl.sum(crossing, 1))
+            _store_halves(at_part + 256, crossing, 32)
         mbarrier.expect(q_bar, 64 * W * 2, pred=more)
         mbarrier.expect(k_bars.index(half), 64 * W * 2, pred=i + 2 < chunks)
         mbarrier.expect(rows_bars.index(half), 512 * 4, pred=i + 2 < chunks)
@@ -355,9 +392,8 @@ def backward_kernel(
         if i + 2 < chunks:
             fetch_chunk(k, k_bars.index(half), k_at.index(half), ib, c - 2, ih, True, W)
             tma.async_copy_global_to_shared(scales, [at_tile - 1, 0], rows_bars.index(half), rows_mem.index(half))
-        at_out = (local * NC + c) * 64
-        tma.async_copy_shared_to_global(dk, [at_out, 0], dk_at)
-        tma.async_copy_shared_to_global(dq, [at_out, 0], dv_at)
+        tma.async_copy_shared_to_global(dk, [ib, c * 64, ih, 0], dk_at._reinterpret(dtype, [1, 64, 1, W], tokens))
+        tma.async_copy_shared_to_global(dq, [ib, c * 64, ih, 0], dv_at._reinterpret(dtype, [1, 64, 1, W], tokens))
         if HAS_DOC:
             doc_at.store(doc_next)
     tma.store_wait(0)

@@ -45,10 +45,10 @@ def _last_underflow(bound, first, stop, layout: gl.constexpr):
     return gl.max(gl.where(there & (left < UNDERFLOW), c, first), 0)
 
 
-@gluon.jit(do_not_specialize=["T", "NC", "segment_chunks", "B", "N", "row0"])
+@gluon.jit(do_not_specialize=["T", "NC", "segment_chunks", "B", "N", "row0", "every"])
 def whole_states_kernel(
     q, k, v, A, P, scales, o, states, errors, through, bound, need, incoming, M, U,
-    T, NC, segment_chunks, B, N, row0,
+    T, NC, segment_chunks, B, N, row0, every,
     H: gl.constexpr, G: gl.constexpr, HAS_DOC: gl.constexpr,
     SUMMARY: gl.constexpr, OUTPUT: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,7 @@ def whole_states_kernel(
 
     n = gl.program_id(0)
     local = gl.program_id(1)
-    row = row0 + local
+    row = row0 + local * every
     HV: gl.constexpr = H * G
     ib = row // HV
     hv = row % HV

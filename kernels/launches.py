@@ -48,7 +48,6 @@ LAUNCHES = {
     "queries": Launch(64, 4, 3),
     "keys": Launch(64, 8, 3),
     "backward": Launch(128, 8, 1),  # likewise, 0 for passes 3 and 4 apart
-    "group": Launch(128, 8, 1),
 }
 IN_GLUON = ("prepare_pairs", "whole_states", "whole_reverse", "backward")  # the passes' kernels for Hopper
 
@@ -96,7 +95,7 @@ def constants(use: str, s: Signature, launches: Launches, arguments: Sequence[st
         how = _launch(launches[named], s)
         values |= {"BV": min(s.V, how.columns, s.K if use == "summarise" else s.V), "STAGES": how.stages}
         options = how.options
-    if named in (*IN_GLUON, "group"):
+    if named in IN_GLUON:
         how = launches[named]
         options = {"num_warps": how.warps}
         if how.registers is not None:

@@ -47,8 +47,8 @@ SUSPECTS = {
     "final": "states (summarise) or fold",
     "dinitial": "reverse (reverse_summary) or fold",
     "dv": "states (keep), reverse or backward",
-    "dq": "pairs or queries, or backward or group",
-    "dk": "pairs or keys, or backward or group",
+    "dq": "pairs or queries, or backward",
+    "dk": "pairs or keys, or backward",
     "dbeta": "pairs or keys, or backward",
     "dg": "pairs, queries or keys, or backward",
 }

@@ -13,7 +13,7 @@ outgoing one, and the passage of the whole chunk: sums of just those log gradien
 Four kernels, because what all of it needs does not fit the registers. *pairs*, a program a chunk and value head, leaves
 the ``tiles`` dqk^T and dkk + dkk^T; *queries* and then *keys*, a program a chunk and key head, take the value heads
 that share it in turn and sum their dq and dk in registers. Each leaves ``parts`` of dbeta and dg, which *gates* adds.
-Of :mod:`.gluon_backward`, which does all this but the last by value head, *group* sums dq and dk.
+:mod:`.gluon_backward` does all this but the last, by value head.
 """
 
 from __future__ import annotations
@@ -274,64 +274,52 @@ def keys_kernel(
     _write(dk + ((ib * T + t0) * H + ih) * K, sums, _rows(k, skt, K, inside), norm, inside, H, K, NORM)
 
 
-@triton.jit(do_not_specialize=["T", "NC", "row0", "sqb", "skb"])
-def group_kernel(
-    q, k, rows, dq_parts, dk_parts, dq, dk, T, NC, row0,
-    sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """dq or, by the third index, dk of a chunk and key head: the sum over its value heads."""
-    c = tl.program_id(0).to(tl.int64)
-    local = tl.program_id(1).to(tl.int64) * G
-    row = row0 + local
-    HV: tl.constexpr = H * G
-    ib, ih = row // HV, (row % HV) // G
-    r = tl.arange(0, 64)
-    ck = tl.arange(0, K)
-    inside = r < tl.minimum(T - c * 64, 64).to(tl.int32)
-    norm = rows + (row * NC + c) * 512 + 384
-    if tl.program_id(2) == 0:
-        x = q + tl.multiple_of(ib * sqb, 16) + ih * sqh + c * 64 * sqt
-        part, out, step = dq_parts, dq, sqt
+@triton.jit
+def _part(parts, which: tl.constexpr, i, mask, HALVES: tl.constexpr):
+    """Sum i of a part behind the first, as pairs, queries and keys leave it or, in halves, gluon_backward."""
+    if HALVES:
+        at = parts + 128 * (which + 1) + 2 * i
+        return tl.load(at, mask=mask, other=0.0) + tl.load(at + 1, mask=mask, other=0.0)
     else:
-        x = k + tl.multiple_of(ib * skb, 16) + ih * skh + c * 64 * skt
-        part, out, step = dk_parts, dk, skt
-        norm += 64
-    sums = tl.zeros((64, K), tl.float32)
-    for j in tl.static_range(G):
-        at = ((local + j) * NC + c) * (64 * K) + r[:, None] * K + ck[None, :]
-        sums += tl.load(part + at).to(tl.float32)
-    xt = tl.load(x + r[:, None] * step + ck[None, :], mask=inside[:, None], other=0.0)
-    _write(out + ((ib * T + c * 64) * H + ih) * K, sums, xt, norm, inside, H, K, NORM)
+        return tl.load(parts + 64 * which + i, mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["T", "NC", "row0"])
+@triton.jit(do_not_specialize=["T", "NC", "row0", "every"])
 def gates_kernel(
-    rows, through, parts, dg, dbeta, T, NC, row0,
+    rows, through, parts, dg, dbeta, T, NC, row0, every,
     HV: tl.constexpr, HAS_G: tl.constexpr, ERASE: tl.constexpr, PREVIOUS: tl.constexpr, CHUNKS: tl.constexpr,
+    HALVES: tl.constexpr,
 ):  # fmt: skip
     """dbeta and dg from their parts, for a few chunks of a value head."""
     local = tl.program_id(1).to(tl.int64)
-    row = row0 + local
+    row = row0 + local * every
     ib, hv = row // HV, row % HV
     r = tl.arange(0, 64)[None, :]
     c = tl.program_id(0).to(tl.int64) * CHUNKS + tl.arange(0, CHUNKS)[:, None]
     t = c * 64 + r
-    at_part = parts + (local * NC + c) * 384 + r
+    size: tl.constexpr = 896 if HALVES else 384
+    parts += (local * NC + c) * size
     at = (ib * T + t) * HV + hv
-    left = tl.load(at_part + 192, mask=c < NC, other=0.0)
-    d_beta = tl.load(at_part, mask=c < NC, other=0.0) + left
+    there = c < NC
+    d_beta = tl.load(parts + r, mask=there, other=0.0)
+    if HALVES:
+        for quarter in tl.static_range(1, 4):
+            d_beta += tl.load(parts + 64 * quarter + r, mask=there, other=0.0)
+    d_beta += _part(parts, 3, r, there, HALVES)
     tl.store(dbeta + at, d_beta.to(dbeta.dtype.element_ty), mask=t < T)
     if HAS_G:
-        d_g = tl.load(at_part + 64, mask=c < NC, other=0.0)
-        d_g += tl.cumsum(tl.load(at_part + 128, mask=c < NC, other=0.0), 1, reverse=True)
+        d_g = _part(parts, 1, r, there, HALVES)
+        d_g += tl.cumsum(_part(parts, 2, r, there, HALVES), 1, reverse=True)
         if ERASE:
             after: tl.constexpr = 1 if PREVIOUS else 0
-            taken = tl.load(at_part + 256 + after, mask=(c < NC) & (r + after < 64), other=0.0)
-            d_g -= tl.cumsum(taken, 1, reverse=True)
-        bt = tl.load(rows + (row * NC + c) * 512 + 191 + r, mask=(c < NC) & (r > 0), other=0.0)
-        d_g += tl.cumsum(bt * tl.load(at_part + 191, mask=(c < NC) & (r > 0), other=0.0), 1)
-        passes = tl.load(through + row * NC + c, mask=c < NC, other=0.0)
-        inner = tl.load(parts + (local * NC + c) * 384 + 320, mask=c < NC, other=0.0)
+            d_g -= tl.cumsum(_part(parts, 4, r + after, there & (r + after < 64), HALVES), 1, reverse=True)
+        bt = tl.load(rows + (row * NC + c) * 512 + 191 + r, mask=there & (r > 0), other=0.0)
+        d_g += tl.cumsum(bt * _part(parts, 3, r - 1, there & (r > 0), HALVES), 1)
+        passes = tl.load(through + row * NC + c, mask=there, other=0.0)
+        if HALVES:
+            of_rows = tl.load(parts + 768 + tl.arange(0, 32)[None, :], mask=there, other=0.0)
+            inner = tl.sum(of_rows, 1)[:, None]
+        else:
+            inner = tl.load(parts + 320, mask=there, other=0.0)
         d_g += tl.where(passes != 0.0, passes * inner, 0.0)
         tl.store(dg + at, d_g.to(dg.dtype.element_ty), mask=t < T)

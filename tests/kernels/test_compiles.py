@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 # Bytes of local memory a thread, the more of Triton 3.6's and 3.7's; still more means that a change spills registers.
 SPILLED = {
     100: {"summarise": 48, "apply": 552, "keep": 256, "reverse_summary": 32, "reverse": 504, "pairs": 48},
-    90: {"prepare_pairs": 8, "reverse": 64, "queries": 56, "backward": 56},
+    90: {"prepare_pairs": 8, "reverse": 64, "queries": 56, "backward": 72},
     80: {"apply": 408, "reverse_summary": 448, "reverse": 6176, "queries": 176},  # reverse with 3.6: 616
 }
 # The tensor cores' instructions; blocks of 16 rows, which *invert* multiplies, are below a warp group's size.
@@ -68,7 +68,7 @@ def check_compiled(use: str, capability: int) -> None:
     binary = compiled(use, capability)
     assert binary.spilled <= SPILLED[capability].get(use, 0)
     matrix = "HMMA" if use == "invert" else MATRIX[capability]
-    assert binary.matrix == (set() if use in ("group", "gates") else {matrix})
+    assert binary.matrix == (set() if use == "gates" else {matrix})
 
 
 # Whole calls.
@@ -193,7 +193,7 @@ def delta_rule_binaries(name: str) -> list[Any]:
 
 
 OF_TRITON = ["gates", "invert", "keys", "pairs", "prepare", "queries", *["reverse"] * 2, *["states"] * 3]
-OF_HOPPER = ["backward", "gates", "group", "prepare_pairs", "whole_reverse", *["whole_states"] * 3]
+OF_HOPPER = ["gates", "prepare_pairs", "whole_reverse", *["backward"] * 2, *["whole_states"] * 3]
 
 
 @pytest.mark.slow

@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnsp.kernels.conv import causal_conv1d
-from dnsp.kernels.delta_rule import Segments, chunk_gated_delta_rule, delta_rule, fused_recurrent_gated_delta_rule
+from dnsp.kernels.delta_rule import (
+    Segments,
+    chunk_gated_delta_rule,
+    delta_rule,
+    filling_segments,
+    fused_recurrent_gated_delta_rule,
+)
 from dnsp.kernels.reference import recurrence
 from dnsp.kernels.scan import LocalScan
 
@@ -247,6 +253,24 @@ def test_a_backend_that_is_not_known_is_refused_by_where_it_was_given(monkeypatc
         causal_conv1d(torch.ones(1, 8, 4), torch.ones(4, 3))
     with pytest.raises(ValueError, match="^backend='cpu': give 'triton'"):
         chunk_gated_delta_rule(*make(), backend="cpu")
+
+
+# B, key and value heads, V, whether heads are held whole; the segments that fill 132 multiprocessors.
+FILLING = [
+    ((1, 16, 32, 128, True), 8),
+    ((1, 16, 16, 128, True), 8),  # of which every program of the backward pass has one, too
+    ((1, 4, 8, 128, True), 33),
+    ((32, 16, 32, 128, True), 0),
+    ((1, 16, 32, 128, False), 8),
+    ((1, 16, 16, 64, False), 33),
+    ((2, 1, 2, 16, False), 132),
+]
+
+
+@pytest.mark.parametrize(("shape", "segments"), FILLING)
+def test_segments_that_fill_a_gpu(shape, segments):
+    *sizes, whole = shape
+    assert filling_segments(*sizes, 132, whole) == segments
 
 
 def test_packed_rows_are_refused():

@@ -40,7 +40,7 @@ def test_every_kernel_is_launched_on_gpu() -> None:
     hopper = torch.cuda.get_device_capability()[0] == 9
     missing = set(json.loads(run.stdout.splitlines()[-1])["missing"])
     found = vars(chunk_triton).items()
-    of_hopper = {name for name, x in found if name.endswith("_kernel") and x.is_gluon()} | {"group_kernel"}
+    of_hopper = {name for name, x in found if name.endswith("_kernel") and x.is_gluon()}
     assert missing == (set() if hopper else of_hopper)
 
 

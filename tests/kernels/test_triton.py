@@ -11,6 +11,7 @@ from dnsp.kernels.delta_rule import chunk_gated_delta_rule
 from dnsp.kernels.reference import Rule
 from dnsp.kernels.scan import LocalScan, fold, reverse_fold
 from dnsp.kernels.segments import Inputs, Segments
+from dnsp.kernels.triton_gradients import gates_kernel
 from tests.kernels.cases import NOT_INTERPRETED, SHAPES, chunked, errors, truth
 from tests.kernels.interpreter import Interpreter
 
@@ -41,6 +42,35 @@ def interpreted_errors(name: str) -> dict[str, float]:
 )
 def test_interpreted(interpreter: Interpreter, name: str) -> None:
     found = interpreter("test_triton:interpreted_errors", name)
+    assert max(found.values()) < INTERPRETED, found
+
+
+def parts_in_halves() -> dict[str, float]:
+    """dg and dbeta from parts as the kernel for Hopper leaves them, over those from the same sums whole."""
+    B, H, G, NC, T = 2, 2, 2, 3, 150
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=draw)
+
+    rows, through, whole = random(B * H * G, NC, 8, 64), random(B * H * G, NC), random(B * H * G, NC, 6, 64)
+    quarters, share = random(4, 1).softmax(0), random(64)
+    halves = torch.stack([whole[:, :, 1:5] * share, whole[:, :, 1:5] * (1 - share)], -1).flatten(2)
+    split = torch.cat(
+        [(whole[:, :, :1] * quarters).flatten(2), halves, whole[:, :, 5, :1] * random(32).softmax(0)], -1
+    )
+    split = torch.nn.functional.pad(split, (0, 896 - split.shape[-1]))
+    constants = {"HV": H * G, "HAS_G": True, "ERASE": True, "PREVIOUS": False, "CHUNKS": 8}
+    exact, found = (torch.zeros(2, B, T, H * G) for _ in range(2))
+    gates_kernel[(1, B * H * G)](rows, through, whole, *exact, T, NC, 0, 1, **constants, HALVES=False)
+    for j in range(G):
+        parts = split[j::G].contiguous()
+        gates_kernel[(1, B * H)](rows, through, parts, *found, T, NC, j, G, **constants, HALVES=True)
+    return {n: ((a - b).norm() / b.norm()).item() for n, a, b in zip(("dg", "dbeta"), found, exact, strict=True)}
+
+
+def test_parts_in_halves(interpreter: Interpreter) -> None:
+    found = interpreter("test_triton:parts_in_halves")
     assert max(found.values()) < INTERPRETED, found
 
 

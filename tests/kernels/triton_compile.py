@@ -42,16 +42,16 @@ KERNELS = {
     "queries": triton_gradients.queries_kernel,
     "keys": triton_gradients.keys_kernel,
     "backward": gluon_backward.backward_kernel,
-    "group": triton_gradients.group_kernel,
     "gates": triton_gradients.gates_kernel,
 }
 # Blocks of those arguments that are fetched by descriptors.
 TILES = {
-    **dict.fromkeys(("states",), (128, 128)), **dict.fromkeys(("errors", "dq", "dk"), (64, 128)),
-    **dict.fromkeys(("A", "P"), (64, 64)), **dict.fromkeys(("q", "k", "v", "o", "do", "dv"), (1, 64, 1, 128)),
+    **dict.fromkeys(("states",), (128, 128)), **dict.fromkeys(("errors",), (64, 128)),
+    **dict.fromkeys(("A", "P"), (64, 64)),
+    **dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), (1, 64, 1, 128)),
 }  # fmt: skip
 FP32 = {"g", "beta", "N", "rows", "through", "bound", "incoming", "outgoing", "M", "U", "D", "parts", "dg", "dbeta"}
-INTEGERS = {"T", "NC", "segment_chunks", "B", "N", "row0", "group", "size"}
+INTEGERS = {"T", "NC", "segment_chunks", "B", "N", "row0", "every", "group", "size"}
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def compiled(use: str, capability: int, *, K: int = 128, V: int = 128, H: int = 
         **{"sqt": H * K, "sqh": K, "skt": H * K, "skh": K, "svt": H * G * V, "svh": V, "sot": H * G * V, "soh": V},
         **{"sgt": H * G, "sgh": 1, "sbt": H * G, "sbh": 1, "DOT": "tf32", "STAGES": launch.stages},
         **{"ERASE": True, "HAS_G": True, "HAS_DOC": False, "PREVIOUS": False, "NORM": True},
+        **{"SUM": True, "LAST": True, "HALVES": True},
         **{"SUMMARY": "summar" in use, "OUTPUT": use in ("apply", "whole_states"), "KEEP": use == "keep"},
     }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
