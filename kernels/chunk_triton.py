@@ -205,14 +205,15 @@ def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
         q_chunks, k_chunks, A_tiles, P_tiles = p.fetched
         proof.launch(
             prepare_pairs_kernel, (B * s.H, NC),
-            q_chunks, k_chunks, P_tiles, A_tiles, *gates, rows, through, bound, *sizes, *strides,
+            q_chunks, k_chunks, v, P_tiles, A_tiles, *gates, rows, through, bound, *sizes, *p.strides_v, *strides,
             **kernels.constants["prepare_pairs"],
         )  # fmt: skip
         return p
     N = torch.empty((B * HV, NC, CHUNK, CHUNK) if s.rule.erase else 0, dtype=torch.float32, device=device)
     proof.launch(
         prepare_kernel, (B * HV, NC),
-        q, k, *gates, N, P, rows, through, bound, *sizes, *p.strides_qk, *strides, **kernels.constants["prepare"],
+        q, k, v, *gates, N, P, rows, through, bound, *sizes, *p.strides_qk, *p.strides_v, *strides,
+        **kernels.constants["prepare"],
     )  # fmt: skip
     if s.rule.erase:
         proof.launch(invert_kernel, (B * HV * NC,), N, A, 16, **kernels.constants["invert"])
@@ -260,7 +261,7 @@ def _reverse(
     first, last = (0, B * HV) if heads is None else (heads.start, heads.stop)
     proof.launch(
         reverse_kernel, (V // constants["BV"], p.sizes[4], last - first),
-        x.q, x.k, do, p.A, p.P, p.rows, p.through, p.bound,
+        x.q, x.k, do, p.A, p.P, p.rows, p.through, p.bound, _documents(x),
         *(v if y is None else y for y in (need, outgoing, d_states, dv, D)),
         *p.sizes, first, *p.strides_qk, *p.strides_o, *(p.strides_v if dv is None else p.strides_o),
         **constants,
@@ -304,7 +305,7 @@ def summarise_backward(p: Prepared, do_BTHV: Tensor, need_D: tuple[bool, ...]) -
     proof.launch(
         whole_reverse_kernel, (p.sizes[4], B * HV),
         q_chunks, k_chunks, tokens_of(do), A_tiles, P_tiles, scales_of(p.rows, 256),
-        p.rows, p.through, p.bound, need, D, *p.sizes, 0, **p.kernels.constants["whole_reverse"],
+        p.rows, p.through, p.bound, _documents(p.x), need, D, *p.sizes, 0, **p.kernels.constants["whole_reverse"],
     )  # fmt: skip
     return D
 
@@ -325,16 +326,17 @@ def _reverse_and_gradients(
     sizes = T, NC, B, heads.start
     proof.launch(
         pairs_kernel, (NC, value_heads),
-        x.q, x.k, do, dv, _documents(x), p.rows, errors, tiles, parts, *sizes, x.scale,
+        x.q, x.k, do, dv, _documents(x), p.rows, states, errors, tiles, parts, *sizes, x.scale,
         *strides_qk, *strides_o, *strides_o, **constants["pairs"],
     )  # fmt: skip
     proof.launch(
         queries_kernel, (NC, key_heads),
-        x.q, x.k, do, p.rows, states, tiles, parts, dq, *sizes, G, *strides_qk, *strides_o, **constants["queries"],
+        x.q, x.k, do, p.rows, p.through, states, tiles, parts, dq,
+        *sizes, G, *strides_qk, *strides_o, **constants["queries"],
     )  # fmt: skip
     proof.launch(
         keys_kernel, (NC, key_heads),
-        x.q, x.k, p.rows, states, errors, d_states, dv, tiles, parts, dk,
+        x.q, x.k, p.rows, p.through, states, errors, d_states, dv, tiles, parts, dk,
         *sizes, G, *strides_qk, *strides_o, **constants["keys"],
     )  # fmt: skip
 

@@ -12,6 +12,8 @@ the last takes them through the norm: in memory there are no other parts of them
 
 It leaves ``parts`` as the kernels there, but where a row lies in two warps each has its half of the sum: warps wait for
 each other at barriers, of which a sum over all of them takes two. (Of the pairs' dbeta there are quarters.)
+
+Long because it is one loop, in which each line's place decides what waits for what.
 """
 
 from __future__ import annotations
@@ -39,11 +41,14 @@ from .gluon_chunk import (
     decays_of,
     fetch_chunk,
     kept_pairs,
+    leave_out,
+    lost_rows_in,
     new_mbarrier,
     new_mbarriers,
     row_of,
     scaled,
 )
+from .triton_prepare import SEVERAL
 
 
 @gluon.jit
@@ -215,6 +220,26 @@ def backward_kernel(
         dS_at.store(dS.to(dtype))
         fence_async_shared()
         barrier()
+        if HAS_DOC:
+            left_out = 0
+            if passes < 0.0:  # several documents
+                mbarrier.wait(do_bar, phase)
+                mbarrier.wait(S_bar, phase)
+                # 32 flags of each, added as one number: every sum over all warps keeps a register through the loop.
+                lost = lost_rows_in(do_at, 64, loads)
+                lost += 64 * lost_rows_in(S_at, W, loads) + 4096 * lost_rows_in(dS_at, W, loads)
+                lost = gl.sum(lost, 0)
+                if (passes < SEVERAL) | (lost != 0):  # seldom
+                    mbarrier.wait(k_bars.index(half), (i // 2) & 1)
+                    mbarrier.wait(q_bar, phase)
+                    mbarrier.wait(rows_bars.index(half), (i // 2) & 1)
+                    first_lost = leave_out(q_at, k_now, do_at, rows_at, doc_at, lost & -4096, lost & 4032, loads)
+                    rk_at = rows_at.slice(448, 64)  # it scales no pairs but theirs, each with itself: those become NaN
+                    rk_at.store(gl.where(doc_at.load(long_i) < 0, float("nan"), rk_at.load(long_i)))
+                    left_out = 1
+                    passes = gl.where(first_lost & (any_sees != 0.0), float("nan"), 0.0)
+                else:
+                    passes = 0.0
         mbarrier.wait(k_bars.index(half), (i // 2) & 1)
         dnew = warpgroup_mma(dS_at, k_now.permute((1, 0)), zero_new, use_acc=False, is_async=True)
         mbarrier.wait(q_bar, phase)
@@ -262,6 +287,9 @@ def backward_kernel(
         k_now = k_at.index(half + nil)
         of_k = row_of(rows_at, 64, new)
         d_value = warpgroup_mma_wait(0, deps=[d_value])
+        if HAS_DOC:  # noqa: SIM102 (a constant, and a number of the device's)
+            if left_out != 0:
+                d_value += row_of(rows_at, 448, new) * 0.0
         dv_at.permute((1, 0)).store(d_value.to(dtype))
         fence_async_shared()
         barrier()
@@ -380,7 +408,10 @@ def backward_kernel(
         dk_at.store(d_key.to(dtype))
         dv_at.store(d_query.to(dtype))
         if HAS_G:
-            crossing = gl.where(ri > rj, crossing, 0.0)
+            nothing = 0.0
+            if HAS_DOC:
+                nothing = column_of(rows_at, 448, pair) * 0.0
+            crossing = gl.where(ri > rj, crossing, nothing)
             _store_halves(at_part + 256, crossing, 32)
         mbarrier.expect(q_bar, 64 * W * 2, pred=more)
         mbarrier.expect(k_bars.index(half), 64 * W * 2, pred=i + 2 < chunks)

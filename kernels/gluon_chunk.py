@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.7 and 3.6 call it
@@ -64,6 +64,81 @@ def scaled(weight, part, HAS_DOC: gl.constexpr):
         return gl.where(weight != 0.0, weight * part, 0.0)
     else:
         return weight * part
+
+
+@gluon.jit
+def finite(x):
+    """Where x is."""
+    return gl.abs(x.to(gl.float32)) < float("inf")
+
+
+@gluon.jit
+def lost_rows(x):
+    """NaN for rows that hold what is not finite, else 0. One instruction for a number: sums with 0 * x."""
+    return gl.sum(x.to(gl.float32) * 0.0, 1)
+
+
+@gluon.jit
+def lost_rows_in(x, count: gl.constexpr, loads: gl.constexpr):
+    """1 for rows in shared memory that hold what is not finite, else 0: of ``count``, every 32nd taken together."""
+    found = lost_rows(x.slice(0, 32).load(loads))
+    for j in gl.static_range(32, count, 32):
+        found += lost_rows(x.slice(j, 32).load(loads))
+    return gl.where(found == found, 0, 1)
+
+
+@gluon.jit
+def in_documents(marks, doc, layout: gl.constexpr):
+    """The tokens in whose document one is marked, by NaN: 1, else 0, as rows of a tile. Marks and documents are in
+    shared memory."""
+    d_i = gl.expand_dims(doc.load(gl.SliceLayout(1, layout)), 1)
+    d_j = gl.expand_dims(doc.load(gl.SliceLayout(0, layout)), 0)
+    mark = gl.expand_dims(marks.load(gl.SliceLayout(0, layout)), 0)
+    return gl.max(gl.where((d_i == d_j) & (mark != mark), 1, 0), 1)
+
+
+@gluon.jit
+def clear_rows(x, marks, loads: gl.constexpr):
+    """Zeros in the marked rows of a chunk in shared memory."""
+    for j in gl.static_range(0, 64, 32):
+        mark = gl.expand_dims(marks.slice(j, 32).load(gl.SliceLayout(1, loads)), 1)
+        at = x.slice(j, 32)
+        at.store(gl.where(mark == mark, at.load(loads), 0.0).to(x.dtype))
+
+
+@gluon.jit
+def leave_out(q, k, do, rows, doc, dS_lost, S_lost, loads: gl.constexpr):
+    """Takes what is spoilt in the backward pass, in :mod:`.triton_reverse`'s words, out of a chunk in shared memory: q,
+    k, do and the scales of products with states become zero for these tokens, and each is a document of its own, by a
+    number below 0. ``dS_lost`` and ``S_lost`` are 0 where these are finite. Returns whether the first token is spoilt.
+
+    A row of ``loads`` lies in one warp: a sum over several warps would keep a register through the caller's loop.
+    """
+    row: gl.constexpr = gl.SliceLayout(1, loads)
+    for j in gl.static_range(0, 64, 32):
+        at = rows.slice(j, 32)
+        of_k = rows.slice(64 + j, 32).load(row)
+        of_out = rows.slice(128 + j, 32).load(row)
+        here = ((of_k != 0.0) & (S_lost != 0)) | ((of_out != 0.0) & (dS_lost != 0))
+        at.store(at.load(row) + lost_rows(do.slice(j, 32).load(loads)) + gl.where(here, float("nan"), 0.0))
+    barrier()
+    spoilt = in_documents(rows.slice(0, 64), doc, loads) != 0
+    barrier()
+    marks = rows.slice(0, 64)
+    doc.store(gl.where(spoilt, -1 - gl.arange(0, 64, layout=row), doc.load(row)))
+    marks.store(gl.where(spoilt, float("nan"), marks.load(row)))
+    for start in gl.static_range(64, 192, 64):
+        at = rows.slice(start, 64)
+        at.store(gl.where(spoilt, 0.0, at.load(row)))
+    barrier()
+    clear_rows(q, marks, loads)
+    clear_rows(k, marks, loads)
+    clear_rows(do, marks, loads)
+    barrier()
+    marks.store(gl.where(spoilt, 0.0, marks.load(row)))
+    fence_async_shared()
+    barrier()
+    return gl.max(doc.slice(0, 1).load(row), 0) < 0
 
 
 @gluon.jit

@@ -7,6 +7,9 @@ and goes through its value heads.
 (I + N)^-1: the four diagonal blocks of 16 x 16 by forward substitution, row by row, a warp each; then twice, for blocks
 of 16 and of 32, what lies below two of them, ``-D2 N21 D1``, by products of tf32. No power of N is formed, so that
 nothing grows which the inverse itself does not hold.
+
+Of spoilt documents the tokens are made zero in shared memory, before anything is multiplied; what spoils one value head
+of a key head spoils all of them.
 """
 
 from __future__ import annotations
@@ -22,8 +25,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_chunk import TILE, TOKENS, WIDTH, add, barrier, column_of, decays_of, kept_pairs, new_mbarrier, row_of
-from .triton_prepare import EPS
+from .gluon_chunk import (
+    TILE,
+    TOKENS,
+    WIDTH,
+    add,
+    barrier,
+    clear_rows,
+    column_of,
+    decays_of,
+    finite,
+    in_documents,
+    kept_pairs,
+    lost_rows,
+    new_mbarrier,
+    row_of,
+)
+from .triton_prepare import EPS, LEAST, SEVERAL, SPOILT
 
 NARROW = gl.constexpr(gl.NVMMASharedLayout(64, 32, 2))  # in shared memory, of 16 columns of fp32
 HALF = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))  # of 32
@@ -39,6 +57,23 @@ def _pair(b):
 def _add_within_document(b_left, d_left, b_right, d_right):
     """Of a running sum that starts anew with each document: not even the rounding of another one's touches it."""
     return gl.where(d_left == d_right, b_left + b_right, b_right), d_right
+
+
+@gluon.jit
+def _or(a, b):
+    return a | b
+
+
+@gluon.jit
+def _lost_couples(x, t, T, stride: gl.constexpr, couples: gl.constexpr):
+    """Which of 64 rows in memory hold what is not finite: other than 0 for them. Two numbers are looked at in one:
+    where an exponent has all its bits, one more carries into the sign's."""
+    W: gl.constexpr = WIDTH // 2
+    exponents: gl.constexpr = 0x7F807F80 if x.dtype.element_ty == gl.bfloat16 else 0x7C007C00
+    one: gl.constexpr = 0x00800080 if x.dtype.element_ty == gl.bfloat16 else 0x04000400
+    at = t.to(gl.int64) * (stride // 2) + gl.expand_dims(gl.arange(0, W, layout=gl.SliceLayout(0, couples)), 0)
+    bits = gl.load(x.to(gl.pointer_type(gl.int32), bitcast=True) + at, mask=t < T, other=0)
+    return gl.reduce((bits & exponents) + one, 1, _or) & -0x7FFF8000
 
 
 @gluon.jit
@@ -69,12 +104,12 @@ def _side_by_side(left, right, columns: gl.constexpr):
 
 
 @gluon.jit(
-    do_not_specialize=["T", "NC", "segment_chunks", "sgb", "sbb"],
+    do_not_specialize=["T", "NC", "segment_chunks", "svb", "sgb", "sbb"],
     do_not_specialize_on_alignment=["g", "beta", "doc", "starts"],
 )
 def prepare_pairs_kernel(
-    q, k, P, A, g, beta, doc, starts, rows, through, bound,
-    T, NC, segment_chunks, scale,
+    q, k, values, P, A, g, beta, doc, starts, rows, through, bound,
+    T, NC, segment_chunks, scale, svb: tl.int64, svt: gl.constexpr, svh: gl.constexpr,
     sgb: tl.int64, sgt: gl.constexpr, sgh: gl.constexpr, sbb: tl.int64, sbt: gl.constexpr, sbh: gl.constexpr,
     H: gl.constexpr, G: gl.constexpr, HEADS: gl.constexpr,
     HAS_G: gl.constexpr, HAS_DOC: gl.constexpr, NORM: gl.constexpr,
@@ -89,6 +124,7 @@ def prepare_pairs_kernel(
     heads: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])  # [HEADS, 64]: a head's sums in one warp
     each: gl.constexpr = gl.SliceLayout(1, heads)
     loads: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    couples: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])  # the same, of pairs of numbers
     cube: gl.constexpr = gl.BlockedLayout([1, 8, 1], [1, 2, 16], [4, 1, 1], [1, 2, 0])  # [4, 16, 16]: a warp a block
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     square: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -119,6 +155,9 @@ def prepare_pairs_kernel(
     rows_at = gl.allocate_shared_memory(gl.float32, [HEADS, 512], line)
     norms_at = gl.allocate_shared_memory(gl.float32, [2, 64], line)
     doc_at = gl.allocate_shared_memory(gl.int32, [64], line)
+    if HAS_DOC:
+        spoilt_at = gl.allocate_shared_memory(gl.float32, [64], line)
+        spoilt_at.store(gl.zeros([64], gl.float32, gl.SliceLayout(1, pair)))
     bar = new_mbarrier()
     fence_async_shared()
     barrier()
@@ -165,7 +204,7 @@ def prepare_pairs_kernel(
     of_out = gl.exp((gl.expand_dims(hi_last, 1) - hi) + (gl.expand_dims(lo_last, 1) - lo))
     passes = gl.exp(hi_last + lo_last)
     if HAS_DOC:
-        of_q = gl.where(d < chunk_start, of_q, 0.0)
+        of_q = gl.where(d < chunk_start, gl.where(of_q < LEAST, LEAST, of_q), 0.0)
         of_k = of_q
         of_out = gl.where(d == d_last, of_out, 0.0)
         passes = gl.where(d_last < chunk_start, passes, 0.0)
@@ -173,6 +212,43 @@ def prepare_pairs_kernel(
     gl.store(through + at, passes, mask=head < G)
 
     mbarrier.wait(bar, 0)
+    if HAS_DOC:
+        if gl.load(doc + wide_b * T + c * 64).to(gl.int32) != d_last:
+            nan: gl.constexpr = float("nan")
+            own = gl.where(mask & ((finite(bt) & finite(gt)) == 0), 1, 0)
+            norms_at.index(0).store(gl.where(gl.max(own, 0) != 0, nan, 0.0))
+            at_t = c * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, couples))
+            lost_v = gl.zeros([64], gl.int32, gl.SliceLayout(1, couples))
+            values += gl.multiple_of(wide_b * svb, 16) + ih * G * svh
+            for j in gl.static_range(0, G):  # together on their way
+                lost_v |= _lost_couples(values + j * svh, gl.expand_dims(at_t, 1), T, svt, couples)
+            norms_at.index(1).store(gl.where(lost_v != 0, nan, 0.0))
+            for j in gl.static_range(0, 64, 32):
+                lost = lost_rows(q_at.slice(j, 32).load(loads)) + lost_rows(k_at.slice(j, 32).load(loads))
+                spoilt_at.slice(j, 32).store(lost)
+            barrier()
+            spoilt_i = in_documents(norms_at.index(0), doc_at, pair)
+            spoilt_i = gl.maximum(spoilt_i, in_documents(norms_at.index(1), doc_at, pair))
+            spoilt_i = gl.maximum(spoilt_i, in_documents(spoilt_at, doc_at, pair))
+            barrier()
+            any_spoilt = gl.max(spoilt_i, 0) != 0
+            says = gl.zeros([HEADS], gl.float32, each) + gl.where(any_spoilt, SPOILT, SEVERAL)
+            gl.store(through + at, says, mask=head < G)
+            if any_spoilt:
+                spoilt_at.store(gl.where(spoilt_i != 0, nan, 0.0))
+                barrier()
+                clear_rows(q_at, spoilt_at, loads)
+                clear_rows(k_at, spoilt_at, loads)
+                fence_async_shared()
+            barrier()
+        mark = gl.expand_dims(spoilt_at.load(gl.SliceLayout(0, heads)), 0)
+        spoilt = mark != mark
+        hi = gl.where(spoilt, 0.0, hi)
+        lo = gl.where(spoilt, 0.0, lo)
+        bt = gl.where(spoilt, 0.0, bt)
+        of_k = gl.where(spoilt & (d < chunk_start), 1.0, of_k)
+        of_q = gl.where(spoilt, float("nan"), of_q)
+        of_out = gl.where(spoilt & (d == d_last), float("nan"), of_out)
     zero = gl.zeros([64, 64], gl.float32, pair)
     products = warpgroup_mma(q_at, k_at.permute((1, 0)), zero, use_acc=False, is_async=True)
     grams = warpgroup_mma(k_at, k_at.permute((1, 0)), zero, use_acc=False, is_async=True)

@@ -15,7 +15,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_chunk import SCALES, STATES, TILE, VALUES, WIDTH, add, barrier, fetch_chunk, new_mbarriers, row_of, scaled
+from .gluon_chunk import (
+    SCALES,
+    STATES,
+    TILE,
+    VALUES,
+    WIDTH,
+    add,
+    barrier,
+    fetch_chunk,
+    leave_out,
+    lost_rows,
+    lost_rows_in,
+    new_mbarriers,
+    row_of,
+    scaled,
+)
+from .triton_prepare import SEVERAL
 from .triton_states import LOOK, UNDERFLOW
 
 
@@ -38,9 +54,12 @@ def _expect_chunk(k_bars, q_bars, do_bars, A_bars, P_bars, scales_bars, half, wa
     mbarrier.expect(scales_bars.index(half), 256 * 4, pred=wanted)
 
 
-@gluon.jit(do_not_specialize=["T", "NC", "segment_chunks", "B", "N", "row0"])
+@gluon.jit(
+    do_not_specialize=["T", "NC", "segment_chunks", "B", "N", "row0"],
+    do_not_specialize_on_alignment=["doc"],
+)
 def whole_reverse_kernel(
-    q, k, do, A, P, scales, rows, through, bound, need, D,
+    q, k, do, A, P, scales, rows, through, bound, doc, need, D,
     T, NC, segment_chunks, B, N, row0,
     H: gl.constexpr, G: gl.constexpr, HAS_DOC: gl.constexpr,
 ):  # fmt: skip
@@ -53,6 +72,7 @@ def whole_reverse_kernel(
     tile: gl.constexpr = TILE
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     each: gl.constexpr = gl.BlockedLayout([4], [32], [8], [0])
+    loads: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
 
     n = gl.program_id(0)
     local = gl.program_id(1)
@@ -73,6 +93,8 @@ def whole_reverse_kernel(
     A_mem = gl.allocate_shared_memory(dtype, [2, 64, 64], tile)
     P_mem = gl.allocate_shared_memory(dtype, [2, 64, 64], tile)
     scales_mem = gl.allocate_shared_memory(gl.float32, [2, 1, 256], SCALES)
+    if HAS_DOC:
+        doc_at = gl.allocate_shared_memory(gl.int32, [64], line)
     k_bars = new_mbarriers()
     q_bars = new_mbarriers()
     do_bars = new_mbarriers()
@@ -116,6 +138,25 @@ def whole_reverse_kernel(
         k_now = k_mem.index(half)
         scales_at = scales_mem.index(half)._reinterpret(gl.float32, [256], line)
 
+        if HAS_DOC:  # noqa: SIM102 (a constant, and a number of the device's)
+            if passes < 0.0:  # several documents
+                lost = gl.sum(lost_rows(dS), 0)
+                dS_lost = gl.where(lost == lost, 0, 1)
+                mbarrier.wait(do_bars.index(half), phase)
+                do_lost = gl.max(lost_rows_in(do_mem.index(half), 64, loads), 0)
+                if (passes < SEVERAL) | (dS_lost + do_lost != 0):  # seldom
+                    mbarrier.wait(k_bars.index(half), phase)
+                    mbarrier.wait(q_bars.index(half), phase)
+                    mbarrier.wait(scales_bars.index(half), phase)
+                    t = gl.minimum(c * 64 + gl.arange(0, 64, layout=each), T - 1)
+                    doc_at.store(gl.load(doc + ib.to(gl.int64) * T + t).to(gl.int32))
+                    barrier()
+                    first_lost = leave_out(
+                        q_mem.index(half), k_now, do_mem.index(half), scales_at, doc_at, dS_lost, 0, loads
+                    )
+                    passes = gl.where(first_lost & (any_sees != 0.0), float("nan"), 0.0)
+                else:
+                    passes = 0.0
         held = gl.convert_layout(dS.to(dtype), of_new)
         mbarrier.wait(k_bars.index(half), phase)
         dnew = warpgroup_mma(held, k_now.permute((1, 0)), zero_new, use_acc=False, is_async=True)

@@ -28,11 +28,14 @@ from .gluon_chunk import (
     add,
     arrived,
     barrier,
+    clear_rows,
     fetch_chunk,
+    finite,
     new_mbarriers,
     row_of,
     scaled,
 )
+from .triton_prepare import SEVERAL
 from .triton_states import LOOK, UNDERFLOW
 
 
@@ -61,6 +64,7 @@ def whole_states_kernel(
     tile: gl.constexpr = TILE
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     each: gl.constexpr = gl.BlockedLayout([4], [32], [8], [0])
+    loads: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
 
     n = gl.program_id(0)
     local = gl.program_id(1)
@@ -145,6 +149,15 @@ def whole_states_kernel(
         k_now = k_mem.index(half)
         scales_at = scales_mem.index(half)._reinterpret(gl.float32, [256], line)
 
+        if HAS_DOC:
+            several = passes < 0.0
+            if passes < SEVERAL:  # seldom: without spoilt keys
+                mbarrier.wait(k_bars.index(half), phase)
+                mbarrier.wait(scales_bars.index(half), phase)
+                clear_rows(k_now, scales_at.slice(0, 64), loads)
+                fence_async_shared()
+                barrier()
+            passes = gl.where(several, 0.0, passes)
         low = S.to(dtype)
         held = gl.convert_layout(low, of_new)
         mbarrier.wait(k_bars.index(half), phase)
@@ -169,6 +182,8 @@ def whole_states_kernel(
         weight = row_of(scales_at, 64, new)  # scales are fetched before a product is waited for
         error = warpgroup_mma_wait(1 if OUTPUT else 0, deps=[error])
         error = value - scaled(weight, error, HAS_DOC)
+        if HAS_DOC:
+            error = gl.where(several & (finite(error) == 0), 0.0, error)
         mbarrier.wait(A_bars.index(half), phase)
         error = warpgroup_mma(
             gl.convert_layout(error.to(dtype), of_new), A_mem.index(half).permute((1, 0)), zero_new, use_acc=False,

@@ -14,6 +14,10 @@ Four kernels, because what all of it needs does not fit the registers. *pairs*, 
 the ``tiles`` dqk^T and dkk + dkk^T; *queries* and then *keys*, a program a chunk and key head, take the value heads
 that share it in turn and sum their dq and dk in registers. Each leaves ``parts`` of dbeta and dg, which *gates* adds.
 :mod:`.gluon_backward` does all this but the last, by value head.
+
+In a chunk with several documents the spoilt ones are those of pass 3, which its dV tells, and the one that comes from
+before where S is not finite. *pairs* leaves them out and makes their dbeta and dg NaN, where *queries* and *keys* find
+them: *gates* adds the other parts over all tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_prepare import decays
+from .triton_prepare import SEVERAL, decays, in_documents, lost, lost_rows
 
 # A chunk's sums on the way to dbeta and dg, one fp32 array [value heads, NC, part, 64]: dbeta and dg of the pairs, the
 # log gradients of e (dO S^T), of out * (errors dS^T) without beta, and of e' (dV S^T); in the last, at 0, <S, dS>.
@@ -74,6 +78,13 @@ def _products(
 
 
 @triton.jit
+def _finite(parts, through):
+    """The tokens that are not spoilt, from *pairs*' dbeta."""
+    d_beta = tl.where(tl.load(through) <= SEVERAL, tl.load(parts + tl.arange(0, 64)), 0.0)
+    return d_beta == d_beta
+
+
+@triton.jit
 def _straddling(pairs, strictly: tl.constexpr, DOT: tl.constexpr):
     """``sum_{j < t <= i} pairs_ij`` for each t, or ``j < t < i``; pairs strictly lower. By a product with ones, which
     takes the rows i together. Not in fp16: log gradients may pass its range."""
@@ -91,7 +102,7 @@ def _straddling(pairs, strictly: tl.constexpr, DOT: tl.constexpr):
     do_not_specialize_on_alignment=["doc"],
 )
 def pairs_kernel(
-    q, k, do, dv, doc, rows, errors, tiles, parts,
+    q, k, do, dv, doc, rows, states, errors, tiles, parts,
     T, NC, B, row0, scale,
     sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
     sob: tl.int64, sot: tl.constexpr, soh: tl.constexpr, svb: tl.int64, svt: tl.constexpr, svh: tl.constexpr,
@@ -122,6 +133,16 @@ def pairs_kernel(
     if HAS_DOC:
         d = tl.load(doc + ib * T + tl.minimum(t0 + r, T - 1))
         keep = keep & (d[:, None] == d[None, :])
+        spoilt = r < 0
+        if tl.load(doc + ib * T + t0) != tl.load(doc + ib * T + tl.minimum(t0 + 63, T - 1)):
+            S_lost = 0
+            for iv in tl.range(0, V, BV, num_stages=1):
+                part = lost(_state(states + tile * K * V, iv, K, BV)).to(tl.int32)
+                S_lost = tl.maximum(S_lost, tl.max(tl.max(part, 1), 0))
+            spoilt = lost_rows(dv, svt, V, inside) | (tl.where(S_lost != 0, tl.load(at_row + 64), 0.0) != 0.0)
+            spoilt = in_documents(spoilt, d)
+        ok = spoilt == 0
+        keep = keep & ok[:, None] & ok[None, :]
     strict = keep & (r[:, None] > r[None, :])
     low_type = tiles.dtype.element_ty
     rq = tl.load(at_row + 384)
@@ -135,6 +156,8 @@ def pairs_kernel(
     pairs = tl.where(keep, pairs * (rq * scale)[:, None] * rk[None, :], 0.0)
     tl.store(tiles + r[None, :] * 64 + r[:, None], (pairs * bt[None, :]).to(low_type))
     pairs *= _products(q, sqt, k, skt, inside, inside, K, BK, DOT, STAGES)
+    if HAS_DOC:
+        pairs = tl.where(keep, pairs, 0.0)
     d_beta = tl.sum(pairs, 0)
     logs = pairs
     d_g = d_beta
@@ -154,16 +177,22 @@ def pairs_kernel(
         low = pairs * bt[None, :]
         tl.store(tiles + 4096 + r[:, None] * 64 + r[None, :], (low + tl.trans(low)).to(low_type))
         pairs *= _products(k, skt, k, skt, inside, inside, K, BK, DOT, STAGES)
+        if HAS_DOC:
+            pairs = tl.where(strict, pairs, 0.0)
         d_beta += tl.sum(pairs, 0)
         if HAS_G:
             if PREVIOUS:
                 d_g = _straddling(logs, False, DOT) + _straddling(pairs * bt[None, :], True, DOT)
             else:
                 logs += pairs * bt[None, :]
+    if HAS_DOC:
+        d_beta = tl.where(ok, d_beta, float("nan"))
     tl.store(parts + tile * 384 + r, d_beta)
     if HAS_G:
         if not (ERASE and PREVIOUS):
             d_g = _straddling(logs, False, DOT)
+        if HAS_DOC:
+            d_g = tl.where(ok, d_g, float("nan"))
         tl.store(parts + tile * 384 + 64 + r, d_g)
 
 
@@ -181,12 +210,12 @@ def _write(out, sums, x, norm, inside, H: tl.constexpr, K: tl.constexpr, NORM: t
 
 @triton.jit(do_not_specialize=["T", "NC", "B", "row0", "group", "sqb", "skb", "sob"])
 def queries_kernel(
-    q, k, do, rows, states, tiles, parts, dq,
+    q, k, do, rows, through, states, tiles, parts, dq,
     T, NC, B, row0, group,
     sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
     sob: tl.int64, sot: tl.constexpr, soh: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    HAS_G: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    HAS_G: tl.constexpr, HAS_DOC: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0).to(tl.int64)
     local = tl.program_id(1).to(tl.int64) * G
@@ -200,29 +229,37 @@ def queries_kernel(
     q += tl.multiple_of(ib * sqb, 16) + ih * sqh + t0 * sqt
     do += tl.multiple_of(ib * sob, 16) + ih * G * soh + t0 * sot
     sums = tl.zeros((64, K), tl.float32)
+    wanted = inside
     # group is G, but not known when this is compiled: unrolled the loop would be G times as long.
     for j in tl.range(0, group, disable_licm=True, num_stages=1):
         tile = (local + j) * NC + c
         of_q = tl.load(rows + ((first_row + j) * NC + c) * 512 + r)
-        qt = _rows(q, sqt, K, inside)
+        if HAS_DOC:
+            ok = _finite(parts + tile * 384, through + (first_row + j) * NC + c)
+            of_q = tl.where(ok, of_q, 0.0)
+            wanted = inside & ok
+        qt = _rows(q, sqt, K, wanted)
         part = _with_state(do + j * soh, sot, inside, states + tile * K * V, of_q, K, V, BV, DOT, STAGES)
         if HAS_G:
             tl.store(parts + tile * 384 + 128 + r, tl.sum(part * qt.to(tl.float32), 1))
         sums += part
         dqk_T = tl.load(tiles + tile * 8192 + r[:, None] * 64 + r[None, :])
-        sums = tl.dot(tl.trans(dqk_T), _rows(k, skt, K, inside), acc=sums, input_precision=DOT)
+        sums = tl.dot(tl.trans(dqk_T), _rows(k, skt, K, wanted), acc=sums, input_precision=DOT)
+        if HAS_DOC:
+            sums = tl.where(ok[:, None], sums, float("nan"))
     norm = rows + (first_row * NC + c) * 512 + 384
     _write(dq + ((ib * T + t0) * H + ih) * K, sums, _rows(q, sqt, K, inside), norm, inside, H, K, NORM)
 
 
 @triton.jit(do_not_specialize=["T", "NC", "B", "row0", "group", "sqb", "skb", "svb"])
 def keys_kernel(
-    q, k, rows, states, errors, d_states, dv, tiles, parts, dk,
+    q, k, rows, through, states, errors, d_states, dv, tiles, parts, dk,
     T, NC, B, row0, group,
     sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
     svb: tl.int64, svt: tl.constexpr, svh: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    HAS_G: tl.constexpr, ERASE: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    HAS_G: tl.constexpr, HAS_DOC: tl.constexpr, ERASE: tl.constexpr, NORM: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0).to(tl.int64)
     local = tl.program_id(1).to(tl.int64) * G
@@ -236,6 +273,7 @@ def keys_kernel(
     q += tl.multiple_of(ib * sqb, 16) + ih * sqh + t0 * sqt
     dv += tl.multiple_of(ib * svb, 16) + ih * G * svh + t0 * svt
     sums = tl.zeros((64, K), tl.float32)
+    wanted = inside
     for j in tl.range(0, group, disable_licm=True, num_stages=1):
         tile = (local + j) * NC + c
         at_row = rows + ((first_row + j) * NC + c) * 512 + r
@@ -245,6 +283,11 @@ def keys_kernel(
         bt = tl.load(at_row + 192)
         of_out = tl.load(at_row + 128)
         of_k = tl.load(at_row + 64)
+        if HAS_DOC:
+            ok = _finite(parts + tile * 384, through + (first_row + j) * NC + c)
+            of_out = tl.where(ok, of_out, 0.0)
+            of_k = tl.where(ok, of_k, 0.0)
+            wanted = inside & ok
         # What was left to the outgoing state; <S, dS> on the way.
         part = tl.zeros((64, K), tl.float32)
         inner = tl.zeros((BV,), tl.float32)
@@ -254,22 +297,24 @@ def keys_kernel(
             if HAS_G:
                 inner += tl.sum(_state(S, iv, K, BV).to(tl.float32) * right.to(tl.float32), 1)
         part = tl.where(of_out[:, None] != 0.0, of_out[:, None] * part, 0.0)  # select: 0 * inf must not leak
-        tl.store(at_part + 192, tl.sum(part * _rows(k, skt, K, inside).to(tl.float32), 1))
+        tl.store(at_part + 192, tl.sum(part * _rows(k, skt, K, wanted).to(tl.float32), 1))
         sums += bt[:, None] * part
         if HAS_G:
             tl.store(parts + tile * 384 + 320, tl.sum(inner, 0))
         if ERASE:  # what errors took back of the incoming one
             part = _with_state(dv + j * svh, svt, inside, S, of_k, K, V, BV, DOT, STAGES)
             if HAS_G:
-                tl.store(at_part + 256, tl.sum(part * _rows(k, skt, K, inside).to(tl.float32), 1))
+                tl.store(at_part + 256, tl.sum(part * _rows(k, skt, K, wanted).to(tl.float32), 1))
             sums -= part
         # The pairs of the chunk, dqk^T with its queries and dkk + dkk^T with its keys. A loop, because of two products
         # in a row, the second adding to the first, Triton lets both warp groups do the whole of one.
         for i in tl.range(0, 1 + ERASE, num_stages=STAGES):
             x = tl.where(i == 0, q, k)
             pairs = tl.load(tiles + tile * 8192 + i * 4096 + r[:, None] * 64 + r[None, :])
-            right = _rows(x, tl.where(i == 0, sqt, skt), K, inside)
+            right = _rows(x, tl.where(i == 0, sqt, skt), K, wanted)
             sums = tl.dot(pairs, right, acc=sums, input_precision=DOT)
+        if HAS_DOC:
+            sums = tl.where(ok[:, None], sums, float("nan"))
     norm = rows + (first_row * NC + c) * 512 + 448
     _write(dk + ((ib * T + t0) * H + ih) * K, sums, _rows(k, skt, K, inside), norm, inside, H, K, NORM)
 
@@ -287,8 +332,8 @@ def _part(parts, which: tl.constexpr, i, mask, HALVES: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "NC", "row0", "every"])
 def gates_kernel(
     rows, through, parts, dg, dbeta, T, NC, row0, every,
-    HV: tl.constexpr, HAS_G: tl.constexpr, ERASE: tl.constexpr, PREVIOUS: tl.constexpr, CHUNKS: tl.constexpr,
-    HALVES: tl.constexpr,
+    HV: tl.constexpr, HAS_G: tl.constexpr, HAS_DOC: tl.constexpr, ERASE: tl.constexpr, PREVIOUS: tl.constexpr,
+    CHUNKS: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """dbeta and dg from their parts, for a few chunks of a value head."""
     local = tl.program_id(1).to(tl.int64)
@@ -321,5 +366,8 @@ def gates_kernel(
             inner = tl.sum(of_rows, 1)[:, None]
         else:
             inner = tl.load(parts + 320, mask=there, other=0.0)
-        d_g += tl.where(passes != 0.0, passes * inner, 0.0)
+        if HAS_DOC:
+            d_g += tl.where(passes <= 0.0, 0.0, passes * inner)  # through says more where nothing passes
+        else:
+            d_g += tl.where(passes != 0.0, passes * inner, 0.0)
         tl.store(dg + at, d_g.to(dg.dtype.element_ty), mask=t < T)

@@ -7,6 +7,12 @@ taken as they are), and G and E as in :mod:`.chunk_torch`, two 64 x 64 tiles for
 
 and the scales of their rows (``ROWS`` names them). Here beta stands on the columns, so that A maps ``V - e' * (K S)``
 to the errors themselves and ``V' = beta * errors``. Norms are never multiplied into q and k: they scale products.
+
+What is not finite stays in its document, of which a chunk's products know nothing: they multiply it by the zeros that
+stand between documents. Where a chunk has several, a document that holds what is not finite is *spoilt* there: tiles
+and scales are made without it, as of tokens that are zero, and two scales of its tokens, which reach no other's, are
+NaN: of_q, by which outputs become so and later passes know these tokens, and, where the document goes on, of_out, by
+which the outgoing state does. ``through``, which would be zero in such a chunk, is ``SEVERAL`` or ``SPOILT``.
 """
 
 from __future__ import annotations
@@ -15,6 +21,10 @@ import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-6)  # of the norms, as chunk_torch's
+# Of e and e' where a token sees the state; 0 is for other documents, and would hide a state that is not finite.
+LEAST = tl.constexpr(1e-30)
+SEVERAL = tl.constexpr(-1.0)  # through of a chunk with several documents
+SPOILT = tl.constexpr(-2.0)  # the same, where one is spoilt
 # Scales of a chunk's rows, one fp32 array [B * HV, NC, row, 64]: of Q S; of K S in an error; of V' in the outgoing
 # state; beta; b as a pair of fp32 numbers (one loses the small decays behind a strong one); rq and rk.
 ROWS = ("of_q", "of_k", "of_out", "beta", "b_hi", "b_lo", "rq", "rk")
@@ -44,16 +54,37 @@ def _add_within_document(b_left, d_left, b_right, d_right):
     return tl.where(d_left == d_right, b_left + b_right, b_right), d_right
 
 
+@triton.jit
+def lost(x):
+    """What is not finite."""
+    x = x.to(tl.float32)
+    return (x != x) | (tl.abs(x) == float("inf"))
+
+
+@triton.jit
+def lost_rows(x, stride, W: tl.constexpr, inside):
+    """Which of 64 rows of W numbers hold what is not finite."""
+    at = x + tl.arange(0, 64)[:, None] * stride + tl.arange(0, W)[None, :]
+    return tl.max(lost(tl.load(at, mask=inside[:, None], other=0.0)).to(tl.int32), 1) != 0
+
+
+@triton.jit
+def in_documents(tokens, d):
+    """The tokens in whose document one of these is; ``d``: the tokens' documents."""
+    return tl.max(((d[:, None] == d[None, :]) & tokens[None, :]).to(tl.int32), 1) != 0
+
+
 @triton.jit(
-    do_not_specialize=["T", "NC", "segment_chunks", "sqb", "skb", "sgb", "sbb"],
+    do_not_specialize=["T", "NC", "segment_chunks", "sqb", "skb", "svb", "sgb", "sbb"],
     do_not_specialize_on_alignment=["g", "beta", "doc", "starts"],
 )
 def prepare_kernel(
-    q, k, g, beta, doc, starts, N, P, rows, through, bound,
+    q, k, v, g, beta, doc, starts, N, P, rows, through, bound,
     T, NC, segment_chunks, scale,
     sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
+    svb: tl.int64, svt: tl.constexpr, svh: tl.constexpr,
     sgb: tl.int64, sgt: tl.constexpr, sgh: tl.constexpr, sbb: tl.int64, sbt: tl.constexpr, sbh: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     HAS_G: tl.constexpr, HAS_DOC: tl.constexpr, ERASE: tl.constexpr, PREVIOUS: tl.constexpr, NORM: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
@@ -76,6 +107,18 @@ def prepare_kernel(
         d = tl.load(doc + ib * T + tl.minimum(t, T - 1))
         d_last = tl.load(doc + ib * T + tl.minimum(c * 64 + 63, T - 1))
         keep = keep & (d[:, None] == d[None, :])
+        several = tl.load(doc + ib * T + c * 64) != d_last
+        spoilt = r < 0
+        if several:
+            t0 = (c * 64).to(tl.int64)
+            spoilt = lost_rows(q + ib * sqb + ih * sqh + t0 * sqt, sqt, K, inside)
+            spoilt = spoilt | lost_rows(k + ib * skb + ih * skh + t0 * skt, skt, K, inside)
+            spoilt = spoilt | lost_rows(v + ib * svb + hv * svh + t0 * svt, svt, V, inside)
+            spoilt = spoilt | lost(tl.load(beta + ib * sbb + hv * sbh + t * sbt, mask=inside, other=0.0))
+            if HAS_G:
+                spoilt = spoilt | lost(tl.load(g + ib * sgb + hv * sgh + t * sgt, mask=inside, other=0.0))
+            spoilt = in_documents(spoilt, d)
+        inside = inside & (spoilt == 0)  # below all is read without what is spoilt
     hi = tl.zeros((64,), tl.float32)
     lo = hi
     e_hi = hi  # b as an error sees it
@@ -112,10 +155,12 @@ def prepare_kernel(
     of_out = tl.exp((hi_last - hi) + (lo_last - lo))
     passes = tl.exp(hi_last + lo_last)
     if HAS_DOC:
-        of_q = tl.where(d < chunk_start, of_q, 0.0)
-        of_k = tl.where(d < chunk_start, of_k, 0.0)
+        of_q = tl.where(d < chunk_start, tl.where(of_q < LEAST, LEAST, of_q), 0.0)
+        of_k = tl.where(d < chunk_start, tl.where(of_k < LEAST, LEAST, of_k), 0.0)
         of_out = tl.where(d == d_last, of_out, 0.0)
         passes = tl.where(d_last < chunk_start, passes, 0.0)
+        if several:
+            passes = tl.where(tl.max(spoilt.to(tl.int32), 0) != 0, SPOILT, SEVERAL)
     tl.store(through + chunk, passes)
     # How much longer the chunk can make a state, at most: the log of the product of its tokens' operator norms.
     decay_t = tl.exp(gt.to(tl.float32))
@@ -126,10 +171,15 @@ def prepare_kernel(
     if HAS_DOC:
         longer = tl.where(d_last < chunk_start, longer, float("-inf"))
     tl.store(bound + chunk, longer)
+    of_q = of_q * rq * scale
+    of_out = of_out * rk
+    if HAS_DOC:
+        of_q = tl.where(spoilt, float("nan"), of_q)
+        of_out = tl.where(spoilt & (d == d_last), float("nan"), of_out)
     at = rows + chunk * 512 + r
-    tl.store(at, of_q * rq * scale)
+    tl.store(at, of_q)
     tl.store(at + 64, of_k * rk)
-    tl.store(at + 128, of_out * rk)
+    tl.store(at + 128, of_out)
     tl.store(at + 192, bt)
     tl.store(at + 256, hi)
     tl.store(at + 320, lo)

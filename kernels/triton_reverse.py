@@ -3,6 +3,9 @@
     dV' = P^T dO + exp(b_C - b) * (K dS)     dV = A^T (beta * dV')     dS <- exp(b_C) dS + Q^T (e * dO) - K^T (e' * dV)
 
 with pass 1's tiles and scales. The last dS from zero is the segment's D. As in pass 2 the state lies transposed.
+
+In a chunk with several documents those are spoilt too of which an output's gradient is not finite, and the one that
+goes on where dS is not. They are left out of all products, and their dV is NaN; so is dS, where one comes from before.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_prepare import in_documents, lost
 from .triton_states import LOOK, UNDERFLOW
 
 
@@ -23,13 +27,17 @@ def first_underflow(bound, first, stop):
     return tl.min(tl.where(there & (left < UNDERFLOW), c + 1, stop), 0)
 
 
-@triton.jit(do_not_specialize=["T", "NC", "segment_chunks", "B", "N", "row0", "sqb", "skb", "sob", "svb"])
+@triton.jit(
+    do_not_specialize=["T", "NC", "segment_chunks", "B", "N", "row0", "sqb", "skb", "sob", "svb"],
+    do_not_specialize_on_alignment=["doc"],
+)
 def reverse_kernel(
-    q, k, do, A, P, rows, through, bound, need, outgoing, d_states, dv, D,
+    q, k, do, A, P, rows, through, bound, doc, need, outgoing, d_states, dv, D,
     T, NC, segment_chunks, B, N, row0,
     sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
     sob: tl.int64, sot: tl.constexpr, soh: tl.constexpr, svb: tl.int64, svt: tl.constexpr, svh: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, ERASE: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    HAS_DOC: tl.constexpr, ERASE: tl.constexpr,
     SUMMARY: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1)
@@ -76,6 +84,23 @@ def reverse_kernel(
         qt = tl.load(q + t0 * sqt + r[:, None] * sqt + ck[None, :], mask=inside[:, None], other=0.0)
         grad = tl.load(do + t0 * sot + r[None, :] * sot + cv[:, None], mask=inside[None, :], other=0.0)
         Pt = tl.load(P + (row * NC + c) * 4096 + r[:, None] * 64 + r[None, :])
+        if HAS_DOC:
+            spoilt = r < 0
+            any_spoilt = False
+            if passes < 0.0:  # several documents
+                passes = 0.0
+                of_q_r = tl.load(at_row)
+                dS_lost = tl.max(tl.max(lost(dS).to(tl.int32), 1), 0) != 0
+                spoilt = (of_q_r != of_q_r) | (tl.max(lost(grad).to(tl.int32), 0) != 0)
+                spoilt = spoilt | (tl.where(dS_lost, tl.load(at_row + 128), 0.0) != 0.0)
+                spoilt = in_documents(spoilt, tl.load(doc + ib * T + tl.minimum(t0 + r, T - 1)))
+                any_spoilt = tl.max(spoilt.to(tl.int32), 0) != 0
+                if (any_sees != 0.0) & (tl.max((spoilt & (r == 0)).to(tl.int32), 0) != 0):
+                    passes = float("nan")
+            ok = spoilt == 0
+            of_q = tl.where(ok[None, :], of_q, 0.0)
+            of_out = tl.where(ok[None, :], of_out, 0.0)
+            grad = tl.where(ok[None, :], grad, 0.0)
         low = dS.to(dtype)
         if not SUMMARY:
             tl.store(d_states + (local * NC + c) * K * V + cv[:, None] * K + ck[None, :], low)
@@ -87,7 +112,10 @@ def reverse_kernel(
             dnew = tl.dot(dnew.to(dtype), At, input_precision=DOT)
         if not SUMMARY:
             at = dv + t0 * svt + r[None, :] * svt + cv[:, None]
-            tl.store(at, dnew.to(dv.dtype.element_ty), mask=inside[None, :])
+            d_value = dnew
+            if HAS_DOC:
+                d_value = tl.where(ok[None, :], dnew, float("nan"))
+            tl.store(at, d_value.to(dv.dtype.element_ty), mask=inside[None, :])
         dS = tl.where(passes != 0.0, dS * passes, 0.0)
         seen = tl.where(of_q != 0.0, of_q * grad.to(tl.float32), 0.0).to(dtype)
         dS = tl.dot(seen, qt, acc=dS, input_precision=DOT)
@@ -95,6 +123,14 @@ def reverse_kernel(
             of_k = tl.load(at_row + 64)[None, :]
             erased = tl.where(of_k != 0.0, -of_k * dnew, 0.0).to(dtype)
             dS = tl.dot(erased, kt, acc=dS, input_precision=DOT)
+        if HAS_DOC:  # noqa: SIM102 (a constant, and a number of the device's)
+            if any_spoilt:  # seldom: once more, without them, and from zero, since nothing passes
+                wanted = (inside & ok)[:, None]
+                qt = tl.load(q + t0 * sqt + r[:, None] * sqt + ck[None, :], mask=wanted, other=0.0)
+                dS = tl.dot(seen, qt, acc=tl.zeros((BV, K), tl.float32) + passes, input_precision=DOT)
+                if ERASE:
+                    kt = tl.load(k + t0 * skt + r[:, None] * skt + ck[None, :], mask=wanted, other=0.0)
+                    dS = tl.dot(erased, kt, acc=dS, input_precision=DOT)
         # Where no token sees the incoming state, nothing in the chunk, not even 0 * nan, reaches its gradient.
         dS = tl.where(any_sees != 0.0, dS, 0.0)
     if SUMMARY:

@@ -10,12 +10,18 @@ identity: M), *apply* writes outputs, and the backward pass keeps each chunk's i
 
 The state is held transposed, ``[BV, K]``: then every product has its freshly made operand on the left, where it goes to
 the matrix units from registers, and the operand from memory on the right.
+
+In a chunk with several documents no product over its tokens may meet what is not finite (:mod:`.triton_prepare`):
+errors that are not, of values or of the state, are taken to be zero, and so are spoilt keys. The outputs of such a
+state are not finite by themselves, and it does not go on.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .triton_prepare import SEVERAL, lost
 
 UNDERFLOW = tl.constexpr(-104.0)  # exp of it is 0 in fp32
 LOOK = tl.constexpr(128)  # chunks looked at for an underflow
@@ -37,7 +43,8 @@ def states_kernel(
     T, NC, segment_chunks, B, N, row0,
     sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
     svb: tl.int64, svt: tl.constexpr, svh: tl.constexpr, sob: tl.int64, sot: tl.constexpr, soh: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, ERASE: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    HAS_DOC: tl.constexpr, ERASE: tl.constexpr,
     SUMMARY: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
@@ -87,6 +94,9 @@ def states_kernel(
         if OUTPUT:
             of_q_next = tl.load(rows + following * 512 + r)
         passes_next = tl.load(through + following)
+        if HAS_DOC:
+            several, spoilt = passes < 0.0, passes < SEVERAL
+            passes = tl.where(several, 0.0, passes)
         inside = r < tl.minimum(T - t0, 64).to(tl.int32)
         at_row = rows + (row * NC + c) * 512 + r
         bt = tl.load(at_row + 192)
@@ -104,6 +114,9 @@ def states_kernel(
             of_k = tl.load(at_row + 64)[None, :]
             held = tl.dot(low, tl.trans(kt), input_precision=DOT)
             error -= tl.where(of_k != 0.0, of_k * held, 0.0)  # select: 0 * inf must not leak
+        if HAS_DOC:
+            error = tl.where(several, tl.where(lost(error), 0.0, error), error)
+        if ERASE:
             At = tl.load(A + (row * NC + c) * 4096 + r[:, None] * 64 + r[None, :])
             error = tl.dot(error.to(dtype), tl.trans(At), input_precision=DOT)
         if KEEP:
@@ -121,6 +134,12 @@ def states_kernel(
         S = tl.where(passes != 0.0, S * passes, 0.0)
         left = tl.where(of_out[None, :] != 0.0, of_out[None, :] * new, 0.0).to(dtype)
         S = tl.dot(left, kt, acc=S, input_precision=DOT)
+        if HAS_DOC:  # noqa: SIM102 (a constant, and a number of the device's)
+            if spoilt:  # seldom: once more, without spoilt keys, and from zero, since nothing passes
+                of_q = tl.load(at_row)
+                at_k = k + t0 * skt + r[:, None] * skt + ck[None, :]
+                kt = tl.load(at_k, mask=(inside & (of_q == of_q))[:, None], other=0.0)
+                S = tl.dot(left, kt, input_precision=DOT)
     if SUMMARY:
         if is_M:
             tl.store(M + state_row * K * K + ck[None, :] * K + cv[:, None], S)

@@ -60,7 +60,7 @@ def parts_in_halves() -> dict[str, float]:
         [(whole[:, :, :1] * quarters).flatten(2), halves, whole[:, :, 5, :1] * random(32).softmax(0)], -1
     )
     split = torch.nn.functional.pad(split, (0, 896 - split.shape[-1]))
-    constants = {"HV": H * G, "HAS_G": True, "ERASE": True, "PREVIOUS": False, "CHUNKS": 8}
+    constants = {"HV": H * G, "HAS_G": True, "HAS_DOC": False, "ERASE": True, "PREVIOUS": False, "CHUNKS": 8}
     exact, found = (torch.zeros(2, B, T, H * G) for _ in range(2))
     gates_kernel[(1, B * H * G)](rows, through, whole, *exact, T, NC, 0, 1, **constants, HALVES=False)
     for j in range(G):

@@ -74,15 +74,17 @@ class Compiled:
         return Compiled(int(found[1]), set(re.findall(r"\b(UTCHMMA|HGMMA|HMMA)\b", code)))
 
 
-def compiled(use: str, capability: int, *, K: int = 128, V: int = 128, H: int = 16, G: int = 2) -> Compiled:
-    """The kernel as ``chunk_triton`` launches it for bf16 operands, decay and normalised keys, no documents."""
+def compiled(
+    use: str, capability: int, *, K: int = 128, V: int = 128, H: int = 16, G: int = 2, documents: bool = False
+) -> Compiled:
+    """The kernel as ``chunk_triton`` launches it for bf16 operands, decay and normalised keys."""
     kernel, launch = KERNELS[use], LAUNCHES.get(use, Launch(64, 4, 1))  # gates has Triton's own four warps
     constants: dict[str, Any] = {
         **{"H": H, "HV": H * G, "G": G, "HEADS": G, "CHUNKS": GATES},
         **{"K": K, "V": V, "BV": min(V, launch.columns), "BK": min(K, 64)},
         **{"sqt": H * K, "sqh": K, "skt": H * K, "skh": K, "svt": H * G * V, "svh": V, "sot": H * G * V, "soh": V},
         **{"sgt": H * G, "sgh": 1, "sbt": H * G, "sbh": 1, "DOT": "tf32", "STAGES": launch.stages},
-        **{"ERASE": True, "HAS_G": True, "HAS_DOC": False, "PREVIOUS": False, "NORM": True},
+        **{"ERASE": True, "HAS_G": True, "HAS_DOC": documents, "PREVIOUS": False, "NORM": True},
         **{"SUM": True, "LAST": True, "HALVES": True},
         **{"SUMMARY": "summar" in use, "OUTPUT": use in ("apply", "whole_states"), "KEEP": use == "keep"},
     }
