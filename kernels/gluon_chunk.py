@@ -13,6 +13,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .helpers import hashed
+
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.7 and 3.6 call it
 WIDTH = gl.constexpr(128)  # of K and V
 TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # in shared memory
@@ -198,6 +200,7 @@ def row_of(rows, start: gl.constexpr, layout: gl.constexpr):
     return gl.expand_dims(rows.slice(start, 64).load(gl.SliceLayout(0, layout)), 0)
 
 
+@hashed
 @gluon.jit
 def fetch_chunk(x, bar, at, ib, c, head, wanted, W: gl.constexpr):
     """A chunk of a head, on its way into shared memory."""

@@ -41,6 +41,7 @@ from .gluon_chunk import (
     new_mbarrier,
     row_of,
 )
+from .helpers import hashed
 from .triton_prepare import EPS, LEAST, SEVERAL, SPOILT
 
 NARROW = gl.constexpr(gl.NVMMASharedLayout(64, 32, 2))  # in shared memory, of 16 columns of fp32
@@ -64,6 +65,7 @@ def _or(a, b):
     return a | b
 
 
+@hashed
 @gluon.jit
 def _lost_couples(x, t, T, stride: gl.constexpr, couples: gl.constexpr):
     """Which of 64 rows in memory hold what is not finite: other than 0 for them. Two numbers are looked at in one:

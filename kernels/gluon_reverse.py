@@ -31,10 +31,12 @@ from .gluon_chunk import (
     row_of,
     scaled,
 )
+from .helpers import hashed
 from .triton_prepare import SEVERAL
 from .triton_states import LOOK, UNDERFLOW
 
 
+@hashed
 @gluon.jit
 def _first_underflow(bound, first, stop, layout: gl.constexpr):
     """As :func:`.triton_reverse.first_underflow`."""

@@ -25,6 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .helpers import hashed
 from .triton_prepare import SEVERAL, decays, in_documents, lost, lost_rows
 
 # A chunk's sums on the way to dbeta and dg, one fp32 array [value heads, NC, part, 64]: dbeta and dg of the pairs, the
@@ -77,6 +78,7 @@ def _products(
     return pairs
 
 
+@hashed
 @triton.jit
 def _finite(parts, through):
     """The tokens that are not spoilt, from *pairs*' dbeta."""

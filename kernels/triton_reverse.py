@@ -13,10 +13,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .helpers import hashed
 from .triton_prepare import in_documents, lost
 from .triton_states import LOOK, UNDERFLOW
 
 
+@hashed
 @triton.jit
 def first_underflow(bound, first, stop):
     """The mirror of :func:`.triton_states.last_underflow`: the end of the first chunks of a segment behind which

@@ -21,12 +21,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .helpers import hashed
 from .triton_prepare import SEVERAL, lost
 
 UNDERFLOW = tl.constexpr(-104.0)  # exp of it is 0 in fp32
 LOOK = tl.constexpr(128)  # chunks looked at for an underflow
 
 
+@hashed
 @triton.jit
 def last_underflow(bound, first, stop):
     """The last chunk of a segment before whose start nothing reaches the segment's end, not to the last bit; its first

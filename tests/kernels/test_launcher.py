@@ -5,6 +5,10 @@ Kernels are compiled for a GPU that need not be there; a driver of this file's o
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -268,3 +272,26 @@ def test_the_function_behind_a_launcher_is_given_what_the_launcher_gives_it(
         assert given[-1] == given[-2] and "function" in given[-1]
     if described:  # Triton's six, and of ours each address and shape once
         assert len(encoded) == 6 + 4
+
+
+HASHES = """
+import importlib, json, os, pkgutil, sys
+from triton.runtime.jit import JITFunction
+import dnsp.kernels
+kernels = {}
+for module in pkgutil.iter_modules(dnsp.kernels.__path__, "dnsp.kernels."):
+    if module.name.rpartition(".")[2].startswith(("triton_", "gluon_")):
+        here = vars(importlib.import_module(module.name))
+        kernels |= {name: x for name, x in here.items() if isinstance(x, JITFunction) and name.endswith("_kernel")}
+found = {name: kernels[name].cache_key for name in sorted(kernels, reverse=sys.argv[1] == "backwards")}
+print(json.dumps(dict(sorted(found.items()))))
+"""
+
+
+def test_what_is_launched_first_decides_no_binary():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    forwards, backwards = (
+        json.loads(subprocess.check_output([sys.executable, "-c", HASHES, order], env=environment, text=True))
+        for order in ("forwards", "backwards")
+    )
+    assert len(forwards) > 20 and forwards == backwards
