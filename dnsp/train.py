@@ -370,6 +370,7 @@ def roll_back(engine: Engine, saver: Saver, spikes: Spikes, said: str) -> checkp
 
     Raises:
         RunError: it was put back there too often, on every rank.
+        UsageError: this rank does not see the checkpoint that rank 0 has read.
     """
     saver.wait()
     first = engine.grid.rank == 0

@@ -183,7 +183,8 @@ class Watch:
 
     SIGTERM, SIGINT and SIGUSR1 set ``stop``: the run saves after its step and ends. A third SIGTERM or SIGINT ends it
     at once: a launcher that is interrupted may ask a second time for the same reason. Of several ranks that fail the
-    first claims it in the run ``folder`` (set once there is one), the others follow.
+    first claims it in the run ``folder`` (set once there is one), the others follow; so too where one refuses to go on
+    once the run has begun, for the others may not.
     """
 
     def __init__(self, environment: Environment) -> None:
@@ -191,7 +192,7 @@ class Watch:
         self.place = Place(self.rank)
         self.stalls = Stalls(self.place, self._stalled)
         self.folder: Path | None = None
-        self.stop = False
+        self.stop = self.begun = False
         self.at_end: Callable[[], None] = lambda: None  # gives the terminal back, whatever happened
         self.settle: Callable[[], None] = lambda: None  # before the end that all ranks have agreed on
         self._handlers: dict[signal.Signals, Any] = {}
@@ -200,6 +201,7 @@ class Watch:
     def look_after(self, folder: Path, limit: float) -> None:
         """From now on the run has a folder, and no rank may stand still for ``limit`` seconds."""
         self.folder = self.stalls.folder = folder
+        self.begun = True
         os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / "flight_recorder_rank_")  # NCCL's own, at its timeout
         os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = os.environ["TORCH_FR_DUMP_TEMP_FILE"]
         self.place.at(self.place.doing)
@@ -221,6 +223,10 @@ class Watch:
             self._give_back()
             if self.world == 1:
                 leave()  # with peers it would wait for them
+            if isinstance(error, REFUSALS) and self.begun:
+                said = f"rank {self.rank}: {error}"
+                failure = RunError if self._claim(said) else Echo
+                raise failure(f"{said}; {way_on(self.folder)}") from None
             if error is None or isinstance(error, (Echo, *REFUSALS)):
                 return
             if isinstance(error, PeerLost):
