@@ -146,7 +146,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         found.close()
     if config.engine.probe:
         with explained_start(model, config, grid):  # the first gradients
-            proven = probe(engine, config, choices.attention_backend)
+            proven = probe(engine, config, choices)
     saver = Saver(folder, engine, config.checkpoint, lambda: watch.place.at("the writing of a checkpoint"))
     watch.settle = saver.settle
 

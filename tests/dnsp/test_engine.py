@@ -11,6 +11,7 @@ import threading
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -249,6 +250,34 @@ def test_gradients_that_are_not_finite_are_no_fault_of_the_reduction() -> None:
         got[row, column] = 2.0
         found = _judge(["a", "b"], got, want, 0.0)
         assert not found.ok and found.name == "ab"[row], (row, column)
+
+
+def as_the_run_does() -> tuple[float, list[tuple[str, str]], str]:
+    """The probe's error, how its layers' messages cross ranks, and what it says where one did not arrive."""
+    from dnsp import probe, watchdog
+    from dnsp.choices import Choices
+    from dnsp.parallel.errors import PeerLost
+
+    config, ways = settings(1), []
+    engine = make(config, 2)
+    choices = Choices(transport="gather", attention_transport="gather")  # both are auto in the configuration
+    engine.model.model.layers[0].register_forward_pre_hook(
+        lambda _, given: ways.extend((x.scan.kind, x.attention_transport) for x in given if hasattr(x, "scan"))
+    )
+    error = probe.probe(engine, config, choices).error
+
+    def lost() -> None:
+        raise PeerLost(dist.get_rank(), None, "a scan", "it is late")
+
+    with patch.object(watchdog, "check_peers", lost), pytest.raises(PeerLost) as late:
+        probe.probe(engine, config, choices)
+    return error, ways, str(late.value)
+
+
+def test_the_probe_goes_by_the_transports_of_the_run() -> None:
+    for rank, (error, ways, late) in enumerate(run_ranks(as_the_run_does, 2)):
+        assert error < PROBE["error"] and set(ways) == {("gather", "gather")}
+        assert late == f"rank {rank} lost a rank of its group during a scan: it is late"
 
 
 def broken(stage: int, options: dict[str, Any]) -> str:
