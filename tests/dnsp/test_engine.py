@@ -514,9 +514,22 @@ def test_ranks_that_share_gpus_ask_deepspeed_for_those_that_there_are(monkeypatc
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
     from dnsp.engine import number_devices
+    from dnsp.launch.environment import Environment
+    from dnsp.watchdog import take_device
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     accelerator = CUDA_Accelerator()
     number_devices(accelerator)
+    number_devices(accelerator)  # verify makes an engine for each stage
     names = [accelerator.device_name(rank) for rank in ("0", "1", "2", "7", 0, None)]
     assert names == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0", "cuda"]
+    # stages 0 to 2 stay on the device that the rank has taken, ZeRO 3 asks for that of LOCAL_RANK
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    for rank in range(5):
+        place = Environment("local", rank, 5, rank, 5, "127.0.0.1", 0)
+        take_device(place)
+        assert accelerator.device_name(place.variables()["LOCAL_RANK"]) == f"cuda:{taken[-1]}"
+    assert taken == [0, 1, 0, 1, 0]
