@@ -53,7 +53,7 @@ def join(environment: Environment) -> None:
         UsageError: when rank 0 cannot listen on the port, or the ranks do not find each other.
     """
     # NCCL refuses two ranks on a device; gloo carries tensors of a GPU through the host's memory
-    alone_on_gpu = torch.cuda.is_available() and environment.local_world_size <= torch.cuda.device_count()
+    alone_on_gpu = torch.cuda.is_available() and sharing(environment.local_world_size) == 1
     backend = "cpu:gloo,cuda:nccl" if alone_on_gpu else "gloo"
     # torch's flight recorder: the last collectives of every rank, which dnsp/stalls.py leaves in the run folder
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -79,18 +79,22 @@ def join(environment: Environment) -> None:
 @contextmanager
 def room_for(ranks: int) -> Iterator[None]:
     """Around the start of ranks: where there are more of them than GPUs they run on one at the same time (MPS)."""
-    if not torch.cuda.is_available() or ranks <= torch.cuda.device_count():
+    if sharing(ranks) == 1:
         yield
         return
     with shared_gpu() as variables, patch.dict(os.environ, variables):
         yield
 
 
+def sharing(ranks: int) -> int:
+    """How many of a node's ranks share a GPU, where most do; 1 where there is none to share."""
+    return -(-ranks // max(1, torch.cuda.device_count())) if torch.cuda.is_available() else 1
+
+
 def queues(ranks: int) -> int:
     """Queues of the GPU that each of a node's ranks takes: a stream that waits for a peer must not share one with a
     stream that works. Ranks that share a GPU share them: eight of 16 queues each did not start."""
-    sharing = -(-ranks // max(1, torch.cuda.device_count()))
-    return max(1, min(16, 64 // sharing))
+    return max(1, min(16, 64 // sharing(ranks)))
 
 
 def take_device(environment: Environment) -> None:
