@@ -444,6 +444,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status. What a user did wrong is said in a line or two, no traceback."""
     if arguments is not None:
         sys.argv[1:] = arguments
+    if "RANK" not in os.environ and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a command clears away what it began
     if SUPERVISOR in os.environ:
         from dnsp.watchdog import end_with
 
@@ -451,13 +453,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.formatwarning = _format_warning
     try:
         status = app(standalone_mode=False)
-        status = status if isinstance(status, int) else 0
-        if "RANK" in os.environ:  # no destructors: threads of gloo still winding down would abort it
-            for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError):  # a full disk under them is no failure of a run that is saved
-                    stream.flush()
-            os._exit(status)
-        return status
+        return _leave(status if isinstance(status, int) else 0)
     except (UsageError, LaunchError, LayoutError, PlanError) as error:
         # every rank refuses alike; one a node says it
         return end(2, str(error), quiet=not speaks())
@@ -468,7 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         return end(1, str(error))
     except (KeyboardInterrupt, typer.Abort):
-        return 128 + signal.SIGINT
+        return _leave(128 + signal.SIGINT)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a slip on the command line: click words it
             if not speaks():
@@ -490,6 +486,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             sys.stderr.flush()
         os._exit(1)  # see ending.end
+
+
+def _leave(status: int) -> int:
+    """The exit status. A rank ends here, without destructors: threads of gloo still winding down would abort it."""
+    if "RANK" in os.environ:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # a full disk under them is no failure of a run that is saved
+                stream.flush()
+        os._exit(status)
+    return status
 
 
 def _format_warning(

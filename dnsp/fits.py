@@ -25,6 +25,7 @@ from dnsp.memory import GIB, Held, model_bytes
 from dnsp.model.decoder import Decoder
 from dnsp.parallel.errors import LayoutError, PlanError
 from dnsp.schedule import spans
+from dnsp.watchdog import sharing
 
 if TYPE_CHECKING:
     from dnsp.doctor import Row
@@ -41,6 +42,8 @@ def ranks_of(config: Config, asked: int | None, slots: int | None) -> int:
 def examine(config: Config, ranks: int, here: bool) -> Iterator[Row]:
     """Rows on ranks, data, tokenizer, model, memory and run folder; ``here``: the ranks would be on this machine."""
     yield _tried("ranks", lambda: _ranks(config, ranks, here))
+    if here:
+        yield from _shared_gpus(ranks)
     yield _tried("settings", lambda: _settings(config))
     yield _tried("tokenizer", lambda: (load_tokenizer(config.data.tokenizer), config.data.tokenizer)[1])
     yield _tried("data", lambda: _data(config))
@@ -75,13 +78,21 @@ def _split(message: str) -> tuple[str, str]:
 def _ranks(config: Config, ranks: int, here: bool) -> str:
     check_ranks(config, ranks)
     sequence = config.parallel.sequence or ranks
-    if here and torch.cuda.is_available() and ranks > torch.cuda.device_count():
-        raise UsageError(
-            f"{ranks} ranks on {torch.cuda.device_count()} GPUs; take as many ranks as GPUs (parallel.sequence, "
-            "--ranks), or more hosts (--hostfile)"
-        )
     crowded = f", on {cores()} cores" if here and ranks > cores() else ""
     return f"{ranks // sequence} x {sequence} (data x sequence){crowded}"
+
+
+def _shared_gpus(ranks: int) -> Iterator[Row]:
+    """Where there are more ranks than GPUs: they run, and what that means."""
+    if (many := sharing(ranks)) == 1:
+        return
+    gpus = torch.cuda.device_count()
+    found = f"{many} ranks share a GPU ({ranks} on {gpus}): gloo in place of NCCL, and 1/{many} of its memory for each"
+    cure = (
+        "none needed to try things; for speed as many ranks as GPUs (parallel.sequence, --ranks), or more hosts "
+        "(--hostfile). Ranks take turns on a GPU but under NVIDIA's MPS: nvidia-cuda-mps-control -d"
+    )
+    yield "shared GPUs", "warn", found, cure
 
 
 def _settings(config: Config) -> str:
@@ -134,13 +145,14 @@ def _memory(config: Config, parameters: int, ranks: int, here: bool) -> Iterator
         found += f", {free / GIB:,.1f} GiB of the memory that is free"
         yield "memory", "ok" if fits else "missing", found, cure
         return
-    room = torch.cuda.get_device_properties(0).total_memory
+    many = sharing(ranks)
+    room = torch.cuda.get_device_properties(0).total_memory / many
 
     def suits(held: Held) -> bool:
         return held.device < ROOM * room and held.host < ROOM * free
 
     cure = "" if suits(needs) else _way(config, parameters, ranks, suits)
-    found += f": {needs.device / GIB:,.2f} on the GPU, which has {room / GIB:,.1f}"
+    found += f": {needs.device / GIB:,.2f} on the GPU, which has {room / GIB:,.1f}" + " for each" * (many > 1)
     if needs.host:
         found += f"; {needs.host / GIB:,.2f} on the host, where {free / GIB:,.1f} are free for it"
     yield "memory", "missing" if cure else "ok", found, cure
@@ -162,7 +174,7 @@ def _symmetric_memory(config: Config, ranks: int, here: bool) -> Iterator[Row]:
     if not here:
         yield "symmetric memory", "info", f"{found}, where ranks reach each other's", ""
         return
-    free = torch.cuda.mem_get_info()[0] // -(-ranks // torch.cuda.device_count())
+    free = torch.cuda.mem_get_info()[0] // sharing(ranks)
     cure = "" if need < free else "parallel.transport=p2p parallel.attention_transport=ring, or more ranks"
     yield "symmetric memory", "missing" if cure else "ok", f"{found}; {free / MIB:,.0f} are free for it", cure
 
@@ -177,7 +189,8 @@ def _way(config: Config, parameters: int, ranks: int, suits: Callable[[Held], bo
         if way["zero_stage"] >= config.engine.zero_stage and suits(_needs(config, parameters, ranks, **way)):
             changed = [(key, value) for key, value in way.items() if value != getattr(config.engine, key)]
             return " ".join(f"engine.{key}={str(value).lower()}" for key, value in changed) + " would fit"
-    return "take more ranks (with engine.zero_stage=3 each keeps less), or a smaller model"
+    more = "a GPU for each rank" if sharing(ranks) > 1 else "more ranks (with engine.zero_stage=3 each keeps less)"
+    return f"take {more}, or a smaller model"
 
 
 def _folder(config: Config) -> str:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from dnsp import watchdog
+from dnsp.choices import Choices
 from dnsp.config import Config
 from dnsp.engine import Engine, out_of_memory
 from dnsp.errors import UsageError
+from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import CHUNK, Layout
 from dnsp.parallel.plan import Plan, make_plan
 
@@ -41,14 +43,17 @@ class Found:
         return self.error <= TOLERANCE
 
 
-def probe(engine: Engine, config: Config, attention_backend: str = "auto") -> Found:
+def probe(engine: Engine, config: Config, choices: Choices = Choices()) -> Found:  # noqa: B008 (frozen)
     """Hold the live engine's gradients against the ranks' sum; every rank calls it, nothing of the engine changes.
+
+    ``choices``: of the run; what its layers and ranks will do is done here.
 
     Raises:
         UsageError: on every rank, with the first parameter that differs and by how much.
+        PeerLost: a message did not arrive; what was computed without it says nothing of the reduction.
     """
     began = time.monotonic()
-    plan = _plan(engine, config, attention_backend)
+    plan = _plan(engine.grid, config, choices).to(engine.device)
     local = {name: torch.zeros(BUCKETS, dtype=torch.float64, device=engine.device) for name in engine.names}
     seed: list[Tensor] = []
 
@@ -87,7 +92,9 @@ def probe(engine: Engine, config: Config, attention_backend: str = "auto") -> Fo
         ) from None
     engine.skip()
     engine.restart()
-    found = _judge(list(engine.names), got.cpu(), want.cpu(), time.monotonic() - began)
+    got, want = got.cpu(), want.cpu()
+    watchdog.check_peers()
+    found = _judge(list(engine.names), got, want, time.monotonic() - began)
     worst = max(watchdog.from_all(found, engine.grid), key=lambda one: one.error)
     if not worst.ok:
         extra = config.engine.deepspeed
@@ -122,9 +129,9 @@ def _judge(names: list[str], got_NB: Tensor, want_NB: Tensor, seconds: float) ->
     return Found(names[index], errors[index], ratio, seconds)
 
 
-def _plan(engine: Engine, config: Config, attention_backend: str) -> Plan:
+def _plan(grid: Grid, config: Config, choices: Choices) -> Plan:
     """Two documents in the shortest sequence that the layout and the segments divide."""
-    settings, grid = config.parallel, engine.grid
+    settings = config.parallel
     intervals = grid.sequence_size * (2 if settings.layout == "zigzag" else 1)
     length = intervals * (settings.segment_tokens or CHUNK)
     return make_plan(
@@ -132,10 +139,10 @@ def _plan(engine: Engine, config: Config, attention_backend: str) -> Plan:
         Layout(settings.layout, grid.sequence_size, length),
         grid,
         settings.segment_tokens,
-        transport=settings.transport,
-        attention_transport=settings.attention_transport,
-        attention_backend=attention_backend,
-    ).to(engine.device)
+        transport=choices.transport,
+        attention_transport=choices.attention_transport,
+        attention_backend=choices.attention_backend,
+    )
 
 
 def _rows(engine: Engine, config: Config, plan: Plan, micro: int) -> tuple[Tensor, Tensor]:

@@ -146,7 +146,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         found.close()
     if config.engine.probe:
         with explained_start(model, config, grid):  # the first gradients
-            proven = probe(engine, config, choices.attention_backend)
+            proven = probe(engine, config, choices)
     saver = Saver(folder, engine, config.checkpoint, lambda: watch.place.at("the writing of a checkpoint"))
     watch.settle = saver.settle
 
@@ -370,6 +370,7 @@ def roll_back(engine: Engine, saver: Saver, spikes: Spikes, said: str) -> checkp
 
     Raises:
         RunError: it was put back there too often, on every rank.
+        UsageError: this rank does not see the checkpoint that rank 0 has read.
     """
     saver.wait()
     first = engine.grid.rank == 0

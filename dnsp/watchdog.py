@@ -53,7 +53,7 @@ def join(environment: Environment) -> None:
         UsageError: when rank 0 cannot listen on the port, or the ranks do not find each other.
     """
     # NCCL refuses two ranks on a device; gloo carries tensors of a GPU through the host's memory
-    alone_on_gpu = torch.cuda.is_available() and environment.local_world_size <= torch.cuda.device_count()
+    alone_on_gpu = torch.cuda.is_available() and sharing(environment.local_world_size) == 1
     backend = "cpu:gloo,cuda:nccl" if alone_on_gpu else "gloo"
     # torch's flight recorder: the last collectives of every rank, which dnsp/stalls.py leaves in the run folder
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -79,18 +79,22 @@ def join(environment: Environment) -> None:
 @contextmanager
 def room_for(ranks: int) -> Iterator[None]:
     """Around the start of ranks: where there are more of them than GPUs they run on one at the same time (MPS)."""
-    if not torch.cuda.is_available() or ranks <= torch.cuda.device_count():
+    if sharing(ranks) == 1:
         yield
         return
     with shared_gpu() as variables, patch.dict(os.environ, variables):
         yield
 
 
+def sharing(ranks: int) -> int:
+    """How many of a node's ranks share a GPU, where most do; 1 where there is none to share."""
+    return -(-ranks // max(1, torch.cuda.device_count())) if torch.cuda.is_available() else 1
+
+
 def queues(ranks: int) -> int:
     """Queues of the GPU that each of a node's ranks takes: a stream that waits for a peer must not share one with a
     stream that works. Ranks that share a GPU share them: eight of 16 queues each did not start."""
-    sharing = -(-ranks // max(1, torch.cuda.device_count()))
-    return max(1, min(16, 64 // sharing))
+    return max(1, min(16, 64 // sharing(ranks)))
 
 
 def take_device(environment: Environment) -> None:
@@ -183,7 +187,8 @@ class Watch:
 
     SIGTERM, SIGINT and SIGUSR1 set ``stop``: the run saves after its step and ends. A third SIGTERM or SIGINT ends it
     at once: a launcher that is interrupted may ask a second time for the same reason. Of several ranks that fail the
-    first claims it in the run ``folder`` (set once there is one), the others follow.
+    first claims it in the run ``folder`` (set once there is one), the others follow; so too where one refuses to go on
+    once the run has begun, for the others may not.
     """
 
     def __init__(self, environment: Environment) -> None:
@@ -191,7 +196,7 @@ class Watch:
         self.place = Place(self.rank)
         self.stalls = Stalls(self.place, self._stalled)
         self.folder: Path | None = None
-        self.stop = False
+        self.stop = self.begun = False
         self.at_end: Callable[[], None] = lambda: None  # gives the terminal back, whatever happened
         self.settle: Callable[[], None] = lambda: None  # before the end that all ranks have agreed on
         self._handlers: dict[signal.Signals, Any] = {}
@@ -200,6 +205,7 @@ class Watch:
     def look_after(self, folder: Path, limit: float) -> None:
         """From now on the run has a folder, and no rank may stand still for ``limit`` seconds."""
         self.folder = self.stalls.folder = folder
+        self.begun = True
         os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / "flight_recorder_rank_")  # NCCL's own, at its timeout
         os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = os.environ["TORCH_FR_DUMP_TEMP_FILE"]
         self.place.at(self.place.doing)
@@ -221,6 +227,10 @@ class Watch:
             self._give_back()
             if self.world == 1:
                 leave()  # with peers it would wait for them
+            if isinstance(error, REFUSALS) and self.begun:
+                said = f"rank {self.rank}: {error}"
+                failure = RunError if self._claim(said) else Echo
+                raise failure(f"{said}; {way_on(self.folder)}") from None
             if error is None or isinstance(error, (Echo, *REFUSALS)):
                 return
             if isinstance(error, PeerLost):

@@ -62,7 +62,7 @@ def start_ranks(arguments: Sequence[str], ranks: int, port: int | None = None) -
             if failed is None:
                 return 0
             _settle(processes)
-            cause, status = first_cause(processes, Path(folder), stopped=stopping.count > 0)
+            cause, status = first_cause(processes, Path(folder), stopping.number)
             if cause:
                 print(cause, file=sys.stderr, flush=True)
             return status
@@ -106,8 +106,8 @@ def free_port(port: int | None = None) -> int:
         return int(probe.getsockname()[1])
 
 
-def first_cause(processes: Sequence[subprocess.Popen[bytes]], folder: Path, stopped: bool) -> tuple[str, int]:
-    """The message and status of what failed first.
+def first_cause(processes: Sequence[subprocess.Popen[bytes]], folder: Path, stopped: int) -> tuple[str, int]:
+    """The message and status of what failed first; ``stopped``: the signal that was handed on, 0 for none.
 
     A rank's own report comes before a signal, a signal before a rank that ended without a word, and all of them before
     the reports of those that lost a peer; of these, that of the one which gave the verdict, before its echoes.
@@ -134,7 +134,7 @@ def first_cause(processes: Sequence[subprocess.Popen[bytes]], folder: Path, stop
         return message, code
     if killed:
         if stopped:
-            return "error: stopped before the run could save", 1
+            return f"error: stopped by {signal.Signals(stopped).name} before the run could save", 128 + stopped
         rank, name = killed[0]
         hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
         return f"error: rank {rank} was ended by {name}{hint}. The other ranks were ended.", 1
@@ -191,11 +191,11 @@ class _forward_signals:
 
     def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         self.processes = processes
-        self.count = 0
+        self.count = self.number = 0  # how many, and the last
         self.old = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
     def handle(self, number: int, frame: object) -> None:
-        self.count += 1
+        self.count, self.number = self.count + 1, number
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number if self.count < 3 else signal.SIGKILL)

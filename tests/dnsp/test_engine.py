@@ -11,6 +11,7 @@ import threading
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -251,6 +252,34 @@ def test_gradients_that_are_not_finite_are_no_fault_of_the_reduction() -> None:
         assert not found.ok and found.name == "ab"[row], (row, column)
 
 
+def as_the_run_does() -> tuple[float, list[tuple[str, str]], str]:
+    """The probe's error, how its layers' messages cross ranks, and what it says where one did not arrive."""
+    from dnsp import probe, watchdog
+    from dnsp.choices import Choices
+    from dnsp.parallel.errors import PeerLost
+
+    config, ways = settings(1), []
+    engine = make(config, 2)
+    choices = Choices(transport="gather", attention_transport="gather")  # both are auto in the configuration
+    engine.model.model.layers[0].register_forward_pre_hook(
+        lambda _, given: ways.extend((x.scan.kind, x.attention_transport) for x in given if hasattr(x, "scan"))
+    )
+    error = probe.probe(engine, config, choices).error
+
+    def lost() -> None:
+        raise PeerLost(dist.get_rank(), None, "a scan", "it is late")
+
+    with patch.object(watchdog, "check_peers", lost), pytest.raises(PeerLost) as late:
+        probe.probe(engine, config, choices)
+    return error, ways, str(late.value)
+
+
+def test_the_probe_goes_by_the_transports_of_the_run() -> None:
+    for rank, (error, ways, late) in enumerate(run_ranks(as_the_run_does, 2)):
+        assert error < PROBE["error"] and set(ways) == {("gather", "gather")}
+        assert late == f"rank {rank} lost a rank of its group during a scan: it is late"
+
+
 def broken(stage: int, options: dict[str, Any]) -> str:
     from dnsp.errors import UsageError
     from dnsp.probe import probe
@@ -485,9 +514,22 @@ def test_ranks_that_share_gpus_ask_deepspeed_for_those_that_there_are(monkeypatc
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
     from dnsp.engine import number_devices
+    from dnsp.launch.environment import Environment
+    from dnsp.watchdog import take_device
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     accelerator = CUDA_Accelerator()
     number_devices(accelerator)
+    number_devices(accelerator)  # verify makes an engine for each stage
     names = [accelerator.device_name(rank) for rank in ("0", "1", "2", "7", 0, None)]
     assert names == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0", "cuda"]
+    # stages 0 to 2 stay on the device that the rank has taken, ZeRO 3 asks for that of LOCAL_RANK
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    for rank in range(5):
+        place = Environment("local", rank, 5, rank, 5, "127.0.0.1", 0)
+        take_device(place)
+        assert accelerator.device_name(place.variables()["LOCAL_RANK"]) == f"cuda:{taken[-1]}"
+    assert taken == [0, 1, 0, 1, 0]

@@ -276,6 +276,22 @@ def test_stopped_damaged_killed_and_still_the_same(
     assert losses(run)[:12] == losses(reference)
 
 
+def test_ctrl_c_while_ranks_start_is_one_line(
+    workplace: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """They are importing torch, and nothing has begun that could be saved."""
+    process = start("train", workplace / "tiny.yaml", "--ranks", 2, cwd=tmp_path)
+    deadline = time.monotonic() + BEFORE
+    while len(ranks := psutil.Process(process.pid).children()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=BEFORE)
+    assert (process.returncode, stdout) == (130, "")
+    assert stderr == "error: stopped by SIGINT before the run could save\n"
+    assert len(ranks) == 2 and not psutil.wait_procs(ranks, timeout=5)[1]
+
+
 @pytest.mark.slow
 def test_a_full_disk(reference: Path, workplace: Path, dnsp: Dnsp) -> None:
     """No checkpoint fits any more: the run goes on to its end, saying so, and nothing half-written stays."""

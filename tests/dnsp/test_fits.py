@@ -11,7 +11,7 @@ import torch
 
 from dnsp import engine, fits
 from dnsp.cli import main
-from dnsp.config import EngineConfig
+from dnsp.config import EngineConfig, load_config
 from dnsp.memory import Held, model_bytes
 
 
@@ -147,6 +147,47 @@ def test_deepspeed_options_reach_deepspeed(workplace: Path, monkeypatch: pytest.
 
 @pytest.mark.gpu
 def test_more_ranks_than_gpus(workplace: Path, tmp_path: Path) -> None:
-    ranks = torch.cuda.device_count() + 1
+    ranks = 2 * torch.cuda.device_count()
     status, rows = findings(workplace, tmp_path / "doctor.json", "--ranks", str(ranks), "data.sequence_length=8192")
-    assert status == 1 and "GPUs" in rows["ranks"]["found"]
+    assert status == 0 and rows["ranks"]["status"] == "ok" and "for each" in rows["memory"]["found"], rows
+    assert rows["shared GPUs"]["status"] == "warn" and rows["shared GPUs"]["found"].startswith("2 ranks share a GPU")
+
+
+# ranks on two GPUs of 80 GiB, settings: how many share one, whether 1.6 billion parameters fit (ROOMS; 3.7 GiB of them
+# are gathered at ZeRO 3, whatever the ranks), and the way out
+SHARED = [
+    (2, (), 1, "ok", ""),
+    (4, (), 2, "ok", ""),
+    (8, (), 4, "missing", "engine.zero_stage=1 would fit"),
+    (8, ("engine.zero_stage=3",), 4, "ok", ""),
+    (32, ("engine.zero_stage=3",), 16, "missing", "engine.offload_optimizer=true would fit"),
+    (64, ("engine.zero_stage=3",), 32, "missing", "take a GPU for each rank, or a smaller model"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "settings", "many", "status", "cure"), SHARED)
+def test_ranks_that_share_gpus_run_where_their_memory_suffices(
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: int,
+    settings: tuple[str, ...],
+    many: int,
+    status: str,
+    cure: str,
+) -> None:
+    monkeypatch.setattr(fits.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**50))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 * 2**30, 80 * 2**30))
+    monkeypatch.setenv("DNSP_LIGER", "0")
+    wide = ("model.hidden_size=1024", "model.intermediate_size=65536", "model.num_hidden_layers=8")
+    spread = (f"train.global_batch={ranks}", "parallel.sequence=1")
+    config = load_config(workplace / "tiny.yaml", [*wide, *spread, *settings])
+    rows = {name: row for name, *row in fits.examine(config, ranks, here=True)}
+    assert rows["ranks"][0] == "ok" and rows["memory"][0] == status and cure in rows["memory"][2], rows
+    assert ("for each" in rows["memory"][1]) == ("shared GPUs" in rows) == (many > 1)
+    if many > 1:
+        assert rows["shared GPUs"][0] == "warn"
+        assert rows["shared GPUs"][1].startswith(f"{many} ranks share a GPU ({ranks} on 2): gloo"), rows
+    assert "shared GPUs" not in {name for name, *_ in fits.examine(config, ranks, here=False)}

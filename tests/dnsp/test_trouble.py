@@ -28,6 +28,7 @@ from dnsp.config import FaultsConfig, load_config
 from dnsp.data.mix import open_data
 from dnsp.data.prepare import prepare
 from dnsp.faults import Skipped, Spikes
+from dnsp.launch.local import free_port
 from dnsp.telemetry import RANKS_INTERVAL
 from tests.dnsp.conftest import environment
 from tests.ranks import run_ranks
@@ -182,6 +183,49 @@ def test_too_many_rollbacks_end_the_run(workplace: Path, dnsp: Dnsp) -> None:
     assert done.returncode == 1
     assert "is a spike" in done.stderr and "was gone back to 1 times already" in done.stderr, done.stderr
     assert "resume=auto goes on from" in done.stderr
+
+
+ON_ANOTHER_DISK = """
+import os, sys
+from pathlib import Path
+from dnsp import checkpoint
+from dnsp.cli import main
+
+opened = checkpoint.open_checked
+if os.environ["RANK"] == "1":
+    checkpoint.open_checked = lambda path: opened(Path("elsewhere", path))
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_refusal_of_one_rank_in_a_roll_back_is_that_ranks_to_say(workplace: Path) -> None:
+    """Rank 1 cannot see the checkpoint, and is none that says what all ranks have to say. As under torchrun, which
+    ends all ranks when the first has ended."""
+    rule = ("faults.spike_factor=1.0001", "faults.spike_window=1", "checkpoint.every=1", "train.lr=1e-6")
+    settings = ("tiny.yaml", "run.dir=apart", "train.steps=200", "run.timeout=5", *rule)
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", ON_ANOTHER_DISK, "train", *settings],
+            cwd=workplace,
+            env={**environment(), **place, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        while all(rank.poll() is None for rank in ranks):
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            rank.terminate()
+    (_, zeros), (_, ones) = (rank.communicate(timeout=30) for rank in ranks)
+    assert zeros == "" and ones.startswith("error: rank 1: rank 0 sees the checkpoint elsewhere/apart/"), zeros + ones
+    assert "another rank does not: No such file or directory; run.dir=apart resume=auto goes on from" in ones
+    assert len(ones.splitlines()) == 1 and ranks[1].returncode == 1
 
 
 def starved() -> str:

@@ -69,7 +69,7 @@ def test_the_first_cause_is_what_the_user_reads(
         while any(p.poll() is None for p, (e, _) in zip(processes, ranks, strict=True) if e != SLEEP):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        message, code = first_cause(processes, tmp_path, stopped=False)
+        message, code = first_cause(processes, tmp_path, stopped=0)
         assert said in message and code == status
     finally:
         for process in processes:
