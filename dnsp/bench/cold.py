@@ -1,7 +1,7 @@
 """The first call of a fresh process: with an empty Triton cache and no proofs, and with what that one left.
 
-What counts is the first forward and backward pass, kernels compiled or loaded and proven in it; importing torch and
-reaching the GPU come before it and are reported beside it.
+What counts is the first forward and backward pass, kernels compiled or loaded and proven in it; importing torch, what
+torch imports for its first backward pass (sympy), and reaching the GPU come before it and are reported beside it.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def main() -> None:
 
     shape, device = Shape(**json.loads(sys.stdin.read())), common.find_device()
     inputs = make_inputs(shape, device)
+    x = torch.ones(1, requires_grad=True)
+    torch.autograd.grad(2 * x, x, torch.ones(1))  # a gradient that is given has torch import for 2 s
 
     def now() -> float:
         if device.type == "cuda":

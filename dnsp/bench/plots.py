@@ -81,7 +81,7 @@ def panels(files: Sequence[Path]) -> list[Panel]:
             train.bars.extend(_train(found))
         elif {"worlds", "value_heads"} <= kinds:
             scan.bars.extend(_scan(found))
-        elif not kinds & {"shapes", "worlds"}:
+        elif not kinds & {"shapes", "worlds", "first_calls"}:
             raise UsageError(f"{file} holds no benchmark; give what dnsp bench wrote with --json")
     return [panel._replace(bars=sorted(panel.bars, key=lambda bar: bar.tokens)) for panel in (delta, train, scan)]
 
@@ -98,10 +98,18 @@ def _delta(found: dict[str, Any]) -> list[Bar]:
 
 
 def shape_name(shape: dict[str, Any]) -> str:
-    """A shape of ``bench delta`` in short: rows, tokens, heads, and the decay where it is not the usual one."""
+    """A shape of ``bench delta`` in short: rows, tokens, heads, and what is not the usual."""
     rows = "" if shape["batch"] == 1 else f"{shape['batch']} x "
-    decay = "" if shape["decay"] == "logsigmoid" else f", decay {shape['decay']}"
-    return f"{rows}{shape['tokens']:,}, {shape['key_heads']}/{shape['value_heads']}{decay}"
+    said = [f"{rows}{shape['tokens']:,}", f"{shape['key_heads']}/{shape['value_heads']}"]
+    if shape["decay"] != "logsigmoid":
+        said.append(f"decay {shape['decay']}")
+    if not shape["l2norm"]:
+        said.append("normalised before")
+    if shape["segment_tokens"] is not None:
+        said.append(f"segments of {shape['segment_tokens']:,}")
+    if shape["documents"] > 1:
+        said.append(f"{shape['documents']} documents")
+    return ", ".join(said)
 
 
 def _train(found: dict[str, Any]) -> list[Bar]:

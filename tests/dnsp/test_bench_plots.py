@@ -11,6 +11,7 @@ from dnsp.bench.plots import Bar, panels, plot
 from dnsp.errors import UsageError
 
 SHAPE = {"tokens": 64, "batch": 2, "key_heads": 1, "value_heads": 2, "decay": "-20"}
+SHAPE |= {"l2norm": True, "segment_tokens": None, "documents": 1}
 DELTA = {
     "kernels": "triton",
     "shapes": [
