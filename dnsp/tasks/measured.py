@@ -41,23 +41,23 @@ def speed_tables(figures: list[Result]) -> list[Table]:
         named = [f"{c:,}" for c in contexts]
         tables.append(Table("speed", "Tokens a second behind a context, batch 1", ["model", *named,
                             f"{named[-1]} over {named[0]}"], rows, speed_verdict(at, contexts)))  # fmt: skip
-        rows = [
-            [f["name"], f["context"], f["parameters"], f["parameter_bytes"], f["state_bytes"], f["cache_bytes"],
-             f["prefill_tokens_per_s"], bandwidth_share(f)]
-            for f in sorted(alone, key=lambda f: (models.index(f["name"]), f["context"]))
-        ]  # fmt: skip
-        columns = ["model", "context", "parameters", "weight bytes", "state bytes", "KV-cache bytes",
-                   "prefill tokens/s", "share of copy bandwidth"]  # fmt: skip
-        tables.append(Table("speed-bytes", "What a step reads", columns, rows))
+        read = {
+            "model": "name", "context": "context", "layers": "layers", "width": "width", "parameters": "parameters",
+            "weight bytes": "parameter_bytes", "state bytes": "state_bytes", "KV-cache bytes": "cache_bytes",
+            "prefill tokens/s": "prefill_tokens_per_s",
+        }  # fmt: skip
+        ordered = sorted(alone, key=lambda f: (models.index(f["name"]), f["context"]))
+        rows = [[*map(f.get, read.values()), bandwidth_share(f)] for f in ordered]
+        tables.append(Table("speed-bytes", "What a step reads", [*read, "share of copy bandwidth"], rows))
     if spread_out:
-        rows = [
-            [f["name"], f["context"], f["ranks"], f.get("prefill_tokens_per_s"), f.get("tokens_per_s"), f.get("error"),
-             f.get("skipped", "")]
-            for f in spread_out
-        ]  # fmt: skip
-        columns = ["model", "context", "ranks", "prefill tokens/s", "tokens/s after", "error of the last hidden state",
-                   "not measured"]  # fmt: skip
-        tables.append(Table("speed-ranks", "Prefill over ranks, then one device", columns, rows))
+        over_ranks = {
+            "model": "name", "context": "context", "ranks": "ranks", "of them on a GPU": "sharing",
+            "prefill tokens/s": "prefill_tokens_per_s", "tokens/s after": "tokens_per_s",
+            "error of the last hidden state": "error", "share of equal tokens": "same_tokens",
+            "state bytes": "state_bytes", "KV-cache bytes": "cache_bytes",
+        }  # fmt: skip
+        rows = [list(map(f.get, over_ranks.values())) for f in spread_out]
+        tables.append(Table("speed-ranks", "Prefill over ranks, then one device", list(over_ranks), rows))
     return tables
 
 

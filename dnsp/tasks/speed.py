@@ -31,19 +31,19 @@ from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import Plan, make_plan
 
+PATIENCE = 120.0  # seconds that a rank may wait for another, which compiles what it needs
 WARM_UP = 4  # tokens before the clock runs: compiling, capturing
 
 
 def speed(model: dict[str, Any], context: int, tokens: int, name: str, ranks: int = 1) -> dict[str, Any]:
-    """Figures of one model behind one context; ``skipped`` says why there are none."""
+    """Figures of one model behind one context. Ranks share GPUs where there are fewer: what is handed over is the same
+    then, and the prefill no faster."""
     asked = {"model": model, "context": context, "tokens": tokens, "name": name}
+    found = {"name": name, "context": context, "layers": model["num_hidden_layers"], "width": model["hidden_size"]}
     if ranks == 1:
-        return {"name": name, "context": context, **alone(asked)}
-    count = torch.cuda.device_count() if torch.cuda.is_available() else None
-    found: dict[str, Any] = {"name": name, "context": context, "ranks": ranks}
-    if count is not None and count < ranks:
-        return found | {"skipped": f"{ranks} ranks need a GPU each, there are {count}"}
-    with tempfile.TemporaryDirectory(prefix="dnsp-speed-") as folder:
+        return found | alone(asked)
+    found |= {"ranks": ranks, "sharing": watchdog.sharing(ranks)}
+    with tempfile.TemporaryDirectory(prefix="dnsp-speed-") as folder, watchdog.room_for(ranks):
         Path(folder, "asked.json").write_text(json.dumps(asked))
         status = start_ranks(["tasks", "prefill-rank", folder], ranks)
         if status:
@@ -131,11 +131,10 @@ def prefill_rank(folder: Path) -> None:
     """One rank of a prefill over ranks; the one that goes on writes ``figures.json``."""
     asked = json.loads((folder / "asked.json").read_text())
     environment = find_environment()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(environment.local_rank)
+    watchdog.take_device(environment)
     watchdog.join(environment)
     config, decoder, device = _model(asked)
-    grid = make_grid(None, 600.0)
+    grid = make_grid(None, PATIENCE)
     context = asked["context"]
     layout = Layout("zigzag", grid.sequence_size, context)
     prompt = _prompt(config, context, device)

@@ -324,7 +324,7 @@ def speed_measurements(scale: Scale, models: tuple[str, ...]) -> list[Measuremen
         for context in sizes["contexts"]:
             arguments = {"model": tree, "context": context, "tokens": sizes["tokens"], "name": model}
             found.append(Measurement("speed", f"{model}-{context}", "speed", arguments))
-    for model in models:  # over ranks, where there are devices for them
+    for model in models:  # over ranks, which share a GPU where there is one
         if model != "linear_attention" and (scale == "full" or model == "hybrid"):
             tree = model_tree(model, sizes["width"], sizes["vocab"], sizes["layers"])
             context = sizes["contexts"][-2] if scale == "full" else sizes["contexts"][-1]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dnsp import watchdog
 from dnsp.config import Config, parse_config
 from dnsp.data.batch import batch
 from dnsp.data.mix import open_data
@@ -20,10 +24,11 @@ from dnsp.parallel.plan import local_plan
 from dnsp.tasks.chunks import chunk
 from dnsp.tasks.measure import measure
 from dnsp.tasks.pitfalls import write
-from dnsp.tasks.speed import _model, alone, decode, memory
+from dnsp.tasks.speed import _model, alone, decode, memory, speed
 from dnsp.tasks.suite import model_tree
 
-ERROR = 1e-5  # of a loss, relative
+ERROR = 1e-5  # of a loss and of a hidden state, relative
+BF16 = 2e-2  # of a hidden state in bf16
 SIZES: dict[str, tuple[dict[str, Any], int]] = {
     "kv": ({"vocab": 64, "pairs": [4, 16]}, 80),
     "mqar": ({"vocab": 64, "pairs": [4, 16]}, 128),
@@ -124,6 +129,40 @@ def test_what_is_timed_is_generation(name: str) -> None:
     assert bytes_of["cache_bytes"] == attention_layers * 2 * 70 * 32 * size
     assert bytes_of["state_bytes"] == states_of
     assert alone(asked)["prefill_tokens_per_s"] > 0
+
+
+def test_ranks_hand_over_what_one_device_goes_on_from() -> None:
+    """Two ranks, which share a GPU where there is one, and decode as one device does that had the context to itself."""
+    figures = speed(model_tree("hybrid", 64, 64), context=256, tokens=4, name="hybrid", ranks=2)
+    on_gpu = torch.cuda.is_available()
+    assert figures["ranks"] == 2 and figures["sharing"] == (-(-2 // torch.cuda.device_count()) if on_gpu else 1)
+    assert figures["error"] < (BF16 if on_gpu else ERROR) and figures["cache_bytes"] == 2 * 256 * 64 * (4 - 2 * on_gpu)
+    assert on_gpu or figures["same_tokens"] == 1.0
+
+
+@pytest.mark.parametrize(("gpus", "sharing"), [(1, 2), (2, 1)])
+def test_a_prefill_over_ranks_is_measured_on_one_gpu_too(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, sharing: int
+) -> None:
+    began: list[str] = []
+
+    @contextmanager
+    def shared_gpu() -> Iterator[dict[str, str]]:
+        began.append("sharing")
+        yield {}
+
+    def start_ranks(arguments: list[str], ranks: int) -> int:
+        began.append(f"{ranks} ranks")
+        Path(arguments[-1], "figures.json").write_text(json.dumps({"tokens_per_s": 7.0}))
+        return 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(watchdog, "shared_gpu", shared_gpu)
+    monkeypatch.setattr("dnsp.tasks.speed.start_ranks", start_ranks)
+    figures = speed(model_tree("hybrid", 64, 64), context=256, tokens=4, name="hybrid", ranks=2)
+    assert figures["tokens_per_s"] == 7.0 and figures["sharing"] == sharing
+    assert began == ["sharing", "2 ranks"][2 - sharing :]
 
 
 def test_chunk_lengths_do_not_leak_out() -> None:
