@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table as RichTable
 
+from dnsp.bench.common import make_console
 from dnsp.errors import UsageError
 from dnsp.json_files import write_json
 from dnsp.tasks.measured import chunk_tables, pitfall_tables, speed_tables
@@ -45,7 +45,7 @@ def report(folders: list[Path], json_file: Path | None = None) -> int:
 
     Raises UsageError for folders without results, or whose results cannot stand in one table.
     """
-    console = Console(highlight=False)
+    console = make_console()
     queues = [read_queue(folder) for folder in folders]
     scales = {queue["identity"]["scale"] for queue in queues}
     if len(scales) > 1:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 from dnsp.tasks import document
 from dnsp.tasks.queue import chosen_rate
@@ -128,7 +128,7 @@ def deviation(values: Sequence[float]) -> float | None:
 
 
 def perplexity(losses: Sequence[float]) -> list[float]:
-    return [math.inf if loss >= LARGEST else math.exp(loss) for loss in losses]
+    return [math.exp(loss) if loss < LARGEST else math.inf for loss in losses]  # of no number too
 
 
 def recall_tables(task: str, cells: list[Summary], scale: Scale = "full") -> list[Table]:
@@ -177,7 +177,17 @@ def recall_verdicts(task: str, cells: list[Summary], width: int) -> list[str]:
     if "hybrid" in means and "attention" in means:
         near = "within" if means["hybrid"] >= means["attention"] - 1 else "not within"
         said.append(f"hybrid {near} 1 point of attention")
-    return said
+    return said + _outside(task, [cell for cell in shown if cell.whole])
+
+
+def _outside(task: str, cells: list[Summary]) -> list[str]:
+    """The document's figures that no spread of ours holds."""
+    said = []
+    for cell in cells:
+        values, theirs = cell.values("test"), document.RECALL.get(task, {}).get(cell.labels["model"])
+        if values and theirs is not None and not min(values) <= theirs <= max(values):
+            said.append(f"{theirs} for {cell.labels['model']} (ours {mean(values) - theirs:+.1f})")
+    return [f"outside our spreads are the document's {', '.join(said)}"] if said else []
 
 
 def _unfinished(cells: list[Summary]) -> list[str]:
@@ -226,8 +236,13 @@ def ablation_tables(cells: list[Summary]) -> list[Table]:
         picked += [base] if base is not None else []
         theirs = ["document's perplexity", "document's recall %" if group == "beta" else "document's stability"]
         rows = [[*row(cell), *stated.get(cell.labels["variant"], [None, None])] for cell in picked]
-        orders = [list(stated), list(SCALED_NORMS)] if group == "norm" else [list(stated)]  # also with keys of norm 1
-        note = "; ".join(filter(None, (order_verdict([by_variant.get(n, n) for n in names]) for names in orders)))
+        written = [by_variant.get(name, name) for name in stated]
+        if group == "norm":
+            scaled = [by_variant.get(name, name) for name in SCALED_NORMS]  # also with keys of norm 1
+            notes = [order_verdict(written), order_verdict(scaled), stability_verdict(cells)]
+        else:
+            notes = [order_verdict(written), order_verdict(written, "recall")]
+        note = "; ".join(filter(None, notes))
         tables.append(Table(f"ablation-{group}", title, ["variant", *own, *theirs], rows, note))
     others = [cell for cell in cells if cell.labels["group"] not in ("beta", "norm", "base")]
     if others:
@@ -237,17 +252,21 @@ def ablation_tables(cells: list[Summary]) -> list[Table]:
     return tables
 
 
-def order_verdict(variants: Sequence[Summary | str]) -> str:
-    """Whether perplexities fall in the order of the document's table, and whether any spreads overlap; of none while
-    one is not finished, or not begun (its name alone). A variant whose runs all diverged is worse than any that did
-    not."""
+def order_verdict(variants: Sequence[Summary | str], figure: Literal["perplexity", "recall"] = "perplexity") -> str:
+    """Whether perplexities fall, or recall rises, in the order of the document's table, and whether any spreads
+    overlap; of none while one is not finished, or not begun (its name alone). A variant whose runs all diverged is
+    worse than any that did not."""
     cells = [cell for cell in variants if isinstance(cell, Summary) and cell.whole]
     if len(cells) < len(variants):
         left = [v if isinstance(v, str) else v.labels["variant"] for v in variants if v not in cells]
-        return f"nothing is said of the order, not finished: {', '.join(left)}"
+        return f"nothing is said of the order of {figure}, not finished: {', '.join(left)}"
     spans = []
     for cell in cells:
-        values = perplexity(cell.values("text", "loss"))
+        values = (
+            [-accuracy for accuracy in cell.values("recall")]  # the lower the better, as perplexity
+            if figure == "recall"
+            else perplexity(cell.values("text", "loss"))
+        )
         if not values and not cell.diverged:
             return ""
         spans.append((min(values), mean(values), max(values)) if values else (math.inf,) * 3)
@@ -260,10 +279,25 @@ def order_verdict(variants: Sequence[Summary | str]) -> str:
     lost = [cell.labels["variant"] for cell, span in zip(cells, spans, strict=True) if span[0] == math.inf]
     if len(lost) > 1:
         why = "diverged, or has a perplexity beyond all numbers"
-        return f"no order can be told (worst first: {names}): every run of {' and of '.join(lost)} {why}"
+        return f"{figure}: no order can be told (worst first: {names}): every run of {' and of '.join(lost)} {why}"
     if not order:
-        return f"the document's order (worst first: {names}) does not hold"
-    return f"the document's order holds (worst first: {names}); spreads {'do not overlap' if apart else 'overlap'}"
+        found = sorted(zip(spans, cells, strict=True), key=lambda pair: -pair[0][1])
+        ours = ", then ".join(cell.labels["variant"] for _, cell in found)
+        return f"{figure}: the document's order (worst first: {names}) does not hold, ours is {ours}"
+    overlap = "do not overlap" if apart else "overlap"
+    return f"{figure}: the document's order holds (worst first: {names}); spreads {overlap}"
+
+
+def stability_verdict(cells: list[Summary]) -> str:
+    """How many runs of each variant diverged, those of the search included, beside what the document says of it."""
+    by_variant = {cell.labels["variant"]: cell for cell in cells}
+    said = []
+    for variant, (_, stated) in document.NORM.items():
+        if (cell := by_variant.get(variant)) is not None:
+            runs = {(run["lr"], run["seed"]): run for run in [*cell.search.values(), *cell.finals]}
+            lost = sum(run["outcome"] == "diverged" for run in runs.values())
+            said.append(f"{lost} of {len(runs)} with {variant} (the document: {stated})")
+    return f"diverged runs, the search's among them: {', '.join(said)}" if said else ""
 
 
 def lm_tables(cells: list[Summary]) -> list[Table]:
