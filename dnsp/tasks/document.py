@@ -20,6 +20,12 @@ NORM: dict[str, tuple[float, str]] = {
     "k by RMSNorm, as written": (8.45, "stable"),
     "q and k by RMSNorm, as written": (8.18, "very stable"),
 }
+# the same by l2, which it takes for the same; keys have norm 1 then
+NORM_SCALED: dict[str, tuple[float, str]] = {
+    "none": NORM["none"],
+    "k by l2": NORM["k by RMSNorm, as written"],
+    "learned beta, q and k by l2": NORM["q and k by RMSNorm, as written"],
+}
 
 # tokens a second at batch 1: model, context
 SPEED: dict[str, dict[int, float]] = {

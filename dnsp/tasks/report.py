@@ -95,10 +95,10 @@ def all_tables(results: Sequence[Result], scale: Scale) -> list[Table]:
         own = [cell for cell in cells if cell.task == task]
         if own:
             tables += recall_tables(task, own, scale)
-    for build, task in ((ablation_tables, "ablations"), (lm_tables, "lm")):
-        own = [cell for cell in cells if cell.task == task]
-        if own:
-            tables += build(own)
+    if own := [cell for cell in cells if cell.task == "ablations"]:
+        tables += ablation_tables(own, scale)
+    if own := [cell for cell in cells if cell.task == "lm"]:
+        tables += lm_tables(own)
     makers: dict[str, Callable[[list[Result]], list[Table]]] = {
         "chunk": chunk_tables, "speed": speed_tables, "pitfall": pitfall_tables,
     }  # fmt: skip

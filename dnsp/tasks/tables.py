@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -199,10 +199,7 @@ def _reaches(ours: float, theirs: float) -> str:
     return "reaches" if ours >= theirs else f"stays {theirs - ours:.1f} points below"
 
 
-SCALED_NORMS = ("none", "k by l2", "learned beta, q and k by l2")
-
-
-def ablation_tables(cells: list[Summary]) -> list[Table]:
+def ablation_tables(cells: list[Summary], scale: Scale = "full") -> list[Table]:
     by_variant = {cell.labels["variant"]: cell for cell in cells}
     base = next((cell for cell in cells if cell.labels["group"] == "base"), None)
     longer = [test for test in asked(cells) if test.startswith("text at")]
@@ -222,12 +219,18 @@ def ablation_tables(cells: list[Summary]) -> list[Table]:
     own = ["perplexity a byte", "recall %", *(f"perplexity {test.removeprefix('text ')}" for test in longer),
            "largest gradient norm", "learning rate", "seeds", "diverged"]  # fmt: skip
     tables = []
-    for group, title, stated in (
-        ("beta", "Ablation: write strength", {name: list(figures) for name, figures in document.BETA.items()}),
+    norms = document.NORM | document.NORM_SCALED
+
+    def order(names: Iterable[str], figure: Literal["perplexity", "recall"] = "perplexity") -> str:
+        return order_verdict([by_variant.get(name, name) for name in names], figure)
+
+    for group, title, stated, notes in (
+        ("beta", "Ablation: write strength", document.BETA, [order(document.BETA), order(document.BETA, "recall")]),
         (
             "norm",
             "Ablation: norm of queries and keys",
-            {name: list(figures) for name, figures in document.NORM.items()},
+            norms,
+            [order(document.NORM), order(document.NORM_SCALED), stability_verdict(cells, norms)],
         ),
     ):
         picked = [cell for cell in cells if cell.labels["group"] == group]
@@ -235,14 +238,8 @@ def ablation_tables(cells: list[Summary]) -> list[Table]:
             continue
         picked += [base] if base is not None else []
         theirs = ["document's perplexity", "document's recall %" if group == "beta" else "document's stability"]
-        rows = [[*row(cell), *stated.get(cell.labels["variant"], [None, None])] for cell in picked]
-        written = [by_variant.get(name, name) for name in stated]
-        if group == "norm":
-            scaled = [by_variant.get(name, name) for name in SCALED_NORMS]  # also with keys of norm 1
-            notes = [order_verdict(written), order_verdict(scaled), stability_verdict(cells)]
-        else:
-            notes = [order_verdict(written), order_verdict(written, "recall")]
-        note = "; ".join(filter(None, notes))
+        rows = [[*row(cell), *stated.get(cell.labels["variant"], (None, None))] for cell in picked]
+        note = "; ".join(filter(None, notes)) if scale == "full" else SMOKE
         tables.append(Table(f"ablation-{group}", title, ["variant", *own, *theirs], rows, note))
     others = [cell for cell in cells if cell.labels["group"] not in ("beta", "norm", "base")]
     if others:
@@ -288,11 +285,11 @@ def order_verdict(variants: Sequence[Summary | str], figure: Literal["perplexity
     return f"{figure}: the document's order holds (worst first: {names}); spreads {overlap}"
 
 
-def stability_verdict(cells: list[Summary]) -> str:
+def stability_verdict(cells: list[Summary], norms: Mapping[str, tuple[float, str]]) -> str:
     """How many runs of each variant diverged, those of the search included, beside what the document says of it."""
     by_variant = {cell.labels["variant"]: cell for cell in cells}
     said = []
-    for variant, (_, stated) in document.NORM.items():
+    for variant, (_, stated) in norms.items():
         if (cell := by_variant.get(variant)) is not None:
             runs = {(run["lr"], run["seed"]): run for run in [*cell.search.values(), *cell.finals]}
             lost = sum(run["outcome"] == "diverged" for run in runs.values())

@@ -209,6 +209,28 @@ def test_recall_has_the_documents_order_or_has_not() -> None:
     assert "does not hold, ours is fixed 0.1, then fixed 0.5" in order_verdict([high, low], "recall")
 
 
+def test_the_documents_norms_stand_beside_either_of_ours(tmp_path: Path) -> None:
+    """It says RMSNorm and l2 as if they were one."""
+    variants = ("none", "k by RMSNorm, as written", "q and k by RMSNorm, as written", "k by l2", LEARNED)
+    fine = {name: {"loss": 1.0, "accuracy": 1.0} for name in ("validation", "text", "recall")}
+    labels = [{"group": "base" if variant == LEARNED else "norm", "variant": variant} for variant in variants]
+    folder = write(tmp_path / "a", [trained("ablations", v["variant"], v, RATES[0], 0, fine) for v in labels])
+    assert report([folder]) == 0
+    table = rows(folder / "tables" / "ablation-norm.csv")
+    theirs = {name: (row["document's perplexity"], row["document's stability"]) for name, row in table.items()}
+    k, both = ("8.45", "stable"), ("8.18", "very stable")
+    assert theirs == dict(zip(variants, (("9.12", "unstable"), k, both, k, both), strict=True))
+
+
+def test_nothing_is_said_of_the_document_at_smoke(tmp_path: Path) -> None:
+    runs = [
+        run for run in ablation_runs({"fixed 0.1": [1.5], "fixed 0.5": [1.4], LEARNED: [1.3]}) if run["seed"] == 0
+    ]
+    assert report([write(tmp_path / "a", runs, scale="smoke")]) == 0
+    text = (tmp_path / "a" / "report.md").read_text()
+    assert "the document's order" not in text and "not to be compared with it" in text
+
+
 def test_stability_is_counted_over_the_search_too(tmp_path: Path) -> None:
     """The search avoids the learning rates that diverge: of the chosen one alone nothing would be seen."""
     fine = {name: {"loss": 1.0, "accuracy": 1.0} for name in ("validation", "text", "recall")}
