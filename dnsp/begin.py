@@ -13,13 +13,14 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from dnsp import checkpoint, stalls, watchdog
-from dnsp.config import Config
+from dnsp.config import Config, ModelConfig
 from dnsp.data.mix import Mixture
 from dnsp.data.tokenizer import Tokenizer
 from dnsp.errors import UsageError
 from dnsp.folder import IN_USE, check_identity, check_new, compare, compare_models, write_identity
 from dnsp.kernels.backend import kernels_for_program
 from dnsp.model import liger
+from dnsp.model.deltanet import head_dim
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
@@ -149,13 +150,40 @@ def initial_weights(config: Config, rope_theta: float, first: bool) -> Mapping[s
     return other.weights()
 
 
-def check_variables() -> None:
-    """Refuse variables of the environment that would fail only in the first step."""
+def check_kernels(model: ModelConfig) -> None:
+    """Refuse variables of the environment, and on a GPU heads of the model, that would fail only in the first step."""
     try:
         kernels = kernels_for_program()
     except ValueError as error:
         raise UsageError(str(error)) from None
     if kernels == "triton" and not torch.cuda.is_available():
         raise UsageError("DNSP_DELTA_RULE=triton needs a GPU, and there is none; unset it, or take torch")
+    if torch.cuda.is_available() and kernels != "torch":
+        _check_widths(model)
     if torch.cuda.is_available() and liger.wanted() and liger.missing():
         raise UsageError(f"{liger.missing()}, or set DNSP_LIGER=0 for torch's slower operations")
+
+
+def _check_widths(model: ModelConfig) -> None:
+    """Refuse heads of the delta rule's layers for which there are no kernels."""
+    from dnsp.kernels.chunk_triton import WIDTHS
+
+    options, used = model.deltanet, set(model.layers)
+    widths: dict[str, int] = {}
+    if "gated_delta" in used:
+        widths |= {
+            "linear_key_head_dim": model.linear_key_head_dim,
+            "linear_value_head_dim": model.linear_value_head_dim,
+        }
+    if used & {"deltanet", "linear_attention"}:
+        keys = "deltanet.head_dim" if options.head_dim else "hidden_size / model.deltanet.num_heads"
+        widths[keys] = head_dim(model)
+        if options.value_head_dim:
+            widths["deltanet.value_head_dim"] = options.value_head_dim
+    for key, width in widths.items():
+        if width not in WIDTHS:
+            raise UsageError(
+                f"model.{key}={width}: on a GPU the delta rule has kernels for heads "
+                f"{', '.join(map(str, WIDTHS))} wide; "
+                f"take one of these, or DNSP_DELTA_RULE=torch in the environment for torch's (much slower) operations"
+            )

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from dnsp import checkpoint
-from dnsp.begin import check_variables
+from dnsp.begin import check_kernels
 from dnsp.choices import MIB, shared_sizes, unfit_for_peer
 from dnsp.cli import check_ranks
 from dnsp.config import Config
@@ -96,7 +96,7 @@ def _shared_gpus(ranks: int) -> Iterator[Row]:
 
 
 def _settings(config: Config) -> str:
-    check_variables()
+    check_kernels(config.model)
     check_origin(config)
     for where in (config.resume, config.init_from):
         if where not in ("none", "auto", None) and not where.startswith("hf:"):

@@ -15,8 +15,8 @@ from dnsp import checkpoint, watchdog
 from dnsp.begin import (
     check_configuration,
     check_data,
+    check_kernels,
     check_layout,
-    check_variables,
     identity_of,
     initial_weights,
     open_folder,
@@ -100,7 +100,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         first_step = data.step(data.start, stages[0].sequence_length, config.train.global_batch)
         _micro_batch(config, grid, first_step, 0, stages[0])
         torch.manual_seed(config.train.seed)
-        check_variables()
+        check_kernels(config.model)
         model = Decoder(
             config.model,
             config.engine.activation_checkpointing,

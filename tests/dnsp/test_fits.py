@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from dnsp import engine, fits
+from dnsp.begin import check_kernels
 from dnsp.cli import main
 from dnsp.config import EngineConfig, load_config
+from dnsp.errors import UsageError
 from dnsp.memory import Held, model_bytes
 
 
@@ -192,3 +194,33 @@ def test_ranks_that_share_gpus_run_where_their_memory_suffices(
         assert rows["shared GPUs"][0] == "warn"
         assert rows["shared GPUs"][1].startswith(f"{many} ranks share a GPU ({ranks} on 2): gloo"), rows
     assert "shared GPUs" not in {name for name, *_ in fits.examine(config, ranks, here=False)}
+
+
+WIDTHS = [
+    (("model.linear_key_head_dim=96",), r"model\.linear_key_head_dim=96: .* 16, 32, 64, 128, 256 wide"),
+    (("model.linear_value_head_dim=24",), r"model\.linear_value_head_dim=24: "),
+    (
+        ("model.pattern=[deltanet]", "model.deltanet.num_heads=4"),
+        r"model\.hidden_size / model\.deltanet\.num_heads=8: ",
+    ),
+    (("model.pattern=[linear_attention]", "model.deltanet.head_dim=48"), r"model\.deltanet\.head_dim=48: "),
+    (
+        ("model.pattern=[deltanet]", "model.deltanet={head_dim: 16, value_head_dim: 40}"),
+        r"deltanet\.value_head_dim=40: ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "said"), WIDTHS, ids=[said for _, said in WIDTHS])
+def test_heads_without_kernels_are_refused_before_the_first_step(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, changed: tuple[str, ...], said: str
+) -> None:
+    config = load_config(workplace / "tiny.yaml", list(changed))
+    check_kernels(config.model)  # there is no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("DNSP_LIGER", "0")
+    with pytest.raises(UsageError, match=said + ".*DNSP_DELTA_RULE=torch"):
+        check_kernels(config.model)
+    check_kernels(load_config(workplace / "tiny.yaml", ["model.pattern=[gated_delta]"]).model)
+    monkeypatch.setenv("DNSP_DELTA_RULE", "torch")
+    check_kernels(config.model)
