@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .backend import Backend, choose
 from .checks import check_cu_seqlens, check_floating, check_shapes, check_values
+from .decode import delta_step
 from .passes import Call, UnderWay, at_once, begin
 from .reference import Rule, recurrence
 from .scan import LocalScan, Scan
@@ -257,7 +258,10 @@ def fused_recurrent_gated_delta_rule(
     """Gated delta rule, token by token, for decoding; arguments, results and errors of
     :func:`chunk_gated_delta_rule`, bounds of documents waited for. States and sums in fp32 (fp64 for fp64 inputs).
     ``beta`` None writes with strength 1. Behind g flash-linear-attention has two more gates, which this rule does not
-    know, hence the keywords."""
+    know, hence the keywords.
+
+    On a GPU a launch of :func:`.decode.delta_step` a token, of a copy of the initial state; where gradients or fp64 are
+    wanted, and elsewhere, torch operations."""
     check_floating({"q": q, "k": k, "v": v}, {"beta": beta})
     beta = v.new_ones(v.shape[:3]) if beta is None else beta
     check_shapes(q, k, v, g, beta, None if cu_seqlens is not None else initial_state, None)
@@ -266,24 +270,44 @@ def fused_recurrent_gated_delta_rule(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, q, initial_state, v, states=True)
         bounds = cu_seqlens.tolist()
+    given = q, k, v, g, beta, initial_state
+    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    in_torch = differentiated or v.dtype == torch.float64 or choose(None, v) == "torch"
     outputs, finals = [], []
     for n, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         part = slice(start, stop)
         state = initial_state if initial_state is None or cu_seqlens is None else initial_state[n : n + 1]
-        o, final = recurrence(
-            q[:, part],
-            k[:, part],
-            v[:, part],
-            None if g is None else g[:, part],
-            beta[:, part],
-            scale=scale,
-            initial_state_BHKV=state,
-            normalise_qk=use_qk_l2norm_in_kernel,
-            dtype=_state_dtype(v),
-        )
+        tensors = q[:, part], k[:, part], v[:, part], None if g is None else g[:, part], beta[:, part]
+        if in_torch:
+            o, final = recurrence(
+                *tensors,
+                scale=scale,
+                initial_state_BHKV=state,
+                normalise_qk=use_qk_l2norm_in_kernel,
+                dtype=_state_dtype(v),
+            )
+        else:
+            o, final = _steps(*tensors, scale, state, use_qk_l2norm_in_kernel)
         outputs.append(o.to(v.dtype))
         finals.append(final)
     return torch.cat(outputs, 1), torch.cat(finals) if output_final_state else None
+
+
+def _steps(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, initial: Tensor | None, l2norm: bool
+) -> tuple[Tensor, Tensor]:
+    """Outputs and the last state by the kernel of one token."""
+    state = v.new_zeros(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+    if initial is not None:
+        state.copy_(initial)
+    outputs = [
+        delta_step(
+            q[:, t], k[:, t], v[:, t], None if g is None else g[:, t], beta[:, t], state, scale=scale, l2norm=l2norm,
+            backend="triton",
+        )
+        for t in range(v.shape[1])
+    ]  # fmt: skip
+    return torch.stack(outputs, 1) if outputs else torch.empty_like(v), state
 
 
 def _state_dtype(v: Tensor) -> torch.dtype:

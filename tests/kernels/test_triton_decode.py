@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dnsp.kernels import triton_decode
+from dnsp.kernels import proof, proof_run, triton_decode
 from dnsp.kernels.conv import causal_conv1d
 from dnsp.kernels.decode import conv_step, delta_step, gated_delta_step
+from dnsp.kernels.delta_rule import fused_recurrent_gated_delta_rule
+from dnsp.kernels.launches import candidates
 from dnsp.kernels.reference import Rule, recurrence
 from tests.kernels.interpreter import Interpreter
 from tests.kernels.triton_compile import Compiled
@@ -219,7 +223,71 @@ def interpreted_errors(name: str) -> dict[str, float]:
     return measure(name, torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+class Launched(proof_run.Recording):
+    """Notes the kernels' names."""
+
+    def __init__(self) -> None:
+        super().__init__(candidates()["as tuned"])
+        self.names: list[str] = []
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        self.names.append(kernel.__name__)
+        super().launch(kernel, grid, args, constants)
+
+
+def recurrent(dtype: torch.dtype, device: str) -> tuple[list[str], dict[str, float], bool]:
+    """The public op: the kernels that it launches, errors over documents with a state each, and whether it left their
+    initial states alone."""
+    os.environ["DNSP_DELTA_RULE"] = "triton"  # in a process of its own, or on a GPU
+    draw, T, H, HV, D = torch.Generator().manual_seed(0), 6, 2, 4, 16
+    q, k, v, g, beta, initial = (
+        torch.randn(*shape, generator=draw)
+        for shape in ((1, T, H, D), (1, T, H, D), (1, T, HV, D), (1, T, HV), (1, T, HV), (3, HV, D, D))
+    )
+    tensors = [x.to(dtype) for x in (q, k, v)] + [-g.abs(), beta.sigmoid()]
+    bounds, launched = torch.tensor([0, 2, 2, T]), Launched()
+    given = initial.to(device)
+    with proof.mode(launched):
+        q, k, v, g, beta = (x.to(device) for x in tensors)
+        o, final = fused_recurrent_gated_delta_rule(
+            q, k, v, g, beta=beta, initial_state=given, output_final_state=True, use_qk_l2norm_in_kernel=True,
+            cu_seqlens=bounds.to(device),
+        )  # fmt: skip
+    assert final is not None and final.dtype == torch.float32 and o.dtype == dtype
+    exact = [
+        recurrence(
+            *(x[:, a:b] for x in tensors), scale=D**-0.5, initial_state_BHKV=initial[n : n + 1], normalise_qk=True
+        )
+        for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))
+    ]
+    errors = {
+        "o": relative(o, torch.cat([o for o, _ in exact], 1)),
+        "state": relative(final, torch.cat([state for _, state in exact])),
+    }
+    return launched.names, errors, torch.equal(given.cpu(), initial)
+
+
+def test_the_public_op_interpreted(interpreter: Interpreter) -> None:
+    check_recurrent(*interpreter("test_triton_decode:recurrent_interpreted"), torch.float32)
+
+
+def recurrent_interpreted() -> Any:
+    return recurrent(torch.float32, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_public_op_on_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setenv("DNSP_DELTA_RULE", "triton")  # and as it was again
+    check_recurrent(*recurrent(dtype, "cuda"), dtype)
+
+
+def check_recurrent(names: list[str], errors: dict[str, float], untouched: bool, dtype: torch.dtype) -> None:
+    assert names == ["delta_step_kernel"] * 6 and untouched
+    assert errors["o"] < TOLERANCE[dtype] and errors["state"] < STATE, errors
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("use", ["conv", "delta", "gated, slots", "K = 256"])
 def test_compiles_without_spills(use, capability):
     K = 256 if use == "K = 256" else 128
