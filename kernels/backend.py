@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 Backend = Literal["torch", "triton"]
+WAY_OUT = "take the (much slower) torch path: backend='torch', or DNSP_DELTA_RULE=torch in the environment"
 
 
 def kernels_for_program() -> str | None:

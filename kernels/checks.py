@@ -43,6 +43,7 @@ def check_shapes(
     for name, tensor, shape in expected:
         if tensor is None:
             continue
+        _check_tensor(name, tensor)
         if tensor.shape != shape:
             raise ValueError(
                 f"{name}{list(tensor.shape)}: expected {list(shape)}, from k{list(k.shape)} and v{list(v.shape)}"
@@ -61,10 +62,14 @@ def check_shapes(
 def check_floating(tensors: Mapping[str, Tensor], options: Mapping[str, Tensor | None]) -> None:
     """That tensors, and those of the options which are given, are tensors of real numbers."""
     for name, x in (*tensors.items(), *((name, x) for name, x in options.items() if x is not None)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is {type(x).__name__}: give a tensor")
+        _check_tensor(name, x)
         if not x.is_floating_point():
             raise TypeError(f"{name} is {x.dtype}: it must be of a floating dtype; cast it")
+
+
+def _check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}: give a tensor")
 
 
 def check_cu_seqlens(

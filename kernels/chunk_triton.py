@@ -24,6 +24,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from . import proof
+from .backend import WAY_OUT
 from .gluon_backward import backward_kernel
 from .gluon_chunk import WIDTH, scales_of, tiles_of, tokens_of
 from .gluon_prepare import prepare_pairs_kernel
@@ -159,13 +160,11 @@ def refuse(k: Tensor, v: Tensor) -> None:
     for name, width in {"K": k.shape[-1], "V": v.shape[-1]}.items():
         if width not in WIDTHS:
             raise ValueError(
-                f"{name}={width}: the Triton kernels have widths {WIDTHS}; pad to one of them, or pass "
-                f"backend='torch' for the (much slower) path in torch operations"
+                f"{name}={width}: the Triton kernels have widths {WIDTHS}; pad to one of them, or {WAY_OUT}"
             )
     if v.dtype not in DTYPES:
         raise TypeError(
-            f"q, k and v are {v.dtype}: the Triton kernels take bf16, fp16 and fp32; cast them, or pass "
-            f"backend='torch' for the (much slower) path in torch operations"
+            f"q, k and v are {v.dtype}: the Triton kernels take bf16, fp16 and fp32; cast them, or {WAY_OUT}"
         )
     if not v.is_cuda and not isinstance(states_kernel, InterpretedFunction):
         raise ValueError(

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from . import operators, variants
-from .backend import Backend, choose
+from .backend import WAY_OUT, Backend, choose
 from .checks import check_floating
 from .conv import Activation, convolve, silu
 from .norm import l2norm as normalise
 from .reference import Rule
-
-WAY_OUT = "take the (much slower) torch path: backend='torch', or DNSP_DELTA_RULE=torch in the environment"
 
 
 @torch.no_grad()

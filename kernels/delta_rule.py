@@ -187,7 +187,7 @@ def chunk_gated_delta_rule(
         return torch.zeros_like(v), state.to(_state_dtype(v)) if output_final_state else None
     if cu_seqlens is not None:
         doc_start = document_starts(cu_seqlens, T)
-    backend = choose(backend, v)
+    backend = choose(backend, v) if len(v) else "torch"  # nothing to launch
     tokens = _segment_tokens(k, v, backend) if segment_tokens is None else segment_tokens
     check_segment_tokens(tokens)
     if doc_start is not None and initial_state is not None:  # the first document goes on from the initial state

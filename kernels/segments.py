@@ -93,7 +93,8 @@ def _held(tokens: int, starts: tuple[int, ...], total: int) -> int:
 def check_segment_tokens(tokens: int) -> None:
     if not isinstance(tokens, int | torch.SymInt) or tokens <= 0 or tokens % CHUNK:
         raise ValueError(
-            f"segment_tokens={tokens}: segments are whole chunks of {CHUNK} tokens; give a positive multiple of {CHUNK}"
+            f"segment_tokens={tokens!r}: segments are whole chunks of {CHUNK} tokens; give a positive multiple of "
+            f"{CHUNK}"
         )
 
 

@@ -153,6 +153,15 @@ def test_no_tokens():
     assert o.shape == (1, 0, 2, 6) and final.shape == (1, 2, 8, 6) and not final.any()
 
 
+def test_no_rows_launch_nothing(monkeypatch):
+    """Not even where a GPU would be asked for one: a grid or a descriptor of nothing is an error there."""
+    monkeypatch.setenv("DNSP_DELTA_RULE", "triton")
+    tensors = make(B=0, K=16, V=16, dtype=torch.float32)
+    o, final = chunk_gated_delta_rule(*tensors, output_final_state=True)
+    assert o.shape == (0, 100, 2, 16) and final.shape == (0, 2, 16, 16)
+    assert [x.shape for x in torch.autograd.grad(o.sum(), tensors)] == [x.shape for x in tensors]
+
+
 def test_layout_in_memory_changes_nothing():
     tensors = make(B=2)
     strided = [x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in tensors]
@@ -220,6 +229,7 @@ REFUSALS = [
     (dict(cu_seqlens=bounds(0, 100), doc_start=torch.zeros(1, 100).int()), ValueError, "one of them"),
     (dict(doc_start=torch.zeros(1, 99).int()), ValueError, r"doc_start\[1, 99\].*\[1, 100\]"),
     (dict(doc_start=torch.zeros(1, 100)), TypeError, "doc_start.*int32 or int64"),
+    (dict(doc_start=[[0] * 100]), TypeError, "doc_start is list: give a tensor"),
     (dict(g=-G, check_inputs=True), ValueError, "> 0.*at most 0"),
     (dict(g=G * torch.nan, check_inputs=True), ValueError, "g holds.*not finite"),
     (dict(beta=BETA * torch.inf, check_inputs=True), ValueError, "beta holds.*not finite"),
@@ -233,6 +243,7 @@ REFUSALS = [
     (dict(q=Q[..., :0], k=K_[..., :0]), ValueError, "K=0, V=6.*at least 1"),
     (dict(v=V_[:, :, :0], g=G[..., :0], beta=BETA[..., :0]), ValueError, "HV=0.*multiple"),
     (dict(segment_tokens=64.0), ValueError, "segment_tokens=64.0.*multiple of 64"),
+    (dict(segment_tokens="64"), ValueError, "segment_tokens='64'.*multiple of 64"),
     (dict(cu_seqlens=[0, 100]), TypeError, "cu_seqlens is list.*integer bounds"),
     (dict(cu_seqlens=bounds(0, 100).to(torch.uint8)), ValueError, "cu_seqlens.*uint8.*int32 or int64"),
 ]
