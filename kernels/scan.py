@@ -64,7 +64,8 @@ def fold(M_BHKK: Tensor, U_BHKV: Tensor, S_BHKV: Tensor | None, continues_B: Ten
         return U_BHKV
     if on_gpu(U_BHKV):
         return _one_segment(M_BHKK, U_BHKV, S_BHKV, continues_B, reverse=False)
-    through = torch.matmul(M_BHKK, S_BHKV) + U_BHKV
+    # In fp64 and rounded once: the program may allow torch's fp32 products one pass of TF32, and this chain is long.
+    through = (torch.matmul(M_BHKK.double(), S_BHKV.double()) + U_BHKV.double()).to(U_BHKV.dtype)
     if continues_B is None:
         return through
     return torch.where(continues_B[:, None, None, None], through, U_BHKV)  # select: 0 * inf must not leak

@@ -125,6 +125,26 @@ def test_pieces_give_the_bits_of_the_whole_on_gpu(name, pieces):
         assert_same_bits(found, chunked(ON_GPU[name], torch.bfloat16, tokens, "cuda"))
 
 
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    return (((x.view(torch.int32) + 4096) >> 13) << 13).view(torch.float32)
+
+
+def test_a_state_crosses_a_segment_in_no_less_than_fp32(monkeypatch):
+    """Whatever a program allows torch's products: on a GPU many allow one-pass TF32."""
+    exact = torch.matmul
+
+    def allowed(a: Tensor, b: Tensor) -> Tensor:
+        return exact(rounded_to_tf32(a), rounded_to_tf32(b)) if a.dtype == torch.float32 else exact(a, b)
+
+    draw = torch.Generator().manual_seed(0)
+    M, U, S = (torch.randn(2, 3, *shape, generator=draw) for shape in ((256, 256), (256, 32), (256, 32)))
+    M /= 16
+    monkeypatch.setattr(torch, "matmul", allowed)
+    for found, product in ((fold(M, U, S, None), M), (reverse_fold(M, U, S, None), M.mT)):
+        truth = exact(product.double(), S.double()) + U.double()
+        assert found.dtype == torch.float32 and (found - truth).norm() < 1e-7 * truth.norm()
+
+
 # Documents, the NaN's among them. Those beside it in its chunks may go with it; those of other chunks may not.
 STARTS = ((0, 64, 100, 192, 300), (0, 30, 31, 250))
 MODEL = Case(350, decays=("weak", "spikes"), starts=STARTS, H=2, HV=4, K=8, V=6)
