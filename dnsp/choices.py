@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dnsp.config import Config, ModelConfig
+from dnsp.kernels import segments
 from dnsp.kernels.backend import kernels_for_program
 from dnsp.parallel.attention_backends import REPEATABLE, Heads, choose, unusable
 from dnsp.parallel.errors import PlanError
@@ -47,14 +48,17 @@ class Choices:
         """Tokens of the delta rule's segments; None: one segment an interval."""
         if config.parallel.segment_tokens is not None or not self.multiprocessors:
             return config.parallel.segment_tokens
-        model, rows = config.model, config.train.micro_batch
-        heads, width = model.linear_num_value_heads, model.linear_value_head_dim
-        return filling(layout, rows, heads, width, self.multiprocessors)
+        return filling_segment_tokens(layout, linear_heads(config), self.multiprocessors)
 
 
-def filling(layout: Layout, rows: int, value_heads: int, value_width: int, multiprocessors: int) -> int:
-    """Tokens of segments that fill a GPU."""
-    return filling_segment_tokens(layout, rows * value_heads * max(1, value_width // 64), multiprocessors)
+def linear_heads(config: Config) -> segments.Heads:
+    """Of the model's gated delta rule. Segments follow from them as on a Hopper, whatever the GPU is: a run that moves
+    keeps its bits, and ranks with other GPUs agree."""
+    model = config.model
+    return segments.Heads(
+        config.train.micro_batch, model.linear_num_key_heads, model.linear_num_value_heads, model.linear_key_head_dim,
+        model.linear_value_head_dim, torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32,
+    )  # fmt: skip
 
 
 def make_choices(

@@ -26,12 +26,12 @@ from triton.runtime.interpreter import InterpretedFunction
 from . import proof
 from .backend import WAY_OUT
 from .gluon_backward import backward_kernel
-from .gluon_chunk import WIDTH, scales_of, tiles_of, tokens_of
+from .gluon_chunk import scales_of, tiles_of, tokens_of
 from .gluon_prepare import prepare_pairs_kernel
 from .gluon_reverse import whole_reverse_kernel
 from .gluon_states import whole_states_kernel
 from .launches import GATES, IN_GLUON, LAUNCHES, Launches, constants
-from .segments import CHUNK, Gradients, Inputs
+from .segments import CHUNK, Gradients, Inputs, held_whole
 from .signatures import Signature, stepped
 from .triton_gradients import PARTS, gates_kernel, keys_kernel, pairs_kernel, queries_kernel
 from .triton_prepare import ROWS, invert_kernel, prepare_kernel
@@ -61,19 +61,14 @@ class Kernels:
         self.signature = s
         self.constants = {use: constants(use, s, launches, KERNELS[use].arg_names) for use in KERNELS}
         rule = s.rule.erase and s.rule.error_decay != "previous"
-        fits = s.K == s.V == WIDTH.value and rule and s.dtype != torch.float32 and _is_hopper(device)
+        fits = held_whole(s.K, s.V, s.dtype) and rule and is_hopper(device)
         # Whether a pass has its kernel for Hopper here.
         self.in_gluon = {use: fits and launches[use].warps == LAUNCHES[use].warps for use in IN_GLUON}
         self.in_gluon["backward"] &= self.in_gluon["whole_states"]  # the heads of its launches lie apart
 
 
-def holds_heads_whole(k: Tensor, v: Tensor) -> bool:
-    """Whether there are kernels that hold a value head's state whole, as tuned and for the usual rule."""
-    return k.shape[3] == v.shape[3] == WIDTH.value and v.dtype != torch.float32 and _is_hopper(v.device)
-
-
 @lru_cache
-def _is_hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 

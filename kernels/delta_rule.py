@@ -23,7 +23,7 @@ from .decode import delta_step
 from .passes import Call, UnderWay, at_once, begin
 from .reference import Rule, recurrence
 from .scan import LocalScan, Scan
-from .segments import CHUNK, Segments, cached, check_segment_tokens
+from .segments import CHUNK, Heads, Segments, cached, check_segment_tokens, filling_tokens
 
 __all__ = [
     "Rule",
@@ -220,21 +220,13 @@ def _whole(tokens: int, T: int) -> Segments:
 
 def _segment_tokens(k: Tensor, v: Tensor, backend: Backend) -> int:
     """Segments for speed alone: one, or on a GPU as many as fill its multiprocessors."""
-    chunks, segments = -(-v.shape[1] // CHUNK), 1
-    if backend == "triton" and v.is_cuda:
-        from . import chunk_triton
+    (B, T, HV, V), (H, K) = v.shape, k.shape[2:]
+    if not (backend == "triton" and v.is_cuda):
+        return -(-T // CHUNK) * CHUNK
+    from . import chunk_triton
 
-        (B, _, HV, V), H = v.shape, k.shape[2]
-        segments = filling_segments(B, H, HV, V, _multiprocessors(v.device), chunk_triton.holds_heads_whole(k, v))
-        segments = max(1, min(segments, chunks // 16))  # a segment costs a state's worth of work: 16 chunks pay for it
-    return -(-chunks // segments) * CHUNK
-
-
-def filling_segments(B: int, H: int, HV: int, V: int, multiprocessors: int, whole: bool) -> int:
-    """Segments whose programs fill a GPU. Where one holds a head ``whole`` it has a multiprocessor to itself, and the
-    backward pass takes a value head of each key head at a time; else there are four, of 64 columns each. More would
-    only be more to summarise: where decays are strong, a summary is of the segment's last chunks alone."""
-    return multiprocessors // (B * H) if whole else 4 * multiprocessors // (B * HV * max(1, V // 64))
+    heads = Heads(B, H, HV, K, V, v.dtype, chunk_triton.is_hopper(v.device))
+    return filling_tokens(heads, _multiprocessors(v.device), T)
 
 
 @cached

@@ -14,9 +14,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .helpers import hashed
+from .segments import WHOLE
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.7 and 3.6 call it
-WIDTH = gl.constexpr(128)  # of K and V
+WIDTH = gl.constexpr(WHOLE)  # of K and V
 TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # in shared memory
 TOKENS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 4))  # the same, of a chunk [1, 64, 1, K]
 STATES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16]))  # in registers: states [V, K]

@@ -13,6 +13,7 @@ from torch import Tensor
 from .reference import Rule
 
 CHUNK = 64
+WHOLE = 128  # width of keys and values of the heads that Hopper's kernels hold whole
 T = TypeVar("T")
 
 
@@ -96,6 +97,45 @@ def check_segment_tokens(tokens: int) -> None:
             f"segment_tokens={tokens!r}: segments are whole chunks of {CHUNK} tokens; give a positive multiple of "
             f"{CHUNK}"
         )
+
+
+class Heads(NamedTuple):
+    """Sizes of a call's states: rows, heads of keys and of values, their widths, the operands' type. ``hopper``: the
+    GPU is one."""
+
+    rows: int
+    key_heads: int
+    value_heads: int
+    K: int
+    V: int
+    dtype: torch.dtype
+    hopper: bool = True
+
+    @property
+    def whole(self) -> bool:
+        """Whether there are kernels of which a program holds a value head's state whole."""
+        return self.hopper and held_whole(self.K, self.V, self.dtype)
+
+
+def held_whole(K: int, V: int, dtype: torch.dtype) -> bool:
+    """Whether Hopper has kernels that hold the state of such a head whole."""
+    return K == V == WHOLE and dtype in (torch.bfloat16, torch.float16)
+
+
+def filling_tokens(heads: Heads, multiprocessors: int, tokens: int, intervals: int = 1, held: int = 1) -> int:
+    """Length of segments whose programs fill a GPU that holds ``held`` of ``intervals`` of so many tokens.
+
+    A program that holds a head whole has a multiprocessor to itself, and the backward pass takes a value head of each
+    key head at a time; else a multiprocessor has four, of 64 columns each. More would only be more to summarise: where
+    decays are strong, a summary is of the segment's last chunks alone. A segment has at least 16 chunks, which pay for
+    the state's worth of work that it adds, and the whole chain at most 64 segments, or 2 an interval.
+    """
+    quarters = heads.rows * (4 * heads.key_heads if heads.whole else heads.value_heads * max(1, heads.V // 64))
+    chunks = -(-tokens // CHUNK)
+    wanted = max(1, min(4 * multiprocessors // (quarters * held), chunks // 16, max(2, 64 // intervals)))
+    if intervals == 1:  # the last segment may be short
+        return -(-chunks // wanted) * CHUNK
+    return chunks // max(n for n in range(1, wanted + 1) if chunks % n == 0) * CHUNK
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnsp.kernels.delta_rule import Segments
+from dnsp.kernels.segments import Heads, Segments, filling_tokens
 
 from .attention_backends import BACKENDS
 from .blocks import Round, make_rounds
@@ -240,18 +240,10 @@ def default_segment_tokens(layout: Layout) -> int:
     return -(-layout.interval_tokens // CHUNK) * CHUNK
 
 
-def filling_segment_tokens(layout: Layout, programs: int, multiprocessors: int) -> int:
-    """Segments that fill a GPU: about four programs a multiprocessor.
-
-    ``programs``: of one segment, a block of the state's columns each (rows * value heads * V / 64). At least 16 chunks
-    a segment, which pay for the work that its summary adds, at most 64 segments in the whole chain or 2 an interval.
-    """
-    chunks = -(-layout.interval_tokens // CHUNK)
+def filling_segment_tokens(layout: Layout, heads: Heads, multiprocessors: int) -> int:
+    """Segments that fill each rank's GPU, by the rule of the op on one."""
     held = layout.count // layout.ranks
-    wanted = max(1, min(4 * multiprocessors // (programs * held), chunks // 16, max(2, 64 // layout.count)))
-    if layout.count == 1:  # the last segment may be short
-        return -(-chunks // wanted) * CHUNK
-    return chunks // max(n for n in range(1, wanted + 1) if chunks % n == 0) * CHUNK
+    return filling_tokens(heads, multiprocessors, layout.interval_tokens, layout.count, held)
 
 
 def _cuts(layout: Layout) -> list[int]:

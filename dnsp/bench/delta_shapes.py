@@ -25,12 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnsp.bench import common
-from dnsp.choices import MULTIPROCESSORS, filling
+from dnsp.choices import MULTIPROCESSORS
 from dnsp.errors import UsageError
 from dnsp.kernels.backend import Backend
 from dnsp.kernels.delta_rule import chunk_gated_delta_rule
-from dnsp.kernels.segments import CHUNK, check_segment_tokens
-from dnsp.parallel.layout import Layout
+from dnsp.kernels.segments import CHUNK, Heads, check_segment_tokens, filling_tokens
 
 KEYS = ("tokens", "heads", "K", "V", "batch", "dtype", "decay", "documents", "segment_tokens", "l2norm")
 RESULTS = ("o", "dq", "dk", "dv", "dg", "dbeta")
@@ -155,8 +154,9 @@ def _parse_decay(text: str) -> str:
 
 def deterministic_segment_tokens(shape: Shape) -> int:
     """What training takes where engine.deterministic asks for bits that do not depend on the device."""
-    layout = Layout("contiguous", 1, shape.tokens)
-    return filling(layout, shape.batch, shape.value_heads, shape.V, MULTIPROCESSORS)
+    dtype = common.DTYPES[shape.dtype]
+    heads = Heads(shape.batch, shape.key_heads, shape.value_heads, shape.K, shape.V, dtype)
+    return filling_tokens(heads, MULTIPROCESSORS, shape.tokens)
 
 
 @dataclass(frozen=True)

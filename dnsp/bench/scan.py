@@ -41,6 +41,7 @@ from dnsp.bench.scan_peers import missing, peers
 from dnsp.errors import UsageError
 from dnsp.kernels.delta_rule import delta_rule
 from dnsp.kernels.scan import Coming
+from dnsp.kernels.segments import Heads
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import CHUNK, KINDS, Layout
 from dnsp.parallel.plan import SCAN_TRANSPORTS, Plan, filling_segment_tokens, local_plan, make_plan
@@ -397,8 +398,9 @@ def _segments(length: int, request: dict[str, Any], multiprocessors: int) -> lis
 
 
 def _filling(layout: Layout, request: dict[str, Any], multiprocessors: int) -> int:
-    programs = request["value_heads"] * max(1, request["width"] // 64)
-    return filling_segment_tokens(layout, programs, max(1, multiprocessors))
+    D = request["width"]
+    heads = Heads(1, request["heads"], request["value_heads"], D, D, torch.bfloat16)
+    return filling_segment_tokens(layout, heads, max(1, multiprocessors))
 
 
 def _hops(step: Step, ranks: Ranks) -> list[float]:

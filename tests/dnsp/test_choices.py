@@ -107,6 +107,32 @@ def test_on_a_gpu() -> None:
     assert make_choices(repeating)[0] == Choices("flash_deterministic", 132)
 
 
+# Layout, ranks, tokens; heads of keys and of values, their width; type; multiprocessors: tokens of a segment.
+SEGMENTS = [
+    (("contiguous", 1, 32768), (16, 32, 128), "bf16", 132, 4096),
+    (("contiguous", 1, 32768), (16, 16, 128), "bf16", 132, 4096),  # as the op on one GPU
+    (("contiguous", 1, 32768), (16, 16, 128), "fp32", 132, 2048),
+    (("contiguous", 1, 32768), (16, 16, 64), "bf16", 132, 1024),
+    (("contiguous", 1, 32768), (16, 32, 128), "bf16", 33, 16384),
+    (("zigzag", 4, 131072), (16, 16, 128), "bf16", 132, 4096),
+    (("zigzag", 4, 131072), (16, 32, 128), "bf16", 132, 4096),
+    (("zigzag", 8, 131072), (16, 32, 128), "bf16", 132, 2048),
+    (("contiguous", 8, 131072), (16, 32, 128), "bf16", 132, 2048),
+    (("contiguous", 8, 131072), (16, 32, 128), "bf16", 16, 16384),
+]
+
+
+@pytest.mark.parametrize(("cut", "heads", "dtype", "multiprocessors", "tokens"), SEGMENTS)
+def test_segments_that_fill_a_gpu(
+    cut: tuple[str, int, int], heads: tuple[int, int, int], dtype: str, multiprocessors: int, tokens: int
+) -> None:
+    keys, values, width = heads
+    model = {"linear_num_key_heads": keys, "linear_num_value_heads": values}
+    model |= {"linear_key_head_dim": width, "linear_value_head_dim": width}
+    settings = config(model=model, engine={"dtype": dtype})
+    assert Choices("auto", multiprocessors).segment_tokens(settings, Layout(*cut)) == tokens
+
+
 def test_segments_fill_a_gpu_and_fit_the_intervals() -> None:
     heads = {"linear_num_value_heads": 32, "linear_value_head_dim": 128}
     whole = Layout("contiguous", 1, 32768)

@@ -8,15 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dnsp.kernels.conv import causal_conv1d
-from dnsp.kernels.delta_rule import (
-    Segments,
-    chunk_gated_delta_rule,
-    delta_rule,
-    filling_segments,
-    fused_recurrent_gated_delta_rule,
-)
+from dnsp.kernels.delta_rule import Segments, chunk_gated_delta_rule, delta_rule, fused_recurrent_gated_delta_rule
 from dnsp.kernels.reference import recurrence
 from dnsp.kernels.scan import LocalScan
+from dnsp.kernels.segments import Heads, filling_tokens
 
 qwen = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
 
@@ -266,22 +261,26 @@ def test_a_backend_that_is_not_known_is_refused_by_where_it_was_given(monkeypatc
         chunk_gated_delta_rule(*make(), backend="cpu")
 
 
-# B, key and value heads, V, whether heads are held whole; the segments that fill 132 multiprocessors.
+BF16 = torch.bfloat16
+# Rows, heads of keys and of values, K, V, type, whether the GPU is a Hopper; tokens; segments that fill it.
 FILLING = [
-    ((1, 16, 32, 128, True), 8),
-    ((1, 16, 16, 128, True), 8),  # of which every program of the backward pass has one, too
-    ((1, 4, 8, 128, True), 33),
-    ((32, 16, 32, 128, True), 0),
-    ((1, 16, 32, 128, False), 8),
-    ((1, 16, 16, 64, False), 33),
-    ((2, 1, 2, 16, False), 132),
+    ((1, 16, 32, 128, 128, BF16), 32768, 8),
+    ((1, 16, 16, 128, 128, BF16), 32768, 8),  # of which every program of the backward pass has one, too
+    ((1, 16, 16, 128, 128, torch.float32), 32768, 16),
+    ((1, 16, 16, 128, 128, BF16, False), 32768, 16),
+    ((1, 16, 32, 128, 128, BF16, False), 32768, 8),
+    ((1, 4, 8, 128, 128, BF16), 131072, 33),
+    ((32, 16, 32, 128, 128, BF16), 4096, 1),
+    ((1, 16, 16, 64, 64, BF16), 131072, 33),
+    ((1, 1, 2, 16, 16, BF16), 131072, 64),  # no longer chain
+    ((1, 1, 1, 128, 128, BF16), 16384, 16),  # of 16 chunks each
 ]
 
 
-@pytest.mark.parametrize(("shape", "segments"), FILLING)
-def test_segments_that_fill_a_gpu(shape, segments):
-    *sizes, whole = shape
-    assert filling_segments(*sizes, 132, whole) == segments
+@pytest.mark.parametrize(("sizes", "tokens", "segments"), FILLING)
+def test_segments_that_fill_a_gpu(sizes, tokens, segments):
+    length = filling_tokens(Heads(*sizes), 132, tokens)
+    assert length % 64 == 0 and -(-tokens // length) == segments
 
 
 def test_packed_rows_are_refused():
