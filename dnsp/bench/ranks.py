@@ -116,10 +116,8 @@ class Ranks:
 
     @property
     def multiprocessors(self) -> int:
-        """Of a GPU, this rank's share; 0 on a CPU."""
-        if self.device.type == "cpu":
-            return 0
-        return max(1, torch.cuda.get_device_properties(self.device).multi_processor_count // self.sharing)
+        """Of this rank's GPU; 0 on a CPU."""
+        return 0 if self.device.type == "cpu" else torch.cuda.get_device_properties(self.device).multi_processor_count
 
 
 def check(

@@ -2,7 +2,10 @@
 
     one process   all tokens, by one rank alone, at the fastest of some segment lengths
     ranks         P ranks, for each layout and transport. On one GPU together: time over one process's is the extra work
-                  of being parallel, waiting hides. On a GPU each: efficiency = local shard / ranks
+                  of being parallel, waiting hides; at the faster of two segment lengths, that which fills a rank's
+                  share of the GPU and that which fills all of it. (By gather the first alone: it sends every segment's
+                  summary, through the host there, and would double a long run.) On a GPU each: efficiency = local
+                  shard / ranks
     local shard   T / P tokens by one rank alone: the ideal of a GPU each. Beside it, a GPU each: every rank's at once,
                   what is lost there is the machine's; and every rank's replay at once, the chain's launches without
                   its waiting
@@ -69,7 +72,7 @@ def run(
     json_path: Path | None = None,
 ) -> int:
     """Measure and print; returns the exit status. ``tokens``: in all; ``segment_tokens``: of the ranks' segments, None
-    for those that fill their share of a GPU.
+    for those that are the fastest here.
 
     Raises: UsageError for what cannot be measured.
     """
@@ -309,13 +312,12 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     transports = [t for t in request["transports"] if not (t == "peer" and why_not)]
     if why_not and "peer" in request["transports"]:
         notes.append(f"not by peer: {why_not}")
-    full = 0 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
     alone: dict[str, dict[str, Any]] = {}  # rank 0 by itself, at several segment lengths
     for name, length in ((ONE, tokens), (LOCAL, tokens // grid.world)):
         timed: dict[int, Step] = {}
         if ranks.first:
-            for segment in _segments(length, request, full):
+            for segment in _segments(length, request, ranks.multiprocessors):
                 like = next(iter(timed.values()), None)
                 timed[segment] = make_step(local_plan([[0]], length, segment), request, device, like)
         sizes = ranks.comm.from_all(list(timed))[0]
@@ -329,8 +331,8 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    ways: list[dict[str, Any]] = []
     works: dict[str, Any] = {}
+    tried: dict[tuple[str, str], dict[int, Step]] = {}  # by layout and transport, at several segment lengths
     some = Layout(request["layouts"][0], grid.world, tokens)
     step = make_step(make_plan([[0]], some, grid), request, device)
     replays: dict[str, dict[int, list[Work]]] = {}
@@ -344,17 +346,18 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         works[AT_ONCE] = works[LOCAL] or by_itself(LOCAL, tokens // grid.world)
     for kind in request["layouts"]:
         layout = Layout(kind, grid.world, tokens)
-        segment = request["segment_tokens"] or _filling(layout, request, ranks.multiprocessors)
+        lengths = _lengths(layout, request, ranks)
         if "peer" in transports:
             replays[kind] = _replays(layout, request, ranks, step)
             if ranks.sharing == 1:
-                segment = _shortest(layout, replays[kind], HOP_US)[1]
+                lengths = [segment := _shortest(layout, replays[kind], HOP_US)[1]]
                 works[f"{kind}, {UNWAITED}"] = _replay(layout, segment, request, ranks, step)
                 alone[f"{kind}, {UNWAITED}"] = {"segment_tokens": segment}
         for transport in transports:
-            plan = make_plan([[0]], layout, grid, segment, transport=transport)
-            works[f"{kind}, {transport}"] = step = make_step(plan, request, device, step)
-            ways.append({"layout": kind, "transport": transport, "segment_tokens": plan.segments.tokens})
+            tried[kind, transport] = {}
+            for segment in lengths[:1] if transport == "gather" else lengths:
+                plan = make_plan([[0]], layout, grid, segment, transport=transport)
+                tried[kind, transport][segment] = step = make_step(plan, request, device, step)
     why_no_fla = missing(ranks)
     others: dict[str, Any] = {}
     if why_no_fla:
@@ -363,7 +366,15 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         others, failures = ranks.willing(peers(request, ranks, step.inputs, step.do))
         notes += [f"not beside {name}: {words}" for name, words in failures.items()]
         works |= others
-    times = ranks.turns(works, steps, REPEAT)
+    at_lengths = {f"{', '.join(way)}, segments of {n:,}": by[n] for way, by in tried.items() for n in by}
+    times = ranks.turns(works | at_lengths, steps, REPEAT)
+    ways: list[dict[str, Any]] = []
+    for (kind, transport), by in tried.items():
+        timed_at = {n: middle(times[f"{kind}, {transport}, segments of {n:,}"]) for n in by}
+        ms, best = min((ms, n) for n, ms in timed_at.items())
+        works[f"{kind}, {transport}"] = by[best]
+        way: dict[str, Any] = {"layout": kind, "transport": transport, "segment_tokens": best}
+        ways.append({**way, "ms": ms, "ms_by_segment_tokens": timed_at})
     if AT_ONCE in works:
         alone[AT_ONCE] = {"segment_tokens": alone[LOCAL]["segment_tokens"]}
     told = {
@@ -374,7 +385,6 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     for name, figures in alone.items():
         figures["ms"] = middle(times[name])
     for way in ways:
-        way["ms"] = middle(times[f"{way['layout']}, {way['transport']}"])
         if way["transport"] == "peer":
             hops = _hops(works[f"{way['layout']}, peer"], ranks)
             way["hop_us"] = middle(hops) if hops else None
@@ -395,6 +405,14 @@ def _segments(length: int, request: dict[str, Any], multiprocessors: int) -> lis
     filling = _filling(layout, request, multiprocessors)
     tried: set[int] = {filling, filling // 2 // CHUNK * CHUNK, 2 * filling}
     return sorted(n for n in tried if CHUNK <= n <= -(-length // CHUNK) * CHUNK)
+
+
+def _lengths(layout: Layout, request: dict[str, Any], ranks: Ranks) -> list[int]:
+    """Segment lengths of the ranks: the one that fills a rank's share of a GPU, and the one that fills the GPU."""
+    if request["segment_tokens"]:
+        return [request["segment_tokens"]]
+    gpu = ranks.multiprocessors
+    return list(dict.fromkeys(_filling(layout, request, n) for n in (gpu // ranks.sharing, gpu)))
 
 
 def _filling(layout: Layout, request: dict[str, Any], multiprocessors: int) -> int:
@@ -461,8 +479,7 @@ def hops_and_back(there: Sequence[Stamps], back: Sequence[Stamps]) -> list[float
 def _replays(layout: Layout, request: dict[str, Any], ranks: Ranks, like: Step) -> dict[int, list[Work]]:
     """Every rank's work at several segment lengths: a GPU's worth of segments, and fewer, which make the chain of folds
     shorter. Ranks one after another."""
-    full = torch.cuda.get_device_properties(ranks.device).multi_processor_count
-    filling = request["segment_tokens"] or _filling(layout, request, full)
+    filling = request["segment_tokens"] or _filling(layout, request, ranks.multiprocessors)
     tried = [filling] if request["segment_tokens"] else [n * filling for n in (1, 2, 4)]
     found = {}
     for segment in (n for n in tried if layout.interval_tokens % n == 0):

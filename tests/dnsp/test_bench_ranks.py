@@ -7,18 +7,22 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from dnsp.bench import scan
 from dnsp.bench.account import Account, account
-from dnsp.bench.ranks import new_table, publish
+from dnsp.bench.ranks import Ranks, new_table, publish
 from dnsp.bench.scan import Stamps, Work, _shortest, accounts, hops_and_back, hops_there, makespan, table
 from dnsp.cli import main
 from dnsp.errors import UsageError
+from dnsp.parallel.grid import make_grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.transport import Transport
 from dnsp.parallel.waits import WAITS
+from tests.ranks import run_ranks
 
 SMALL = {
     "scan": ["--tokens", "1024", "--heads", "1", "--value-heads", "2", "--width", "16"],
@@ -58,6 +62,33 @@ def test_figures_of_every_way(what: str, tmp_path: Path) -> None:
         names = [way["name"] for way in figures["ways"]]
         assert names[0] == "one process" and len(names) == 5
         assert all(way["both_ms"] > way["forward_ms"] * 0.5 > 0 for way in figures["ways"])
+
+
+REQUEST = {
+    **{"tokens": 4096, "heads": 1, "value_heads": 4, "width": 16, "segment_tokens": None, "steps": 1},
+    **{"layouts": ["contiguous"], "transports": ["p2p", "gather"]},
+}
+
+
+def on_half_a_gpu() -> tuple[dict[str, Any], list[int]]:
+    """Two ranks as if they shared a GPU of two multiprocessors."""
+    grid = make_grid(timeout=60)
+    with patch.object(Ranks, "multiprocessors", 2), patch("dnsp.bench.ranks.WARM", 0), patch.object(scan, "REPEAT", 2):
+        ranks = Ranks(grid, grid.transport(), torch.device("cpu"))
+        given = scan._lengths(Layout("contiguous", 2, 4096), {**REQUEST, "segment_tokens": 512}, ranks)
+        return scan.rank_main(REQUEST, ranks), given
+
+
+def test_ranks_that_share_a_gpu_are_timed_at_two_segment_lengths() -> None:
+    """Of 2,048 tokens each: one segment fills a rank's half of it, two fill it. By gather the first alone."""
+    (world, given), (other, _) = run_ranks(on_half_a_gpu, 2, timeout=100)
+    assert world["ways"] == other["ways"] and given == [512]
+    p2p, gather = world["ways"]
+    assert set(p2p["ms_by_segment_tokens"]) == {2048, 1024} and set(gather["ms_by_segment_tokens"]) == {2048}
+    for way in world["ways"]:
+        ms = way["ms_by_segment_tokens"]
+        assert way["ms"] == ms[way["segment_tokens"]] == min(ms.values()) > 0
+    assert set(world["accounts"]) == {"one process", "local shard", "contiguous, p2p", "contiguous, gather"}
 
 
 @pytest.mark.parametrize(
