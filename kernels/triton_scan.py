@@ -202,6 +202,22 @@ def tiles_of(U_BHKV: Tensor) -> int:
     return B * HV * (V // COLUMNS)
 
 
+def span(U_BHKV: Tensor, rows: slice | None) -> tuple[int, int]:
+    """``(tiles, the first of them)`` of these rows of the ``B * HV`` of a state like these; None: all."""
+    tiles = tiles_of(U_BHKV)
+    if rows is None:
+        return tiles, 0
+    each = tiles // (U_BHKV.shape[-4] * U_BHKV.shape[-3])
+    return each * (rows.stop - rows.start), each * rows.start
+
+
+@lru_cache
+def resident(device: torch.device) -> int:
+    """Programs of the fold that a device runs at a time: one a multiprocessor, whose registers it takes; one where
+    there is an interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def wait(
     tiles: int,
     inbox: Inbox | None,
