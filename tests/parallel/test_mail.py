@@ -338,11 +338,11 @@ def test_the_wait_acquires_and_is_small() -> None:
     assert binary.spilled == 0 and not binary.matrix
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_the_fold_releases_what_it_has_written(reverse: bool) -> None:
+@pytest.mark.parametrize(("reverse", "stages"), [(False, 3), (True, 3), (False, 2)])
+def test_the_fold_releases_what_it_has_written(reverse: bool, stages: int) -> None:
     constants = {
         **{"K": 128, "V": 128, "BV": triton_scan.COLUMNS, "DEPTH": triton_scan.DEPTH, "TILE": triton_scan.TILE},
-        **{"TIMED": True, "HAS_CONTINUES": True, "REVERSE": reverse},
+        **{"TIMED": True, "HAS_CONTINUES": True, "REVERSE": reverse, "STAGES": stages},
     }
     ptx, binary = compiled(triton_scan.fold_kernel, constants, **triton_scan.options(128))
     freed, raised = (found.start() for found in re.finditer(r"atom\.global\.sys\.release\.exch", ptx))
@@ -350,4 +350,5 @@ def test_the_fold_releases_what_it_has_written(reverse: bool) -> None:
     assert read < ptx.index("bar.sync", read) < freed  # all threads have read the slot before it is given back
     assert written < ptx.index("bar.sync", written) < raised  # all have written the state before its flag is raised
     assert binary.matrix and binary.spilled == 0
-    assert "cp.async" in ptx  # the next summary is on its way while one is multiplied
+    # An M and a U are a group each: those of the next segment are on their way while one is multiplied.
+    assert re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx) == [str(2 * (stages - 2)), "0"]
