@@ -137,7 +137,7 @@ def fold_kernel(
     in_slots, taken, in_free, out_slots, out_ready, sent, status, stamps,
     N, steps, B, HV, first_row, start, sends, capacity,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, DEPTH: tl.constexpr, TILE: tl.constexpr, TIMED: tl.constexpr,
-    HAS_CONTINUES: tl.constexpr, REVERSE: tl.constexpr, STAGES: tl.constexpr,
+    HAS_CONTINUES: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     row = first_row + tl.program_id(1).to(tl.int64)
     rows = B * HV.to(tl.int64)
@@ -155,7 +155,7 @@ def fold_kernel(
         tl.debug_barrier()  # every thread has read, now one says so
         tl.store(taken + tile, count + 1)
         tl.atomic_xchg(in_free + tile, count + 1, sem="release", scope="sys")
-    for i in tl.range(0, N, num_stages=STAGES):  # M is fetched ahead
+    for i in tl.range(0, N, num_stages=2):  # M is fetched ahead
         n = N - 1 - i if REVERSE else i
         tl.store(states + n * rows * K * V + at, S)
         # What is structurally zero is not multiplied, and M is not read where it was not made.
@@ -192,40 +192,14 @@ def takes(U: Tensor) -> bool:
 
 
 def options(K: int) -> dict[str, int]:
-    """How the fold is launched: no register spills."""
+    """How the fold is launched: the next segment's M is fetched while one is crossed, and no register spills."""
     return {"num_warps": 8 if K >= 64 else 4, "num_stages": 2}
-
-
-@lru_cache
-def stages(device: torch.device) -> int:
-    """Of the loop over segments. With three, a summary's M is on its way while one before it is crossed; two of them at
-    K = 128 take 160 KiB of shared memory. With two, where that does not fit, it is asked for behind that."""
-    if device.type != "cuda":
-        return 3
-    most = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
-    return 3 if most >= 160 * 2**10 else 2
 
 
 def tiles_of(U_BHKV: Tensor) -> int:
     """Tiles of a state like these."""
     B, HV, _, V = U_BHKV.shape[-4:]
     return B * HV * (V // COLUMNS)
-
-
-def span(U_BHKV: Tensor, rows: slice | None) -> tuple[int, int]:
-    """``(tiles, the first of them)`` of these rows of the ``B * HV`` of a state like these; None: all."""
-    tiles = tiles_of(U_BHKV)
-    if rows is None:
-        return tiles, 0
-    each = tiles // (U_BHKV.shape[-4] * U_BHKV.shape[-3])
-    return each * (rows.stop - rows.start), each * rows.start
-
-
-@lru_cache
-def resident(device: torch.device) -> int:
-    """Programs of the fold that a device runs at a time: one a multiprocessor, whose registers it takes; one where
-    there is an interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def wait(
@@ -291,7 +265,7 @@ def fold(
         N, steps, B, HV, first_row, INBOX if inbox is not None else NOTHING if first_BHKV is None else FIRST,
         int(outbox is not None), mail.slots_DCN.shape[1] if mail else 1,
         K=K, V=V, BV=COLUMNS, DEPTH=DEPTH, TILE=TILE, TIMED=U_NBHKV.is_cuda,
-        HAS_CONTINUES=continues_NB is not None, REVERSE=reverse, STAGES=stages(device), **options(K),
+        HAS_CONTINUES=continues_NB is not None, REVERSE=reverse, **options(K),
     )  # fmt: skip
     return states, last
 

@@ -5,8 +5,7 @@ operations of :class:`~dnsp.kernels.scan.LocalScan`; so neither the layout nor t
 
     peer    as p2p, on the device alone: the kernel that folds an interval writes the state into the next rank's memory
             (see symmetric.py), tile by tile, and raises flags there; that rank's stream waits for them. No host takes
-            part. A state goes in halves where there is more of it than is folded at a time (see :func:`halves_of`).
-            From one host to another it is p2p.
+            part. From one host to another it is p2p.
     p2p     each interval waits for the state of the interval before it, folds its own segments and sends the state on:
             one state a hop, in parts where the chain is long (see :func:`parts_of`). Where a document starts in an
             interval, what leaves it is sent before anything is awaited.
@@ -115,22 +114,6 @@ def parts_of(state_BHKV: Tensor, hops: int) -> int:
     return max(1, min(best, B * HV)) if alike else 1
 
 
-def halves_of(state_BHKV: Tensor) -> int:
-    """In how many parts a state goes through the memory of one host: two where its tiles, each a program of the fold,
-    are more than a device runs at a time. The next rank then folds the first half while this one folds the second;
-    in one part it would begin when both are there."""
-    from dnsp.kernels import triton_scan
-
-    rows = state_BHKV.shape[-4] * state_BHKV.shape[-3]
-    return 2 if rows > 1 and triton_scan.tiles_of(state_BHKV) > triton_scan.resident(state_BHKV.device) else 1
-
-
-def rows_of(state_BHKV: Tensor, parts: int) -> list[slice | None]:
-    """What of a state's ``B * HV`` heads each part is; None for all."""
-    rows = state_BHKV.shape[-4] * state_BHKV.shape[-3]
-    return [slice(rows * i // parts, rows * (i + 1) // parts) for i in range(parts)] if parts > 1 else [None]
-
-
 @lru_cache
 def _side(device: torch.device) -> torch.cuda.Stream | None:
     """The stream that scans take; none on a CPU."""
@@ -175,7 +158,6 @@ class _Chain:
         self.route = route(scan.layout, scan.open, backward)
         self.last, self.mine = scan.layout.count - 1, scan.layout.indices(scan.rank)
         self.near = scan.comm.near if scan.kind == "peer" else ()
-        self.by_mail = len(self.near) == scan.comm.size  # alone: nothing goes by message
         self.memory: Symmetric | None = None
         self.into: dict[int, Tensor | None] = {}
         # The compute stream's memory, given back in its order: it follows before this, M or U is used again.
@@ -219,7 +201,7 @@ class _Chain:
         """States from rank to rank, part by part: by mail between neighbours in memory, elsewhere by messages."""
         self._meet()
         parts = self._parts()
-        if len(parts) > 1 and not self.by_mail:
+        if len(parts) > 1:
             self._by_row()
         # Of each place the segments that what enters it comes to: where it passes on, and where it ends.
         passing, ending = dict[int, slice](), dict[int, slice]()
@@ -234,7 +216,7 @@ class _Chain:
                 self._fold(place, None, leaves, enters=False)
             if leaves is not None or not self._goes_on(place):
                 ending[place] = enters
-            elif self.route.when[place] == 0 and not self.by_mail:
+            elif self.route.when[place] == 0:
                 self._fold(place, None, enters)
             else:
                 passing[place] = enters
@@ -254,8 +236,7 @@ class _Chain:
             for part in range(len(parts)):
                 if (place, part) in under_way:
                     under_way[place, part].arrived()
-            for rows in parts if self.by_mail else [None]:
-                self._fold(place, rows, segments, goes_on=False)
+            self._fold(place, None, segments, goes_on=False)
         for exchange in under_way.values():
             exchange.wait()
         end = self.into.get(self.last + 1)
@@ -302,12 +283,11 @@ class _Chain:
 
     def _parts(self) -> list[slice | None]:
         """What of a state's ``B * HV`` heads travels together, None for all; the same on every rank."""
-        if self.by_mail:
-            return rows_of(self.U[0], halves_of(self.U[0]))
         hops = max(self.route.when)
         if self.scan.kind == "peer":  # by message from host to host
             hops = min(hops, (self.scan.comm.hosts - 1) * len(self.mine))
-        return rows_of(self.U[0], parts_of(self.U[0], hops))
+        n, rows = parts_of(self.U[0], hops), self.U.shape[1] * self.U.shape[2]
+        return [slice(rows * i // n, rows * (i + 1) // n) for i in range(n)] if n > 1 else [None]
 
     def _by_row(self) -> None:
         """Each head as a row of one head, so that parts are slices; so are the states that enter places."""

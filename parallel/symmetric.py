@@ -260,7 +260,10 @@ class Symmetric(Region):
         peer = source if source is not None else target
         if peer is not None:
             with WAITS.counted():  # the stream's own time in it
-                tiles, first = triton_scan.span(U_NBHKV, rows)
+                tiles, first = triton_scan.tiles_of(U_NBHKV), 0
+                if rows is not None:
+                    each = tiles // (U_NBHKV.shape[1] * U_NBHKV.shape[2])
+                    tiles, first = each * (rows.stop - rows.start), each * rows.start
                 triton_scan.wait(tiles, inbox, outbox, self.clock, self.where(what, source, target), peer, first)
         return inbox, outbox
 

@@ -13,7 +13,7 @@
                   inbox; from these times and the hop the *makespan* that P GPUs would have, at the best of some segment
                   lengths:
 
-        a half of a state leaves a place at   max(its rank is there, it left the place before + hop) + its fold's time
+        a state leaves a place at   max(its rank is there, it left the place before + hop) + the fold's time
 
                   while states travel, a rank does what needs none of them, and then waits
 
@@ -49,8 +49,6 @@ from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import CHUNK, KINDS, Layout
 from dnsp.parallel.plan import SCAN_TRANSPORTS, Plan, filling_segment_tokens, local_plan, make_plan
 from dnsp.parallel.probe import refusal
-from dnsp.parallel.route import route
-from dnsp.parallel.scan import halves_of, rows_of
 
 HOPS = 30  # forward scans whose stamps are read
 AHEAD = 20_000_000  # cycles of the GPU, some 10 ms
@@ -179,14 +177,17 @@ def make_step(plan: Plan, request: dict[str, Any], device: torch.device, like: S
 
 class Replay:
     """A rank's scan alone: the launches of the real one, on mail that has come and room that there is, in one stream.
-    ``folds``: events around the launches of each interval's halves, of a forward scan and of the reverse one after it;
+    ``folds``: events around each interval's launches, of a forward scan and of the reverse one after it;
     ``awaited``: when each was."""
 
-    def __init__(self, plan: Plan, U: Tensor) -> None:
+    def __init__(self, plan: Plan, U_shape: Sequence[int], device: torch.device) -> None:
         from dnsp.kernels import triton_scan
 
+        B, HV, K, V = U_shape
         self.scan = plan.scan
-        inbox, outbox, self.clock = triton_scan.loopback(triton_scan.tiles_of(U), U.device)
+        tiles = B * HV * V // triton_scan.COLUMNS
+        self.tiles = tiles
+        inbox, outbox, self.clock = triton_scan.loopback(tiles, device)
         far = torch.full_like(inbox.ready_C, 2**30)
         self.inbox = inbox._replace(ready_C=far, free_C=torch.zeros_like(far))
         self.outbox = outbox._replace(free_C=far, ready_C=torch.zeros_like(far))
@@ -204,7 +205,6 @@ class Replay:
 
         layout, rank, each = self.scan.layout, self.scan.rank, self.scan.per_interval
         entering, state = torch.empty_like(U), None
-        halves = rows_of(U[0], halves_of(U[0]))
         events = [_event()]
         mine = layout.indices(rank)
         for interval in reversed(mine) if backward else mine:
@@ -213,18 +213,14 @@ class Replay:
             goes_on = 0 <= after < layout.count
             inbox = self.inbox if 0 <= before < layout.count and layout.owner(before) != rank else None
             outbox = self.outbox if goes_on and layout.owner(after) != rank else None
-            leaves = torch.empty_like(U[0])
-            for rows in halves:
-                if inbox or outbox:
-                    tiles, first = triton_scan.span(U, rows)
-                    triton_scan.wait(tiles, inbox, outbox, self.clock, first_tile=first)
-                triton_scan.fold(
-                    M[part], U[part], None if inbox else state, None if continues is None else continues[part],
-                    each - (not goes_on), backward, inbox=inbox, outbox=outbox, clock=self.clock,
-                    states_NBHKV=entering[part], last_BHKV=leaves, rows=rows,
-                )  # fmt: skip
-                events.append(_event())
-            state = leaves
+            if inbox or outbox:
+                triton_scan.wait(self.tiles, inbox, outbox, self.clock)
+            _, state = triton_scan.fold(
+                M[part], U[part], None if inbox else state, None if continues is None else continues[part],
+                each - (not goes_on), backward, inbox=inbox, outbox=outbox, clock=self.clock,
+                states_NBHKV=entering[part],
+            )  # fmt: skip
+            events.append(_event())
         self.folds.append(events)
 
         def arrived() -> tuple[Tensor, None]:
@@ -242,8 +238,8 @@ def _event() -> torch.cuda.Event:
 
 @dataclass
 class Work:
-    """What a rank does in a step, ms: before the forward scan, the folds of each interval's halves in it, what needs no
-    state beside it, between the scans, the same of the reverse one, and after it."""
+    """What a rank does in a step, ms: before the forward scan, each interval's fold in it, what needs no state beside
+    it, between the scans, the same of the reverse one, and after it."""
 
     before: float
     forward: list[float]
@@ -291,19 +287,17 @@ def makespan(layout: Layout, works: Sequence[Work], hop_ms: float) -> float:
     """When the last of P GPUs ends a step, ms; every rank begins at 0."""
     there = [work.before for work in works]  # when a rank has come to its next interval
     for backward in (False, True):
-        way = route(layout, (True,) * layout.count, backward)
-        folds = [work.reverse if backward else work.forward for work in works]
+        left, owner_before = 0.0, -1
+        folds = [list(work.reverse if backward else work.forward) for work in works]
         beside = [work.beside_reverse if backward else work.beside_forward for work in works]
         # A GPU does one thing at a time: what is beside the scan is done before the folds, or while states travel.
         ready = [at + more + sum(own) for at, more, own in zip(there, beside, folds, strict=True)]
-        parts = len(folds[0]) // len(layout.indices(0))
-        left: dict[tuple[int, int], float] = {}  # when a part left a place
-        turns = product(range(layout.count), range(parts))
-        for place, part in sorted(turns, key=lambda turn: (way.when[turn[0]] + turn[1], turn[0])):
-            rank = way.owners[place]
-            come = left.get((place - 1, part), 0.0) + (hop_ms if way.ends(place) else 0.0)
-            fold = folds[rank][way.owners[:place].count(rank) * parts + part]
-            there[rank] = left[place, part] = max(there[rank], come) + fold
+        order = range(layout.count)
+        for interval in reversed(order) if backward else order:
+            rank = layout.owner(interval)
+            come = left + (hop_ms if owner_before not in (-1, rank) else 0.0)
+            left = max(there[rank], come if owner_before >= 0 else 0.0) + folds[rank].pop(0)
+            there[rank], owner_before = left, rank
         there = [max(at, early) for at, early in zip(there, ready, strict=True)]
         if not backward:
             there = [at + work.between for at, work in zip(there, works, strict=True)]
@@ -431,35 +425,30 @@ def _hops(step: Step, ranks: Ranks) -> list[float]:
     """Microseconds from a flag's raising to its sight; contiguous alone, where a rank waits and raises once a pass."""
     if step.plan.layout.kind != "contiguous":
         return []
-    from dnsp.kernels import triton_scan
     from dnsp.parallel import symmetric
 
-    scan, last, D = step.plan.scan, ranks.grid.world - 1, step.do.shape[3]
-    state = step.do.new_zeros(1, step.do.shape[2], D, D, dtype=torch.float32)
-    half = state[:, : state.shape[1] // halves_of(state)]  # which goes alone: one wait and one message a pass
-    U = half.expand(scan.per_interval, *half.shape).contiguous()
-    passes = U, U, step.plan.segments.continues_NB, None, False
+    clock = symmetric.memory(step.plan.comm, ranks.device).clock
+    last = ranks.grid.world - 1
     one_gpu = torch.cuda.device_count() == 1
 
     def stamps() -> list[Stamps]:
         torch.cuda.synchronize()
-        mine = symmetric.memory(step.plan.comm, ranks.device).clock.stamps.cpu()
-        raised = mine[2 : 2 + triton_scan.tiles_of(half)].max()
-        return ranks.comm.from_all(Stamps(int(mine[0]), int(mine[1]), int(raised)))
+        mine = clock.stamps.cpu()
+        return ranks.comm.from_all(Stamps(int(mine[0]), int(mine[1]), int(mine[2:].max())))
 
     found: list[float] = []
     for _ in range(HOPS):
         ranks.wait()
-        if ranks.first:
+        if ranks.first and not one_gpu:
             torch.cuda._sleep(AHEAD)  # the others wait when this one raises
-        scan.forward(*passes)()
+        o, _ = step.forward()
         there = stamps()
         if one_gpu:
             found += hops_there(there)
             continue
         if ranks.grid.rank == last:
             torch.cuda._sleep(AHEAD)
-        scan.reverse(*passes, False)()
+        torch.autograd.grad(o, list(step.inputs.values()), step.do)
         found += hops_and_back(there, stamps())
     return found
 
@@ -509,8 +498,7 @@ def _replay(layout: Layout, segment: int, request: dict[str, Any], ranks: Ranks,
     """This rank's step, its messages in its inbox."""
     plan = make_plan([[0]], layout, ranks.grid, segment, transport="peer")
     step = make_step(plan, request, ranks.device, like)
-    D = request["width"]
-    step.scan = Replay(plan, torch.empty(1, request["value_heads"], D, D, device=ranks.device))
+    step.scan = Replay(plan, (1, request["value_heads"], request["width"], request["width"]), ranks.device)
     return step
 
 

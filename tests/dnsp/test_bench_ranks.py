@@ -18,9 +18,8 @@ from dnsp.bench.ranks import Ranks, new_table, publish
 from dnsp.bench.scan import Stamps, Work, _shortest, accounts, hops_and_back, hops_there, makespan, table
 from dnsp.cli import main
 from dnsp.errors import UsageError
-from dnsp.parallel.grid import Grid, make_grid
+from dnsp.parallel.grid import make_grid
 from dnsp.parallel.layout import Layout
-from dnsp.parallel.plan import make_plan
 from dnsp.parallel.transport import Transport
 from dnsp.parallel.waits import WAITS
 from tests.ranks import run_ranks
@@ -206,37 +205,3 @@ def test_the_makespan_is_that_of_a_chain() -> None:
     assert makespan(layout, waits, 1.0) == chain + 20 + 8 * 2 + 7 + 25
     hides = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 22.0, 3.0)] * 8
     assert makespan(layout, hides, 1.0) == max(chain + 20 + 22 + 2, chain + 20 + 8 * 2 + 7) + 3
-
-
-def test_the_makespan_of_states_that_go_in_halves() -> None:
-    """Two ranks, hand-made times: a half is folded as soon as it is there, and the next one while it travels."""
-    works = [Work(10.0, [1.0, 1.0], 0.0, 20.0, [2.0, 2.0], 0.0, 5.0) for _ in range(2)]
-    # forward: rank 0 lets the halves go at 11 and 12, rank 1 has folded them at 13 and 14; reverse: rank 1 at 36 and
-    # 38, rank 0 at 39 and 41
-    assert makespan(Layout("contiguous", 2, 128), works, 1.0) == 41 + 5
-    whole = [Work(10.0, [2.0], 0.0, 20.0, [4.0], 0.0, 5.0) for _ in range(2)]
-    assert makespan(Layout("contiguous", 2, 128), whole, 1.0) == 15 + 20 + 4 + 1 + 4 + 5
-    # zigzag: rank 1's two intervals are neighbours; it folds the first half through both, until 4, then the second one,
-    # until 6, which rank 0 has at 7 and has folded at 8. Back are two hops.
-    both = [Work(0.0, [1.0] * 4, 0.0, 0.0, [0.0] * 4, 0.0, 0.0) for _ in range(2)]
-    assert makespan(Layout("zigzag", 2, 256), both, 1.0) == 8 + 2
-
-
-def replayed() -> tuple[list[bool], list[int]]:
-    """A rank that has both intervals' states from others, its messages all zero: states by halves, and the events."""
-    plan = make_plan([[0]], Layout("zigzag", 4, 8 * 128), Grid(4, 1, 4), 64, transport="peer")
-    draw = torch.Generator().manual_seed(1)
-    M, U = torch.randn(4, 1, 3, 16, 16, generator=draw) / 4, torch.randn(4, 1, 3, 16, 32, generator=draw)
-    with patch.object(scan, "_event", object):
-        replay = scan.Replay(plan, U[0])
-        forward, _ = replay.forward(M, U, None, None, False)()
-        reverse, _ = replay.reverse(M, U, None, None, False, False)()
-    zero = torch.zeros_like(U[0])
-    wanted = torch.stack([zero, U[0], zero, U[2]]), torch.stack([U[1], zero, U[3], zero])
-    same = [torch.equal(found, want) for found, want in zip((forward, reverse), wanted, strict=True)]
-    return same, [len(events) for events in replay.folds]
-
-
-def test_a_replay_folds_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert run_ranks(replayed, 1, timeout=60) == [([True, True], [5, 5])]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dnsp.kernels import kept, triton_scan
+from dnsp.kernels import kept
 from dnsp.kernels.scan import LocalScan
 from dnsp.launch.mps import shared_gpu
 from dnsp.parallel import scan as parallel_scan
@@ -61,11 +61,6 @@ def on_gpu(timeout: float = 60.0) -> Grid:
     return make_grid(timeout=timeout)
 
 
-def go_in_halves() -> None:
-    """All states by peer, from here on, as if a device ran one program at a time."""
-    triton_scan.resident = lambda device: 1
-
-
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The same numbers on every rank."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
@@ -106,7 +101,6 @@ def unequal(plan: Plan, found: dict[str, Tensor], truth: dict[str, Tensor]) -> l
 def op_cases(a_host: int) -> dict[str, Any]:
     os.environ["DNSP_HOST"] = f"host {int(os.environ['RANK']) // a_host}"
     parallel_scan.MESSAGE = 2**14  # states of 256 KiB go by p2p in parts
-    go_in_halves()
     grid = on_gpu()
     found: dict[str, Any] = {}
     for name, starts in DOCUMENTS.items():
@@ -169,7 +163,6 @@ class Problem:
 
 
 SHAPES = [(1, 4, 128, 128), (2, 2, 64, 64), (1, 3, 32, 16), (1, 8, 128, 128), (3, 1, 64, 64)]
-SHAPES += [(3, 14, 64, 64)]  # 168 tiles: in halves
 
 
 def scan_cases() -> dict[str, Any]:
@@ -191,8 +184,6 @@ def scan_cases() -> dict[str, Any]:
     found: dict[str, Any] = {"random steps": int(wrong.sum())}
 
     for kind in KINDS:
-        if kind == "zigzag":
-            go_in_halves()
         problem = Problem(7, grid.world, kind, (1, 2, 64, 64), 2, False)
         plan = problem.plan(grid)
         n = problem.held(plan)
@@ -291,7 +282,6 @@ def test_a_layer_and_its_recomputation() -> None:
 
 def with_a_stalled_rank(kind: str, backward: bool) -> tuple[str, int | None, float]:
     grid = on_gpu(LIMITS["deadline"])
-    go_in_halves()
     problem = Problem(1, grid.world, kind, (1, 2, 64, 64), 2, False)
     plan = problem.plan(grid).at_layer(5)
     n = problem.held(plan)
