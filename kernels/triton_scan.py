@@ -2,8 +2,7 @@
 
 A state is taken through a segment by the same instructions whether the launch holds one segment or all, so that the
 bits do not depend on who holds which. Products of fp32 numbers in three tf32 passes. The state is held transposed, as
-in the passes: a block of its columns, a *tile*, a program. Every tile of a head reads all of its M: the wider the tiles,
-the fewer bytes.
+in the passes: a block of its columns, a *tile*, a program.
 
 A state may come out of an inbox and go into an outbox, tile by tile; whose memory they are in is not known here:
 
@@ -34,10 +33,8 @@ from torch import Tensor
 
 from . import proof
 
-COLUMNS, WIDEST = 16, 128  # V is a multiple of the one, K at most the other: more of M does not fit a multiprocessor
-WIDE = 2 * COLUMNS  # of a state, a program, where they divide V: 32 heads of 128 are 128 programs
-TILE = WIDE * WIDEST  # numbers of the largest tile; every tile of a slot has its place, whatever its size
-SLICE = 32  # rows of M^T a product: a whole M in registers, in the three parts of its numbers, would be most of them
+COLUMNS, WIDEST = 16, 128  # of the state, a program; beyond WIDEST a summary's M does not fit a multiprocessor
+TILE = COLUMNS * WIDEST  # numbers of the largest tile; every tile of a slot has its place, whatever its size
 DEPTH = 4  # slots of an inbox, a power of two: how many messages a producer may be ahead
 WAITED = 256  # tiles that one program waits for
 NOTHING, FIRST, INBOX = 0, 1, 2  # where a fold's first state comes from: it is zero, it is here, it arrives
@@ -131,27 +128,6 @@ def wait_kernel(
     tl.store(status, 1, mask=news)
 
 
-@triton.jit
-def _halves(x, ROWS: tl.constexpr, HALF: tl.constexpr):
-    """The first columns of ``x [ROWS, 2 HALF]``, and the others."""
-    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
-
-
-@triton.jit
-def _slices(x, ROWS: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
-    """``x [ROWS, K]`` in blocks of ``WIDTH`` columns; K is 1, 2 or 4 times as many."""
-    if K == WIDTH:
-        return (x,)
-    else:
-        a, b = _halves(x, ROWS, K // 2)
-        if K == 2 * WIDTH:
-            return a, b
-        else:
-            a0, a1 = _halves(a, ROWS, WIDTH)
-            b0, b1 = _halves(b, ROWS, WIDTH)
-            return a0, a1, b0, b1
-
-
 @triton.jit(
     do_not_specialize=["N", "steps", "B", "HV", "first_row", "start", "sends", "capacity"],
     do_not_specialize_on_alignment=["continues"],
@@ -160,8 +136,8 @@ def fold_kernel(
     M, U, first, continues, states, last,
     in_slots, taken, in_free, out_slots, out_ready, sent, status, stamps,
     N, steps, B, HV, first_row, start, sends, capacity,
-    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, TILE: tl.constexpr,
-    TIMED: tl.constexpr, HAS_CONTINUES: tl.constexpr, REVERSE: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, DEPTH: tl.constexpr, TILE: tl.constexpr, TIMED: tl.constexpr,
+    HAS_CONTINUES: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     row = first_row + tl.program_id(1).to(tl.int64)
     rows = B * HV.to(tl.int64)
@@ -179,8 +155,7 @@ def fold_kernel(
         tl.debug_barrier()  # every thread has read, now one says so
         tl.store(taken + tile, count + 1)
         tl.atomic_xchg(in_free + tile, count + 1, sem="release", scope="sys")
-    cw = tl.arange(0, WIDTH)
-    for i in tl.range(0, N, num_stages=STAGES):  # M is fetched ahead
+    for i in tl.range(0, N, num_stages=2):  # M is fetched ahead
         n = N - 1 - i if REVERSE else i
         tl.store(states + n * rows * K * V + at, S)
         # What is structurally zero is not multiplied, and M is not read where it was not made.
@@ -188,16 +163,13 @@ def fold_kernel(
         if HAS_CONTINUES:
             through = through & (tl.load(continues + n * B + row // HV) != 0)
         summary = M + (n * rows + row) * K * K
+        if REVERSE:
+            M_T = tl.load(summary + ck[:, None] * K + ck[None, :], mask=through, other=0.0)
+        else:
+            M_T = tl.load(summary + ck[None, :] * K + ck[:, None], mask=through, other=0.0)
         added = tl.load(U + n * rows * K * V + at, mask=i < steps, other=0.0)
-        parts = _slices(S, BV, K, WIDTH)
-        crossed = tl.zeros((BV, K), tl.float32)
-        for j in tl.static_range(K // WIDTH):
-            if REVERSE:
-                M_T = tl.load(summary + (j * WIDTH + cw)[:, None] * K + ck[None, :], mask=through, other=0.0)
-            else:
-                M_T = tl.load(summary + ck[None, :] * K + (j * WIDTH + cw)[:, None], mask=through, other=0.0)
-            crossed = tl.dot(parts[j], M_T, acc=crossed, input_precision="tf32x3")
-        S = tl.where(through, crossed + added, added)  # select: 0 * inf must not leak
+        crossed = tl.dot(S, M_T, input_precision="tf32x3") + added
+        S = tl.where(through, crossed, added)  # select: 0 * inf must not leak
     tl.store(last + at, S)
     if sends != 0:
         alive = tl.load(status, volatile=True) == 0
@@ -219,31 +191,15 @@ def takes(U: Tensor) -> bool:
     return U.is_cuda and U.dtype == torch.float32 and K in (16, 32, 64, WIDEST) and V % COLUMNS == 0
 
 
-def columns_of(V: int) -> int:
-    """Columns of a tile of states this wide."""
-    return WIDE if V % WIDE == 0 else COLUMNS
-
-
-def options(K: int, V: int, ahead: int = 2) -> dict[str, int]:
-    """How the fold is launched: the next segments' M are fetched, into ``ahead`` buffers, while one is crossed, and no
-    register spills."""
-    how = {"BV": columns_of(V), "WIDTH": min(K, SLICE), "STAGES": 1 + ahead}
-    return how | {"num_warps": 8 if K >= 64 else 4, "num_stages": 1 + ahead}
-
-
-@lru_cache
-def _ahead(device: torch.device) -> int:
-    """Buffers for M: two where they fit a multiprocessor's shared memory."""
-    if device.type != "cuda":
-        return 1
-    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return 2 if room >= 3 * WIDEST * WIDEST * 4 else 1
+def options(K: int) -> dict[str, int]:
+    """How the fold is launched: the next segment's M is fetched while one is crossed, and no register spills."""
+    return {"num_warps": 8 if K >= 64 else 4, "num_stages": 2}
 
 
 def tiles_of(U_BHKV: Tensor) -> int:
     """Tiles of a state like these."""
     B, HV, _, V = U_BHKV.shape[-4:]
-    return B * HV * (V // columns_of(V))
+    return B * HV * (V // COLUMNS)
 
 
 def wait(
@@ -299,7 +255,7 @@ def fold(
     counts, times = _no_mail(device)
     mail = inbox or outbox
     proof.launch(
-        fold_kernel, (V // columns_of(V), end_row - first_row),
+        fold_kernel, (V // COLUMNS, end_row - first_row),
         M_NBHKK, U_NBHKV, U_NBHKV if first_BHKV is None else first_BHKV.contiguous(),
         U_NBHKV if continues_NB is None else continues_NB.contiguous(), states, last,
         U_NBHKV if inbox is None else inbox.slots_DCN, counts if inbox is None else inbox.taken_C,
@@ -308,8 +264,8 @@ def fold(
         counts if clock is None else clock.status, times if clock is None else clock.stamps,
         N, steps, B, HV, first_row, INBOX if inbox is not None else NOTHING if first_BHKV is None else FIRST,
         int(outbox is not None), mail.slots_DCN.shape[1] if mail else 1,
-        K=K, V=V, DEPTH=DEPTH, TILE=TILE, TIMED=U_NBHKV.is_cuda,
-        HAS_CONTINUES=continues_NB is not None, REVERSE=reverse, **options(K, V, _ahead(device)),
+        K=K, V=V, BV=COLUMNS, DEPTH=DEPTH, TILE=TILE, TIMED=U_NBHKV.is_cuda,
+        HAS_CONTINUES=continues_NB is not None, REVERSE=reverse, **options(K),
     )  # fmt: skip
     return states, last
 

@@ -46,7 +46,7 @@ def capacity_of(tiles: int) -> int:
 
 def tiles(rows: int, value_heads: int, value_width: int) -> int:
     """Tiles of a state of ``rows`` rows of such heads."""
-    return rows * value_heads * -(-value_width // triton_scan.columns_of(value_width))
+    return rows * value_heads * -(-value_width // triton_scan.COLUMNS)
 
 
 def budget(rows: int, value_heads: int, value_width: int) -> int:

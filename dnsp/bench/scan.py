@@ -183,8 +183,10 @@ class Replay:
     def __init__(self, plan: Plan, U_shape: Sequence[int], device: torch.device) -> None:
         from dnsp.kernels import triton_scan
 
+        B, HV, K, V = U_shape
         self.scan = plan.scan
-        self.tiles = tiles = triton_scan.tiles_of(torch.empty(U_shape, device="meta"))
+        tiles = B * HV * V // triton_scan.COLUMNS
+        self.tiles = tiles
         inbox, outbox, self.clock = triton_scan.loopback(tiles, device)
         far = torch.full_like(inbox.ready_C, 2**30)
         self.inbox = inbox._replace(ready_C=far, free_C=torch.zeros_like(far))
