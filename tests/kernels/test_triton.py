@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dnsp.kernels import chunk_triton
@@ -271,3 +272,22 @@ def test_beyond_32_bit_offsets():
         last, _ = chunk_gated_delta_rule(*after, initial_state=state, use_qk_l2norm_in_kernel=True)
         error = (o[:, -4096:].float() - last.float()).norm() / last.float().norm()
     assert error < 5e-3
+
+
+@pytest.mark.gpu
+def test_gradients_beyond_32_bit_offsets():
+    """The same of the last tokens' gradients, in equal segments and so with equal bits."""
+    if torch.cuda.mem_get_info()[0] < 100 * 2**30:
+        pytest.skip("needs 100 GiB of the GPU")
+    tokens, last = 2**20, 4096
+    inputs = random(tokens, H=16, HV=32, decay=-0.02)
+    do = torch.randn(1, last, 32, 128, device="cuda").bfloat16()
+    found = with_gradients(inputs, F.pad(do, (0, 0, 0, 0, tokens - last, 0)), segment_tokens=last)
+    found = [x[:, -last:].clone() for x in found]
+    before, after = ([x[:, part] for x in inputs] for part in (slice(-last), slice(-last, None)))
+    with torch.no_grad():
+        _, state = chunk_gated_delta_rule(
+            *before, output_final_state=True, use_qk_l2norm_in_kernel=True, segment_tokens=last
+        )
+    expected = with_gradients(after, do, initial_state=state, segment_tokens=last)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
