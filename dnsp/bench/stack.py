@@ -1,8 +1,9 @@
 """``dnsp bench stack``: whole layers over P ranks, forward and backward, against one process on the same tokens.
 
 Three gated delta layers and one of attention, with projections, convolutions, norms and feed-forwards, as a model has
-them; no optimizer and no reduction of gradients. By turns, medians; on one GPU together the time over one process's is
-the extra work of being parallel, on a GPU each efficiency is a P-th of one process's time over the ranks'.
+them; no optimizer and no reduction of gradients; segments as training takes them. By turns, medians; on one GPU
+together the time over one process's is the extra work of being parallel, on a GPU each efficiency is a P-th of one
+process's time over the ranks'.
 """
 
 from __future__ import annotations
@@ -101,20 +102,15 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         grad = torch.randn(*shape, config.model.hidden_size, **like)
         return Step(model, torch.randint(config.model.vocab_size, shape, device=device), plan.to(device), grad)
 
-    def layout(kind: str, world: int) -> tuple[Layout, int | None]:
-        found = Layout(kind, world, length)
-        share = choices.multiprocessors // (ranks.sharing if world > 1 else 1)  # of the GPU that ranks share
-        return found, replace(choices, multiprocessors=share).segment_tokens(config, found)
-
     works: dict[str, Step | None] = {ONE: None}
     if ranks.first:
-        segment = layout("contiguous", 1)[1]
+        segment = choices.segment_tokens(config, Layout("contiguous", 1, length))
         works[ONE] = step(_with(local_plan([[0]], length, segment), choices.attention_backend))
     for kind in request["layouts"]:
-        cut, segment = layout(kind, grid.world)
+        layout = Layout(kind, grid.world, length)
         plan = make_plan(
-            [[0]], cut, grid, segment, transport=choices.transport, attention_transport=choices.attention_transport,
-            attention_backend=choices.attention_backend,
+            [[0]], layout, grid, choices.segment_tokens(config, layout), transport=choices.transport,
+            attention_transport=choices.attention_transport, attention_backend=choices.attention_backend,
         )  # fmt: skip
         works[f"{kind}, {choices.transport}"] = step(plan)
     times = ranks.turns(works, request["steps"])
