@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from datetime import date
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -69,14 +73,38 @@ def identity_of(config: Config, tokenizer: Tokenizer, data: Mixture) -> dict[str
 
 
 def open_folder(config: Config, identity: dict[str, Any], name: str, first: bool) -> Path:
-    """The run folder, made or checked by rank 0; a new one each time unless ``run.dir`` names one."""
+    """The run folder, made or checked by rank 0, seen by all; a new one each time unless ``run.dir`` names one."""
+    mark: Any = None
     with watchdog.agreed():
         try:
             folder = _make_folder(config, identity, name) if first else None
+            mark = NamedTemporaryFile(prefix=".seen-", dir=folder) if first else None  # noqa: SIM115 - closed below
         except OSError as error:
             where = config.run.dir or "runs"
             raise UsageError(f"cannot make the run folder {where}: {error.strerror}; set run.dir to another") from None
-    return watchdog.from_first(folder)
+    folder, marked = watchdog.from_first((folder, mark and Path(mark.name).name))
+    with mark or nullcontext(), watchdog.agreed():
+        _check_shared(folder, marked)
+    return folder
+
+
+def _check_shared(folder: Path, mark: str) -> None:
+    """Refuse a folder that is not the one in which rank 0 has put ``mark``: a checkpoint's files lie in one."""
+    made = False
+    with suppress(OSError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # NFS may remember that there was no folder, until one is to be made
+        folder.mkdir()
+        made = True
+    if os.path.exists(folder / mark):
+        return
+    if made:
+        with suppress(OSError):
+            folder.rmdir()
+    raise UsageError(
+        f"on {platform.node()} {folder.absolute()} is not the run folder that rank 0 has made; set run.dir to one on a "
+        "file system that all nodes share"
+    )
 
 
 GLANCE = 1.0  # seconds; another process that asks whether the folder is free holds the lock for an instant

@@ -202,6 +202,8 @@ class Saver:
         tensors = {name: {"shape": shape, "parts": held[name]} for name, shape in shapes.items()}
         digests = {name: value for s in shares for name, value in s.digests.items()}
         try:
+            if unseen := [name for name in digests if not (part / name).exists()]:
+                return f"rank 0 does not see {unseen[0]}; run.dir must be on a file system that all nodes share"
             for name, tree in (("index.json", {"world": self.world, "tensors": tensors}), ("state.json", state)):
                 (part / name).write_text(json.dumps(tree, indent=1))
                 digests[name] = checkpoint.digest(part / name)

@@ -478,6 +478,18 @@ def without_memory(folder: str) -> list[str]:
     return said + another.news()
 
 
+def apart(folder: str) -> list[str]:
+    """Rank 1 writes onto a disk of its own, as on a node that has lost the shared one. What is said, and is there."""
+    from dnsp import checkpoint
+    from dnsp.config import CheckpointConfig
+    from dnsp.saving import Saver
+
+    saver = Saver(Path(folder, "alone" if dist.get_rank() else ""), make(settings(1), 1), CheckpointConfig())
+    saver.save(1, {})
+    saver.wait()
+    return saver.news() + [path.name for path in checkpoint.checkpoints(saver.folder)]
+
+
 def broken_copy(folder: str) -> str:
     """The memory for the copy fails, and not for lack of it: what the save that needs it raises."""
     from dnsp.config import CheckpointConfig
@@ -504,6 +516,13 @@ def test_a_rank_without_memory_to_save_with_holds_nobody_up(tmp_path: Path) -> N
     none = "there is no earlier checkpoint"
     assert said[0] == f"NOT SAVED: the checkpoint of step 1 (rank 1: cannot allocate); {none}, the run goes on"
     assert "step 3 (rank 1: the host has no memory for the copy: cannot allocate); the last checkpoint is" in said[2]
+
+
+def test_files_that_rank_0_does_not_see_are_no_checkpoint(tmp_path: Path) -> None:
+    (said,), none = run_ranks(apart, 2, str(tmp_path))
+    assert not none
+    assert said.startswith("NOT SAVED: the checkpoint of step 1 (rank 0 does not see weights-00001-of-00002"), said
+    assert "there is no earlier checkpoint" in said
 
 
 def test_another_failure_is_not_called_lack_of_memory(tmp_path: Path) -> None:

@@ -228,6 +228,31 @@ def test_a_refusal_of_one_rank_in_a_roll_back_is_that_ranks_to_say(workplace: Pa
     assert len(ones.splitlines()) == 1 and ranks[1].returncode == 1
 
 
+def test_a_run_folder_that_nodes_do_not_share_is_refused(workplace: Path, tmp_path: Path) -> None:
+    """Each would write its part of every checkpoint onto a disk of its own, and none could be read again."""
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    port, ranks = str(free_port()), []
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "dnsp", "train", str(workplace / "tiny.yaml"), "run.dir=runs/mine"],
+                cwd=tmp_path / rank,
+                env={**environment(), **place, "MASTER_PORT": port, "RANK": rank},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for rank in ranks:
+        _, stderr = rank.communicate(timeout=100)
+        assert rank.returncode == 2, stderr
+        said = f"{tmp_path / '1' / 'runs' / 'mine'} is not the run folder that rank 0 has made"
+        assert said in stderr and "that all nodes share" in stderr and len(stderr.splitlines()) == 1, stderr
+    assert not (tmp_path / "1" / "runs" / "mine").exists()
+    assert not list((tmp_path / "0" / "runs" / "mine").glob(".seen*"))
+
+
 def starved() -> str:
     """A real engine in an address space that cannot hold the step."""
     import sys
