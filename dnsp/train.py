@@ -234,6 +234,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                 engine.skip()
             elif spikes.is_one(loss):
                 engine.skip()
+                watch.place.at("going back to a checkpoint")
+                watch.stalls.limit = math.inf  # reading one against its checksums may take its time
                 said = f"step {done + 1}: the loss {loss:.4f} is a spike (median {spikes.median():.4f})"
                 if (back := roll_back(engine, saver, spikes, said)) is not None:
                     passed_over.add(cursor.sequences)

@@ -185,6 +185,33 @@ def test_too_many_rollbacks_end_the_run(workplace: Path, dnsp: Dnsp) -> None:
     assert "resume=auto goes on from" in done.stderr
 
 
+A_SLOW_DISK = """
+import sys, time
+from dnsp import checkpoint
+from dnsp.cli import main
+
+latest = checkpoint.latest
+checkpoint.latest = lambda folder: (time.sleep(8), latest(folder))[1]
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_takes_long_to_read_is_no_stall(workplace: Path) -> None:
+    """A run that goes back reads all of it against its checksums, and on a GPU a step may last as a collective may."""
+    rule = ("faults.spike_factor=1.0001", "faults.spike_window=1", "faults.rollbacks=1", "checkpoint.every=3")
+    settings = ("tiny.yaml", "run.dir=patient", "train.steps=200", "train.lr=1e-6", "run.stall=5", *rule)
+    done = subprocess.run(
+        [sys.executable, "-c", A_SLOW_DISK, "train", *settings],
+        cwd=workplace,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert "no progress" not in done.stderr and "back to step" in done.stdout, done.stdout + done.stderr
+
+
 ON_ANOTHER_DISK = """
 import os, sys
 from pathlib import Path
