@@ -37,6 +37,7 @@ os.environ.setdefault("DS_LOG_LEVEL", "warning")
 
 import deepspeed  # noqa: E402 - DeepSpeed looks for accelerators and compilers while it is imported
 from deepspeed.accelerator import get_accelerator  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfigError  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     logger,
     safe_get_full_fp32_param,
@@ -116,7 +117,7 @@ class Engine:
                 dist_init_required=False,
                 args=SimpleNamespace(device_rank=self.device.index) if on_gpu else None,
             )
-        except (AssertionError, ValueError, RuntimeError) as error:
+        except (AssertionError, ValueError, RuntimeError, DeepSpeedConfigError) as error:
             if not config.engine.deepspeed or out_of_memory(error):
                 raise
             why = " ".join(str(error).split())[:300]

@@ -292,8 +292,8 @@ def broken(stage: int, options: dict[str, Any]) -> str:
 
 
 def all_broken() -> list[str]:
-    cannot_be_read = {"zero_optimization": {"round_robin_gradients": True}}
-    return [*(broken(stage, options) for stage, options, _ in BREAKING), broken(2, cannot_be_read)]
+    others = {"zero_optimization": {"round_robin_gradients": True}}, {"sparse_gradients": True}
+    return [broken(stage, options) for stage, options, _ in BREAKING] + [broken(2, options) for options in others]
 
 
 def in_bf16() -> dict[str, Any]:
@@ -315,12 +315,22 @@ def in_bf16() -> dict[str, Any]:
 
 
 def skipping() -> bool:
-    """A skipped step leaves weights and moments as they were, at every stage; so does a norm that is not finite."""
+    """A skipped step leaves weights and moments as they were, at every stage; so does a norm that is not finite, for
+    one element of one rank's gradient."""
     same = True
     for stage, host in ((0, False), (1, False), (2, True), (3, False), (3, True)):
         engine = make(settings(stage, host), 2)
         take_step(engine)
         before = whole(engine)
+        for value in (math.nan, math.inf):
+            hurt = engine.names["model.embed_tokens.weight"].register_hook(
+                lambda grad, value=value: grad.index_fill(0, torch.tensor([3]), value) if dist.get_rank() else grad
+            )
+            norm = take_step(engine)["norm"]
+            hurt.remove()
+            kept = whole(engine)
+            same = same and not math.isfinite(norm)
+            same = same and all(before[w][n].equal(x) for w, xs in kept.items() for n, x in xs.items())
         original, engine.step = engine.step, lambda lr, engine=engine: engine.skip() or 0.0
         take_step(engine)
         engine.step = original
@@ -387,8 +397,9 @@ def two_ranks() -> dict[str, Any]:
 @pytest.mark.timeout(300)
 def test_what_breaks_the_contract_is_refused_and_what_is_fp32_stays_so() -> None:
     for found in run_ranks(two_ranks, 2, timeout=280):
-        *refused, unread = found["broken"]
+        *refused, unread, removed = found["broken"]
         assert "with engine.deepspeed={'zero_optimization': {'round_robin_gradients'" in unread, unread
+        assert "DeepSpeed refuses engine.deepspeed={'sparse_gradients': True}: " in removed, removed
         for (stage, options, ratio), said in zip(BREAKING, refused, strict=True):
             assert "the gradient of model.embed_tokens.weight after DeepSpeed's reduction is" in said, said
             assert f"engine.deepspeed={options}" in said and f"ZeRO {stage}" in said

@@ -36,8 +36,8 @@ from tests.ranks import run_ranks
 Dnsp = Callable[..., Any]
 
 
-def overflowing(stage: int) -> str:
-    """Finite weights, too large from layer 1 on: who is named on two ranks, of which one alone sees the token."""
+def overflowing(stage: int, hurt: str = "") -> str:
+    """Finite weights, too large from layer 1 on, or rank 1's gradient of ``hurt``: who is named on two ranks."""
     from dnsp.config import parse_config
     from dnsp.engine import Engine
     from dnsp.faults import find_nonfinite
@@ -56,9 +56,11 @@ def overflowing(stage: int) -> str:
     torch.manual_seed(0)
     model = Decoder(config.model)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.fill_(1e38)
-        model.model.layers[1].mlp.gate_proj.weight.fill_(1e38)
+        model.model.layers[1].mlp.up_proj.weight.fill_(1e-2 if hurt else 1e38)
+        model.model.layers[1].mlp.gate_proj.weight.fill_(1e-2 if hurt else 1e38)
     engine = Engine(model, config, grid, 1)
+    if hurt and grid.rank == 1:
+        engine.names[hurt].register_hook(lambda grad: grad * math.inf)
     plan = make_plan([[0]], Layout("contiguous", 1, 128), grid)
     tokens = torch.full((1, 128), grid.rank)
 
@@ -75,6 +77,9 @@ def overflowing(stage: int) -> str:
 def test_the_first_layer_that_is_not_finite_is_named(stage: int) -> None:
     for said in run_ranks(overflowing, 2, stage):
         assert said == "first in the output of layer 1 (gated_delta), micro-batch 0 (sequence 0) on rank 0, and on 1"
+    name = "model.layers.1.mlp.up_proj.weight"  # every output is finite, and the gradients that come before
+    for said in run_ranks(overflowing, 2, stage, name):
+        assert said == f"first in the gradient of {name}, micro-batch 0 (sequence 1) on rank 1"
 
 
 @pytest.mark.timeout(200)
