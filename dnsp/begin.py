@@ -170,8 +170,10 @@ def initial_weights(config: Config, rope_theta: float, first: bool) -> Mapping[s
         from dnsp.model.hf import read_weights
 
         return read_weights(where, config.model)
-    other, _ = checkpoint.find(config.init_from)
+    other, words = checkpoint.find(config.init_from)
     compare_models(other.state["identity"]["model"], config, other.path)
+    for word in words if first else ():
+        print(f"{word}; beginning from {other.path.name}", flush=True)
     if first and other.state["rope_theta"] != rope_theta:
         was = other.state["rope_theta"]
         print(f"{other.path} was trained with rope_theta={was:g}, this run begins with {rope_theta:g}", flush=True)

@@ -237,7 +237,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                 watch.place.at("going back to a checkpoint")
                 watch.stalls.limit = math.inf  # reading one against its checksums may take its time
                 said = f"step {done + 1}: the loss {loss:.4f} is a spike (median {spikes.median():.4f})"
-                if (back := roll_back(engine, saver, spikes, said)) is not None:
+                if (back := roll_back(engine, saver, spikes, said, telemetry)) is not None:
                     passed_over.add(cursor.sequences)
                     these = f"sequences {cursor.sequences} to {work.cursor.sequences - 1}"
                     done, cursor, tokens = back.step, Cursor.from_dict(back.state["cursor"]), back.state["tokens"]
@@ -367,7 +367,9 @@ def sequences(config: Config, grid: Grid, cursor: Cursor, micro: int) -> str:
     return f"sequence {first}" if rows == 1 else f"sequences {first} to {first + rows - 1}"
 
 
-def roll_back(engine: Engine, saver: Saver, spikes: Spikes, said: str) -> checkpoint.Checkpoint | None:
+def roll_back(
+    engine: Engine, saver: Saver, spikes: Spikes, said: str, telemetry: Telemetry
+) -> checkpoint.Checkpoint | None:
     """Put the engine back to the newest whole checkpoint of this run; None where there is none. Every rank calls it.
 
     Raises:
@@ -376,8 +378,10 @@ def roll_back(engine: Engine, saver: Saver, spikes: Spikes, said: str) -> checkp
     """
     saver.wait()
     first = engine.grid.rank == 0
-    found = checkpoint.latest(saver.folder)[0] if first else None
+    found, words = checkpoint.latest(saver.folder) if first else (None, [])
     path = watchdog.from_first(found.path if found else None)
+    for word in words:
+        telemetry.say(f"{word}; it is passed over")
     if path is None:
         return None
     if not spikes.may_roll_back(checkpoint.step_of(path)):

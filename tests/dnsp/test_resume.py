@@ -73,6 +73,14 @@ def test_a_run_goes_on_without_the_one_it_began_from(branch: Path, dnsp: Callabl
     assert saved(branch.with_name("child")) == [1, 2]
 
 
+def test_a_run_that_begins_from_an_earlier_checkpoint_than_the_newest_says_so(branch: Path, capsys: Capture) -> None:
+    damage(branch, 12)
+    assert main(["train", "tiny.yaml", "run.dir=child", "init_from=run:branch", "train.steps=1"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("step-00000012 is damaged: weights-00001-of-00002") == 1
+    assert "does not match its checksum; beginning from step-00000010\n" in said
+
+
 def test_eval_takes_the_length_the_run_was_at_and_no_token_twice(branch: Path, capsys: Capture) -> None:
     stages = "train.stages=[{sequence_length: 1024, tokens: 1024}]"
     assert main(["train", "tiny.yaml", "run.dir=staged", stages, "train.steps=null"]) == 0

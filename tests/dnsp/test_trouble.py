@@ -196,14 +196,20 @@ from dnsp import checkpoint
 from dnsp.cli import main
 
 latest = checkpoint.latest
-checkpoint.latest = lambda folder: (time.sleep(8), latest(folder))[1]
+
+def slowly(folder):
+    time.sleep(8)
+    return latest(folder)[0], ["a later one is damaged"]
+
+checkpoint.latest = slowly
 main(sys.argv[1:])
 """
 
 
 @pytest.mark.slow
 def test_a_checkpoint_that_takes_long_to_read_is_no_stall(workplace: Path) -> None:
-    """A run that goes back reads all of it against its checksums, and on a GPU a step may last as a collective may."""
+    """A run that goes back reads all of it against its checksums, and says which are damaged; on a GPU a step may last
+    as long as a collective may."""
     rule = ("faults.spike_factor=1.0001", "faults.spike_window=1", "faults.rollbacks=1", "checkpoint.every=3")
     settings = ("tiny.yaml", "run.dir=patient", "train.steps=200", "train.lr=1e-6", "run.stall=5", *rule)
     done = subprocess.run(
@@ -215,6 +221,7 @@ def test_a_checkpoint_that_takes_long_to_read_is_no_stall(workplace: Path) -> No
         timeout=100,
     )
     assert "no progress" not in done.stderr and "back to step" in done.stdout, done.stdout + done.stderr
+    assert "a later one is damaged; it is passed over\n" in done.stdout, done.stdout
 
 
 ON_ANOTHER_DISK = """
