@@ -205,7 +205,8 @@ def _ways(grid: Grid, config: Config, tokens: int, gpu: bool, held: Parts) -> Wa
     if not settings.mlp_tile or settings.mlp_tile > 2048:
         yield "engine.mlp_tile=2048", "fewer tokens in a feed-forward at once"
     group = grid.sequence_size
-    yield f"parallel.sequence={2 * group}", f"{tokens // group // 2:,} tokens a rank instead of {tokens // group:,}"
+    if grid.world % (2 * group) == 0:
+        yield f"parallel.sequence={2 * group}", f"{tokens // group // 2:,} tokens a rank instead of {tokens // group:,}"
     yield f"data.sequence_length={tokens // 2}", "half the tokens"
     yield "more ranks", "each keeps less of the optimizer"
 

@@ -24,11 +24,12 @@ import torch
 
 from dnsp import checkpoint
 from dnsp.cli import main
-from dnsp.config import FaultsConfig, load_config
+from dnsp.config import FaultsConfig, load_config, parse_config
 from dnsp.data.mix import open_data
 from dnsp.data.prepare import prepare
-from dnsp.faults import Skipped, Spikes
+from dnsp.faults import Skipped, Spikes, _ways
 from dnsp.launch.local import free_port
+from dnsp.parallel.grid import Grid
 from dnsp.telemetry import RANKS_INTERVAL
 from tests.dnsp.conftest import environment
 from tests.ranks import run_ranks
@@ -333,6 +334,14 @@ def test_out_of_memory_says_what_holds_it_and_what_would_make_it_fit() -> None:
     assert ways.count("; ") >= 2
     for setting in ("engine.activation_checkpointing=true", "train.micro_batch=1", "engine.mlp_tile=2048"):
         assert setting in ways, said
+
+
+def test_no_way_out_of_memory_is_one_that_the_ranks_refuse() -> None:
+    tree = {"engine": {"activation_checkpointing": True, "mlp_tile": 1024, "zero_stage": 3}}
+    held = dict.fromkeys(("parameters", "gradients", "moments and master weights", "activations and the rest"), 1.0)
+    for world, size, more in ((1, 1, []), (2, 2, []), (3, 1, []), (4, 2, ["parallel.sequence=4"])):
+        ways = [way for way, _ in _ways(Grid(world, 0, size), parse_config(tree, "the test"), 8192, False, held)]
+        assert ways == [*more, "data.sequence_length=4096", "more ranks"], world
 
 
 def starved_on_a_gpu() -> str:
