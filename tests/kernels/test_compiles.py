@@ -170,7 +170,7 @@ def delta_rule_binaries(name: str) -> list[Any]:
     """The kernels of a call, and how many binaries there are for calls that differ in what a signature leaves out."""
     driver.set_active(Driver(90))
     s = DELTA[name]
-    chunk_triton._is_hopper = lambda device: s.K == 128  # type: ignore[assignment]
+    chunk_triton.is_hopper = lambda device: s.K == 128  # type: ignore[assignment]
     found: list[set[str]] = []
     for B, T, tokens, off in ((2, 436, 128, 0), (1, 1000, 1024, 1), (3, 64, 64, 1)):
         wide = torch.zeros(B, T, s.q[0], dtype=s.dtype)
