@@ -79,6 +79,7 @@ def on_half_a_gpu() -> tuple[dict[str, Any], list[int]]:
         return scan.rank_main(REQUEST, ranks), given
 
 
+@pytest.mark.slow
 def test_ranks_that_share_a_gpu_are_timed_at_two_segment_lengths() -> None:
     """Of 2,048 tokens each: one segment fills a rank's half of it, two fill it. By gather the first alone."""
     (world, given), (other, _) = run_ranks(on_half_a_gpu, 2, timeout=100)

@@ -274,6 +274,7 @@ def as_the_run_does() -> tuple[float, list[tuple[str, str]], str]:
     return error, ways, str(late.value)
 
 
+@pytest.mark.slow
 def test_the_probe_goes_by_the_transports_of_the_run() -> None:
     for rank, (error, ways, late) in enumerate(run_ranks(as_the_run_does, 2)):
         assert error < PROBE["error"] and set(ways) == {("gather", "gather")}
@@ -520,6 +521,7 @@ def broken_copy(folder: str) -> str:
     return "saved"
 
 
+@pytest.mark.slow
 def test_a_rank_without_memory_to_save_with_holds_nobody_up(tmp_path: Path) -> None:
     said, _ = run_ranks(without_memory, 2, str(tmp_path))
     assert len(said) == 4 and said[1].startswith("step 2: checkpoint of"), said
@@ -529,6 +531,7 @@ def test_a_rank_without_memory_to_save_with_holds_nobody_up(tmp_path: Path) -> N
     assert "step 3 (rank 1: the host has no memory for the copy: cannot allocate); the last checkpoint is" in said[2]
 
 
+@pytest.mark.slow
 def test_files_that_rank_0_does_not_see_are_no_checkpoint(tmp_path: Path) -> None:
     (said,), none = run_ranks(apart, 2, str(tmp_path))
     assert not none

@@ -70,6 +70,7 @@ def started() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_rank_never_holds_the_whole_model_and_begins_with_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     from dnsp.model.decoder import Decoder
 

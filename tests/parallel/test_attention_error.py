@@ -115,7 +115,7 @@ def check(device: str, size: int) -> None:
         assert max(by_tensor.values()) <= MOST, (case, by_tensor)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_on_a_cpu(size: int) -> None:
     check("cpu", size)
 
