@@ -213,7 +213,7 @@ def _check_widths(model: ModelConfig) -> None:
     for key, width in widths.items():
         if width not in WIDTHS:
             raise UsageError(
-                f"model.{key}={width}: on a GPU the delta rule has kernels for heads "
-                f"{', '.join(map(str, WIDTHS))} wide; "
-                f"take one of these, or DNSP_DELTA_RULE=torch in the environment for torch's (much slower) operations"
+                f"model.{key}={width}: on a GPU the delta rule has kernels for heads {', '.join(map(str, WIDTHS))} "
+                "wide; take one of these, or DNSP_DELTA_RULE=torch in the environment for torch's (much slower) "
+                "operations"
             )

@@ -10,6 +10,7 @@ import torch
 from dnsp.config import Config, ModelConfig
 from dnsp.kernels import segments
 from dnsp.kernels.backend import kernels_for_program
+from dnsp.model.deltanet import head_dim
 from dnsp.parallel.attention_backends import REPEATABLE, Heads, choose, unusable
 from dnsp.parallel.errors import PlanError
 from dnsp.parallel.grid import Grid
@@ -123,7 +124,7 @@ def delta_shapes(model: ModelConfig) -> set[tuple[int, int, int]]:
     if "gated_delta" in model.layers:
         shapes.add((model.linear_num_value_heads, model.linear_key_head_dim, model.linear_value_head_dim))
     if {"deltanet", "linear_attention"} & set(model.layers):
-        width = own.head_dim or model.hidden_size // own.num_heads
+        width = head_dim(model)
         shapes.add((own.num_heads, width, own.value_head_dim or width))
     return shapes
 

@@ -381,7 +381,8 @@ def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, coming:
         groups = [slice(n * G, min(n + together, B * H) * G) for n in range(0, B * H, together)]
     rows = B * H if one else together * G
     states, errors = torch.empty((rows, NC, V, K), **like), torch.empty((rows, NC, CHUNK, V), **like)
-    parts = torch.empty((rows, NC, 14 if one else len(PARTS), CHUNK), dtype=torch.float32, device=device)
+    of_a_chunk = 4 + 2 * (len(PARTS) - 1) if one else len(PARTS)  # dbeta in quarters, the others in halves
+    parts = torch.empty((rows, NC, of_a_chunk, CHUNK), dtype=torch.float32, device=device)
     fetched: tuple[Any, ...] = ()
     if one:
         fetched = _fetched(p, do, states, errors, (dq, dk, dv))
