@@ -20,6 +20,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from . import assembler
+
 _TENSORS = (Tensor, torch.nn.Parameter)  # others may have no memory
 
 
@@ -150,7 +152,7 @@ def launch(
             together |= addresses[i]
     hooks = knobs.runtime
     if not form.known or together & 15 or _heard(hooks.launch_enter_hook) or _heard(hooks.launch_exit_hook):
-        check(kernel, kernel[grid](*args, **constants), constants)
+        check(kernel, _by_triton(kernel, grid, args, constants), constants)
         return
     active = driver.active
     device = active.get_current_device()
@@ -166,7 +168,7 @@ def launch(
     )
     ready = form.ready.get(key)
     if ready is None:
-        binary = kernel[grid](*args, **constants)
+        binary = _by_triton(kernel, grid, args, constants)
         check(kernel, binary, constants)
         form.ready[key] = _Ready(binary, args, form.tensors, form.descriptors)
         return
@@ -175,6 +177,14 @@ def launch(
         values[i] = addresses[n]
     x, y, z = (*grid, 1, 1)[:3]
     ready.launch((x, y, z), active.get_current_stream(device), values, form.rest)
+
+
+def _by_triton(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+    """The binary, compiled where it was not met before; None: interpreted."""
+    if not isinstance(kernel, JITFunction):
+        return kernel[grid](*args, **constants)
+    with assembler.kept(driver.active.get_current_target().arch):
+        return kernel[grid](*args, **constants)
 
 
 def _heard(hook: Any) -> bool:

@@ -36,7 +36,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import launcher, verdicts
+from . import assembler, launcher, verdicts
 from .launches import Launches, candidates
 from .signatures import AnySignature, Fold, Signature, to_json
 from .verdicts import Toolchain, Verdict, to_try, toolchain
@@ -177,7 +177,7 @@ def _prove(device: torch.device, signature: AnySignature, where: Toolchain, file
     _log.warning("proving the Triton kernels once for %s, on %s", signature, where)
     verdict = Verdict(signature, None)
     for table in to_try(signature):
-        report = _child(device, signature, table)
+        report = _child(device, signature, table, where)
         if not report["wrong"]:
             verdict = replace(verdict, table=table, errors=report["errors"], binaries=report["binaries"])
             break
@@ -189,12 +189,13 @@ def _prove(device: torch.device, signature: AnySignature, where: Toolchain, file
     return verdict
 
 
-def _child(device: torch.device, signature: AnySignature, table: str) -> dict[str, Any]:
+def _child(device: torch.device, signature: AnySignature, table: str, where: Toolchain) -> dict[str, Any]:
     """One table's proof in a process of its own: its ``errors`` and ``binaries``, and what is ``wrong``, None if
     nothing is. A process that crashes or hangs once it has the device is a wrong table, one that never gets it not."""
     task = {"device": str(device), "signature": to_json(signature), "table": table, "parent": os.getpid()}
     paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    ptxas, path = assembler.variable(10 * where.capability[0] + where.capability[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), ptxas: path}
     try:
         run = subprocess.run(
             child_command(), input=json.dumps(task), capture_output=True, text=True, env=environment,

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from dnsp.kernels import launcher
+from tests.kernels.triton_compile import another_ptxas
 
 
 @triton.jit(do_not_specialize=["T", "stride"], do_not_specialize_on_alignment=["b"])
@@ -189,6 +191,29 @@ def test_what_may_not_run_is_found_every_time(gpu: Driver) -> None:
     launcher.launch(small_kernel, (1,), args, constants, no_check)
     launcher.launch(small_kernel, (1,), args, constants, refuse)  # it may run, since then
     assert len(asked) == 2 and asked[0] == asked[1]
+
+
+def test_the_assembler_is_the_one_that_triton_has_noted(
+    gpu: Driver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Inductor sets the variable while a process runs, behind Triton's first compile."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    args, constants = CALLS["plain"]
+    launcher.launch(small_kernel, (1,), args, constants, no_check)
+    other = another_ptxas(tmp_path)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", other)
+    for name in ("another K", "not kept"):
+        args, constants = CALLS[name]
+        launcher.launch(small_kernel, (1,), args, constants, no_check)
+        assert not (tmp_path / "asked").exists()
+        assert os.environ["TRITON_PTXAS_PATH"] == other
+    args, constants = CALLS["two warps"]
+    small_kernel[(1,)](*args, **constants)  # Triton itself takes it
+    assert (tmp_path / "asked").exists()
+    monkeypatch.delenv("TRITON_PTXAS_PATH")
+    args, constants = CALLS["another step"]
+    launcher.launch(small_kernel, (1,), args, constants, no_check)
+    assert "TRITON_PTXAS_PATH" not in os.environ
 
 
 def test_hooks_hear_of_every_launch(gpu: Driver) -> None:

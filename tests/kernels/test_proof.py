@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dnsp.kernels import chunk_triton, proof, proof_run
+from dnsp.kernels.conv import causal_conv1d
 from dnsp.kernels.delta_rule import chunk_gated_delta_rule
 from dnsp.kernels.launches import Launch, Launches, candidates
 from dnsp.kernels.reference import Rule
@@ -30,6 +31,7 @@ from dnsp.kernels.segments import Inputs
 from dnsp.kernels.signatures import Fold, Signature, from_json, to_json
 from tests.kernels.interpreter import Interpreter
 from tests.kernels.proofs import CPU, DELTA, H200, make_signature, wrong
+from tests.kernels.triton_compile import another_ptxas
 
 ROOT = Path(__file__).parents[2]
 
@@ -260,3 +262,20 @@ def test_capture_and_waiting_on_gpu(
         torch.cuda.set_sync_debug_mode("default")
     assert time.perf_counter() - began < 1
     assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_a_proof_holds_behind_inductor_on_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: Callable[[], None]
+) -> None:
+    """torch.compile points Triton to another ptxas in the middle of a process: what is proven then is what runs."""
+    monkeypatch.setenv("DNSP_PROOFS", str(tmp_path / "proofs"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    x, weight = torch.randn(1, 300, 64, device="cuda"), torch.randn(64, 4, device="cuda")
+    causal_conv1d(x, weight, backend="triton")
+    monkeypatch.setenv("TRITON_PTXAS_PATH", another_ptxas(tmp_path))
+    found = causal_conv1d(x.bfloat16(), weight, activation=None, backend="triton")
+    assert not (tmp_path / "asked").exists()
+    want = causal_conv1d(x.bfloat16().double(), weight.double(), activation=None, backend="torch")
+    assert float((found - want).norm() / want.norm()) < 5e-3

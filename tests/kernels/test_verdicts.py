@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from triton import knobs
+from triton.backends.nvidia.compiler import get_ptxas_version
 
-from dnsp.kernels import launches, proof, verdicts
+from dnsp.kernels import assembler, launches, proof, verdicts
 from dnsp.kernels.launches import candidates
 from dnsp.kernels.signatures import AnySignature, Signature
 from tests.kernels.proofs import CPU, DELTA, H200, make_signature
+from tests.kernels.triton_compile import another_ptxas
 
 TABLES = list(candidates())
 
@@ -100,6 +103,18 @@ def test_a_verdict_is_made_once_and_kept(children: Children, memory: Callable[[]
     assert kept["gpu"] == "NVIDIA H200" and kept["binaries"][0]["kernel"] == "keys_kernel" and kept["date"]
     assert "normalised q and k" in kept["what"]
     assert not list(verdicts.folder().rglob("*.tmp"))
+
+
+def test_a_child_takes_the_assembler_that_triton_has_noted(
+    children: Children, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Inductor sets the variable while a process runs, and children inherit it."""
+    noted = knobs.nvidia.ptxas.path
+    get_ptxas_version(90)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", another_ptxas(tmp_path))
+    assembler.variable.cache_clear()  # it is looked for now
+    children.otherwise = report(binary="PTXAS")[:-1] + ".replace('PTXAS', os.environ['TRITON_PTXAS_PATH']))"
+    assert Path(establish().binaries[0]["hash"]).samefile(noted)
 
 
 def test_asked_again_it_is_made_again(children: Children) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -116,3 +117,17 @@ def compiled(
         options=launch.options,
     )
     return Compiled.of(binary.asm["cubin"])
+
+
+def another_ptxas(folder: Path) -> str:
+    """The path of a program that says it is another version, notes that it was asked to assemble, and does."""
+    log, program = folder / "asked", folder / "ptxas"
+    program.write_text(
+        f"""#!/bin/sh
+        case "$*" in --version) echo "Cuda compilation tools, release 12.7, V12.7.99"; exit;; esac
+        echo "$@" >> {log}
+        exec {knobs.nvidia.ptxas.path} "$@"
+        """
+    )
+    program.chmod(0o755)
+    return str(program)
