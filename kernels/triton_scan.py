@@ -35,6 +35,7 @@ from . import proof
 
 COLUMNS, WIDEST = 16, 128  # of the state, a program; beyond WIDEST a summary's M does not fit a multiprocessor
 TILE = COLUMNS * WIDEST  # numbers of the largest tile; every tile of a slot has its place, whatever its size
+SLICE = 32  # rows of M^T a product: of a whole M the three parts of every number would be most of the registers
 DEPTH = 4  # slots of an inbox, a power of two: how many messages a producer may be ahead
 WAITED = 256  # tiles that one program waits for
 NOTHING, FIRST, INBOX = 0, 1, 2  # where a fold's first state comes from: it is zero, it is here, it arrives
@@ -128,6 +129,27 @@ def wait_kernel(
     tl.store(status, 1, mask=news)
 
 
+@triton.jit
+def _halves(x, ROWS: tl.constexpr, HALF: tl.constexpr):
+    """The first columns of ``x [ROWS, 2 HALF]``, and the others."""
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def _slices(x, ROWS: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
+    """``x [ROWS, K]`` in blocks of ``WIDTH`` columns; K is 1, 2 or 4 times as many."""
+    if K == WIDTH:
+        return (x,)
+    else:
+        a, b = _halves(x, ROWS, K // 2)
+        if K == 2 * WIDTH:
+            return a, b
+        else:
+            a0, a1 = _halves(a, ROWS, WIDTH)
+            b0, b1 = _halves(b, ROWS, WIDTH)
+            return a0, a1, b0, b1
+
+
 @triton.jit(
     do_not_specialize=["N", "steps", "B", "HV", "first_row", "start", "sends", "capacity"],
     do_not_specialize_on_alignment=["continues"],
@@ -136,8 +158,8 @@ def fold_kernel(
     M, U, first, continues, states, last,
     in_slots, taken, in_free, out_slots, out_ready, sent, status, stamps,
     N, steps, B, HV, first_row, start, sends, capacity,
-    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, DEPTH: tl.constexpr, TILE: tl.constexpr, TIMED: tl.constexpr,
-    HAS_CONTINUES: tl.constexpr, REVERSE: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, TILE: tl.constexpr,
+    TIMED: tl.constexpr, HAS_CONTINUES: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     row = first_row + tl.program_id(1).to(tl.int64)
     rows = B * HV.to(tl.int64)
@@ -155,21 +177,25 @@ def fold_kernel(
         tl.debug_barrier()  # every thread has read, now one says so
         tl.store(taken + tile, count + 1)
         tl.atomic_xchg(in_free + tile, count + 1, sem="release", scope="sys")
+    cw = tl.arange(0, WIDTH)
     for i in tl.range(0, N, num_stages=2):  # M is fetched ahead
         n = N - 1 - i if REVERSE else i
         tl.store(states + n * rows * K * V + at, S)
         # What is structurally zero is not multiplied, and M is not read where it was not made.
-        through = (i < steps) & ((start > 0) | (i > 0))
+        through = (i < steps) & ((i > 0) | (start != 0))
         if HAS_CONTINUES:
             through = through & (tl.load(continues + n * B + row // HV) != 0)
         summary = M + (n * rows + row) * K * K
-        if REVERSE:
-            M_T = tl.load(summary + ck[:, None] * K + ck[None, :], mask=through, other=0.0)
-        else:
-            M_T = tl.load(summary + ck[None, :] * K + ck[:, None], mask=through, other=0.0)
         added = tl.load(U + n * rows * K * V + at, mask=i < steps, other=0.0)
-        crossed = tl.dot(S, M_T, input_precision="tf32x3") + added
-        S = tl.where(through, crossed, added)  # select: 0 * inf must not leak
+        parts = _slices(S, BV, K, WIDTH)
+        crossed = tl.zeros((BV, K), tl.float32)
+        for j in tl.static_range(K // WIDTH):
+            if REVERSE:
+                M_T = tl.load(summary + (j * WIDTH + cw)[:, None] * K + ck[None, :], mask=through, other=0.0)
+            else:
+                M_T = tl.load(summary + ck[None, :] * K + (j * WIDTH + cw)[:, None], mask=through, other=0.0)
+            crossed = tl.dot(parts[j], M_T, acc=crossed, input_precision="tf32x3")
+        S = tl.where(through, crossed + added, added)  # select: 0 * inf must not leak
     tl.store(last + at, S)
     if sends != 0:
         alive = tl.load(status, volatile=True) == 0
@@ -192,8 +218,10 @@ def takes(U: Tensor) -> bool:
 
 
 def options(K: int) -> dict[str, int]:
-    """How the fold is launched: the next segment's M is fetched while one is crossed, and no register spills."""
-    return {"num_warps": 8 if K >= 64 else 4, "num_stages": 2}
+    """How the fold is launched: the next segment's M is fetched while one is crossed, no register spills, and two
+    programs of eight warps have room in a multiprocessor, each at work while the other waits."""
+    how = {"WIDTH": min(K, SLICE), "num_stages": 2}
+    return how | ({"num_warps": 8, "maxnreg": 128} if K >= 64 else {"num_warps": 4})
 
 
 def tiles_of(U_BHKV: Tensor) -> int:

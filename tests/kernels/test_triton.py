@@ -277,6 +277,7 @@ def test_beyond_32_bit_offsets():
 @pytest.mark.gpu
 def test_gradients_beyond_32_bit_offsets():
     """The same of the last tokens' gradients, in equal segments and so with equal bits."""
+    torch.cuda.empty_cache()  # of the tests before
     if torch.cuda.mem_get_info()[0] < 100 * 2**30:
         pytest.skip("needs 100 GiB of the GPU")
     tokens, last = 2**20, 4096

@@ -258,7 +258,7 @@ def test_scans_by_mail_have_one_processs_bits(size: int, a_host: int, monkeypatc
             assert hops > 0 and not wrong, (rank, wrong)
 
 
-def compiled(kernel: Any, constants: dict[str, Any], num_warps: int, num_stages: int = 1) -> tuple[str, Compiled]:
+def compiled(kernel: Any, constants: dict[str, Any], **options: int) -> tuple[str, Compiled]:
     """PTX and binary for a GPU that need not be there."""
     integers = {"N", "steps", "B", "HV", "first_row", "start", "sends", "capacity"}
     integers |= {"first_tile", "tiles", "limit", "where", "peer", "receives", "depth"}
@@ -276,14 +276,14 @@ def compiled(kernel: Any, constants: dict[str, Any], num_warps: int, num_stages:
     binary = triton.compile(
         ASTSource(kernel, types, constants, attributes),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options=options,
     )
     return binary.asm["ptx"], Compiled.of(binary.asm["cubin"])
 
 
 def test_the_wait_acquires_and_is_small() -> None:
     constants = {"BLOCK": triton_scan.WAITED, "TIMED": True}
-    ptx, binary = compiled(triton_scan.wait_kernel, constants, 1)
+    ptx, binary = compiled(triton_scan.wait_kernel, constants, num_warps=1, num_stages=1)
     loop = ptx[ptx.index("// %.lr.ph") : ptx.index("fence.acq_rel.sys")]
     assert "ld.volatile.global" in loop and "%globaltimer" in loop  # counts are read again, and time is looked at
     assert "st.global" not in loop and ".shared" not in ptx and "ntid" not in loop
@@ -297,7 +297,8 @@ def test_the_fold_releases_what_it_has_written(reverse: bool) -> None:
         **{"K": 128, "V": 128, "BV": triton_scan.COLUMNS, "DEPTH": triton_scan.DEPTH, "TILE": triton_scan.TILE},
         **{"TIMED": True, "HAS_CONTINUES": True, "REVERSE": reverse},
     }
-    ptx, binary = compiled(triton_scan.fold_kernel, constants, **triton_scan.options(128))
+    how = triton_scan.options(128)
+    ptx, binary = compiled(triton_scan.fold_kernel, constants | {"WIDTH": how.pop("WIDTH")}, **how)
     freed, raised = (found.start() for found in re.finditer(r"atom\.global\.sys\.release\.exch", ptx))
     read, written = ptx.index("ld.volatile.global.v4"), ptx.rindex("st.global.v4")
     assert read < ptx.index("bar.sync", read) < freed  # all threads have read the slot before it is given back
