@@ -150,4 +150,4 @@ def _draw(axes: Any, panel: Panel, height: float) -> None:
     axes.tick_params(axis="x", labelsize=8)
     axes.set_title(panel.title, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="best")
+    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=len(named))
