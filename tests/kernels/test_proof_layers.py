@@ -79,7 +79,7 @@ def children(memory: Callable[[], None], tmp_path: Path, monkeypatch: pytest.Mon
     """Nothing is known, and the proofs are written down here instead of run; all succeed."""
     asked: list[AnySignature] = []
 
-    def child(device: torch.device, signature: AnySignature, table: str) -> dict[str, Any]:
+    def child(device: torch.device, signature: AnySignature, table: str, where: verdicts.Toolchain) -> dict[str, Any]:
         asked.append(signature)
         return {"wrong": None, "errors": {"y": 0.001}, "binaries": [{"hash": str(signature)}]}
 

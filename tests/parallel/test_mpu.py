@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import pytest
 import torch
 
 from dnsp.parallel.grid import make_grid
@@ -67,6 +68,7 @@ def engine_against_truth(sequence: int) -> dict[str, float]:
     return errors
 
 
+@pytest.mark.slow
 def test_gradients_and_clipping_are_those_of_one_process() -> None:
     for errors in run_ranks(engine_against_truth, 4, 2, timeout=110):
         for what, error in errors.items():
