@@ -237,7 +237,6 @@ def test_a_loss_that_is_not_finite(
     assert not list((workplace / "wild").rglob("*.part"))
 
 
-@pytest.mark.slow
 def test_stopped_damaged_killed_and_still_the_same(
     reference: Path, workplace: Path, start: Callable[..., subprocess.Popen[str]], dnsp: Dnsp, losses: Losses
 ) -> None:

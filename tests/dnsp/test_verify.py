@@ -225,7 +225,6 @@ def rank_with_mistakes(folder: str) -> dict[str, list[dict[str, Any]]]:
     return verdicts
 
 
-@pytest.mark.slow
 def test_what_is_silently_wrong_fails(config: Path, tmp_path: Path) -> None:
     request = verify.make_request(load_config(config), [2], ["contiguous", "zigzag"], ["p2p"], "fp32")
     request.save(tmp_path)

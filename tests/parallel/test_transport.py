@@ -184,7 +184,6 @@ def compiling() -> tuple[dict[str, bool], list[str]]:
     return lost, told
 
 
-@pytest.mark.slow
 def test_messages_have_their_time_once_all_have_come_to_the_first() -> None:
     (first, told), (second, same) = run_ranks(compiling, 2, timeout=60)
     assert told == same == [

@@ -249,7 +249,6 @@ def work(jobs: list[dict[str, Any]], folders: list[Path]) -> list[dict[str, Any]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.slow
 def test_a_worker_goes_on_behind_what_diverged_and_what_is_damaged(tmp_path: Path) -> None:
     """A run that diverges is a result, and the process' next run has the figures that it has in a process of its own.
     Half a checkpoint, of a folder that was copied while it was written, is no reason to fail."""
