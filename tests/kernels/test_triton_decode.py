@@ -1,4 +1,7 @@
-"""The decode kernels against the recurrence in fp64: under Triton's interpreter, compiled for GPUs, and on a GPU."""
+"""The decode kernels against the recurrence in fp64: under Triton's interpreter, compiled for GPUs, and on a GPU.
+
+Long because the three ways share one table of cases.
+"""
 
 from __future__ import annotations
 
