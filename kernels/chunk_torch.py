@@ -192,11 +192,12 @@ def _state_pass(c: Chunks, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Te
     return torch.stack(new_values), torch.stack(states), torch.stack(losses) if watch else None, state
 
 
-def summarise(x: Inputs, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+def summarise(x: Inputs, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -> tuple[Tensor, Tensor, None]:
     """What each segment does to a state: ``S_out = M S_in + U``.
 
     Returns:
-        ``M [N, B, HV, K, K]`` and ``U [N, B, HV, K, V]`` in the state dtype, zero where not needed.
+        ``M [N, B, HV, K, K]`` and ``U [N, B, HV, K, V]`` in the state dtype, zero where not needed; and None, since it
+        is not looked for where M is zero.
     """
     B, _, HV, V = x.v.shape
     N, K = len(x.segments), x.k.shape[-1]
@@ -212,7 +213,7 @@ def summarise(x: Inputs, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -> 
         if need_M[n]:
             identity = torch.eye(K, dtype=x.state_dtype, device=x.v.device).expand(B, HV, K, K)
             M[n] = _state_pass(c, torch.zeros_like(c.k), identity)[-1]
-    return M, U
+    return M, U, None
 
 
 def apply(x: Inputs, incoming_NBHKV: Tensor) -> Tensor:

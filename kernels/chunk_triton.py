@@ -217,7 +217,7 @@ def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
 def _forward(
     p: Prepared, use: str, heads: slice | None = None, *, need: Tensor | None = None, incoming: Tensor | None = None,
     o: Tensor | None = None, states: Tensor | None = None, errors: Tensor | None = None,
-    M: Tensor | None = None, U: Tensor | None = None,
+    M: Tensor | None = None, U: Tensor | None = None, forgets: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Pass 2 over some value heads of all rows (all unless told), for one of its uses."""
     x, v = p.x, p.x.v
@@ -230,7 +230,7 @@ def _forward(
             *p.fetched[:2], v_chunks, *p.fetched[2:], scales_of(p.rows, 256),
             v_chunks if o is None else tokens_of(o),
             *(v_chunks if y is None else tiles_of(y) for y in (states, errors)), p.through, p.bound,
-            *(v if y is None else y for y in (need, incoming, M, U)), *p.sizes, first, every,
+            *(v if y is None else y for y in (need, incoming, M, U, forgets)), *p.sizes, first, every,
             **p.kernels.constants[f"whole {use}"],
         )  # fmt: skip
         return
@@ -239,7 +239,7 @@ def _forward(
     proof.launch(
         states_kernel, (blocks, p.sizes[4], last - first),
         x.q, x.k, v, p.A, p.P, p.rows, p.through, p.bound,
-        *(v if y is None else y for y in (need, incoming, o, states, errors, M, U)),
+        *(v if y is None else y for y in (need, incoming, o, states, errors, M, U, forgets)),
         *p.sizes, first, *p.strides_qk, *strides_v, *(strides_v if o is None else p.strides_o),
         **constants,
     )  # fmt: skip
@@ -262,19 +262,21 @@ def _reverse(
     )  # fmt: skip
 
 
-def summarise(p: Prepared, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+def summarise(p: Prepared, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """What each segment does to a state, ``S_out = M S_in + U``; what is not needed is left unwritten.
 
     Returns:
-        ``M [N, B, HV, K, K]`` and ``U [N, B, HV, K, V]``, fp32.
+        ``M [N, B, HV, K, K]`` and ``U [N, B, HV, K, V]``, fp32, and ``forgets [N, B, HV]``, int32: 1 where decays are
+        so strong that M is zero to the last bit, else 0; unwritten where M is.
     """
     (N, B, HV, K, V), device = p.state_shape, p.rows.device
     M = torch.empty((N, B, HV, K, K), dtype=torch.float32, device=device)
     U = torch.empty((N, B, HV, K, V), dtype=torch.float32, device=device)
+    forgets = torch.empty((N, B, HV), dtype=torch.int32, device=device)
     if True in need_M or True in need_U:
         need = _on_device(tuple(zip(need_U, need_M, strict=True)), torch.int32, device)
-        _forward(p, "summarise", need=need, M=M, U=U)
-    return M, U
+        _forward(p, "summarise", need=need, M=M, U=U, forgets=forgets)
+    return M, U, forgets
 
 
 def apply(p: Prepared, incoming_NBHKV: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def _last_underflow(bound, first, stop, layout: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["T", "NC", "segment_chunks", "B", "N", "row0", "every"])
 def whole_states_kernel(
-    q, k, v, A, P, scales, o, states, errors, through, bound, need, incoming, M, U,
+    q, k, v, A, P, scales, o, states, errors, through, bound, need, incoming, M, U, forgets,
     T, NC, segment_chunks, B, N, row0, every,
     H: gl.constexpr, G: gl.constexpr, HAS_DOC: gl.constexpr,
     SUMMARY: gl.constexpr, OUTPUT: gl.constexpr, KEEP: gl.constexpr,
@@ -89,6 +89,8 @@ def whole_states_kernel(
     if SUMMARY:
         S = gl.where((ck == cv) & is_M, 1.0, 0.0)
         start = _last_underflow(bound + row.to(gl.int64) * NC, first, stop, each)
+        if is_M:
+            gl.store(forgets + state_row, (start > first).to(gl.int32))
         if start > first:
             S = gl.zeros([W, W], gl.float32, wide)
             if is_M:

@@ -104,10 +104,10 @@ def _fake_prepare(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
     return A, P, rows, through, bound
 
 
-def _fake_states(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _fake_states(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     N, (B, _, HV, V), K = len(args[-_HOWS]), v.shape, k.shape[3]
     M, U = (v.new_empty((N, B, HV, K, width), dtype=torch.float32) for width in (K, V))
-    return M, U
+    return M, U, v.new_empty((N, B, HV), dtype=torch.int32)
 
 
 def _fake_gradients(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -126,7 +126,7 @@ def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
 
 _prepare = _define(f"prepare({_X}, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _run_prepare, _fake_prepare)
 _summarise = _define(
-    f"summarise({_X}, {_TILES}, bool[] need_M, bool[] need_U, {_HOW}) -> (Tensor, Tensor)",
+    f"summarise({_X}, {_TILES}, bool[] need_M, bool[] need_U, {_HOW}) -> (Tensor, Tensor, Tensor)",
     _pass("summarise"),
     _fake_states,
 )
@@ -149,7 +149,7 @@ def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Dispatched:
     return Dispatched(x, tensors or Dispatched(x, ()).call(_prepare))
 
 
-def summarise(p: Dispatched, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+def summarise(p: Dispatched, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -> tuple[Tensor, Tensor, Tensor]:
     return p.call(_summarise, need_M, need_U)
 
 
@@ -169,17 +169,16 @@ def apply_backward(p: Dispatched, incoming_NBHKV: Tensor, do_BTHV: Tensor, comin
 # The fold of a scan that has all segments here.
 
 
-def _run_fold(
-    M: Tensor, U: Tensor, first: Tensor | None, continues: Tensor | None, steps: int, reverse: bool
-) -> tuple[Tensor, Tensor]:
+def _run_fold(M: Tensor, U: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     from . import triton_scan
 
     with torch.cuda.device_of(U):
-        return triton_scan.fold(M, U, first, continues, steps, reverse)
+        return triton_scan.fold(M, U, *args)
 
 
 _fold = _define(
-    "fold(Tensor M, Tensor U, Tensor? first, Tensor? continues, int steps, bool reverse) -> (Tensor, Tensor)",
+    "fold(Tensor M, Tensor U, Tensor? first, Tensor? continues, Tensor? forgets, int steps, bool reverse) -> "
+    "(Tensor, Tensor)",
     _run_fold,
     lambda M, U, *_: (_like(U), _like(U[0])),
 )
@@ -190,15 +189,16 @@ def fold(
     U_NBHKV: Tensor,
     first_BHKV: Tensor | None,
     continues_NB: Tensor | None,
+    forgets_NBH: Tensor | None,
     steps: int,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """:func:`.triton_scan.fold` without mail."""
     if dispatched(U_NBHKV):
-        return _fold(M_NBHKK, U_NBHKV, first_BHKV, continues_NB, steps, reverse)
+        return _fold(M_NBHKK, U_NBHKV, first_BHKV, continues_NB, forgets_NBH, steps, reverse)
     from . import triton_scan
 
-    return triton_scan.fold(M_NBHKK, U_NBHKV, first_BHKV, continues_NB, steps, reverse)
+    return triton_scan.fold(M_NBHKK, U_NBHKV, first_BHKV, continues_NB, forgets_NBH, steps, reverse)
 
 
 # The convolution.

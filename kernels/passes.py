@@ -81,7 +81,7 @@ class _Between:
     """What one of the two nodes leaves for the other, and takes away when it has come."""
 
     call: Call
-    scan: tuple[Tensor, Coming] | None = None  # M, and the scan under way
+    scan: tuple[Tensor, Tensor | None, Coming] | None = None  # M, where it is zero, and the scan under way
     forward: tuple[ModuleType, Any, tuple[Tensor | None, ...]] | None = None
     backward: tuple[ModuleType, Any, Tensor, Tensor, Coming] | None = None
 
@@ -172,21 +172,21 @@ class _AtOnce(torch.autograd.Function):
         with _as_given(v):
             chunks, x, prepared = call.passes(q, k, v, g, beta, doc_start)
 
-            def summarise_and_scan() -> tuple[Tensor, Tensor, Tensor | None]:
-                M, coming = _start_scan(chunks, x, initial, call)
-                return M, *coming()
+            def summarise_and_scan() -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+                M, forgets, coming = _start_scan(chunks, x, initial, call)
+                return M, forgets, *coming()
 
-            M, incoming, final = kept.once(summarise_and_scan)
-            ctx.save_for_backward(q, k, v, g, beta, doc_start, *prepared, M, incoming)
+            M, forgets, incoming, final = kept.once(summarise_and_scan)
+            ctx.save_for_backward(q, k, v, g, beta, doc_start, *prepared, M, forgets, incoming)
             ctx.call, ctx.initial_dtype = call, None if initial is None else initial.dtype
             return chunks.apply(x, incoming), final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
-        *tensors, M, incoming = ctx.saved_tensors
+        *tensors, M, forgets, incoming = ctx.saved_tensors
         with _as_given(M):
-            chunks, x, do, coming = _start_reverse(tensors, M, do, dfinal, ctx.call)
+            chunks, x, do, coming = _start_reverse(tensors, M, forgets, do, dfinal, ctx.call)
             outgoing, dinitial = coming()
             grads = chunks.apply_backward(x, incoming, do, lambda: outgoing)
             return _gradients(grads, dinitial, ctx.initial_dtype)
@@ -243,24 +243,24 @@ class _Finish(torch.autograd.Function):
         chunks, x, tensors = between.forward
         between.forward = None
 
-        def await_states() -> tuple[Tensor, Tensor, Tensor | None]:
+        def await_states() -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
             assert between.scan is not None
-            M, coming = between.scan
+            M, forgets, coming = between.scan
             between.scan = None
-            return M, *coming()
+            return M, forgets, *coming()
 
         with _as_given(ticket):
-            M, incoming, final = kept.once(await_states)
-            ctx.save_for_backward(*tensors, M, incoming)
+            M, forgets, incoming, final = kept.once(await_states)
+            ctx.save_for_backward(*tensors, M, forgets, incoming)
             ctx.between = between
             return chunks.apply(x, incoming), final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor, None]:
-        *tensors, M, incoming = ctx.saved_tensors
+        *tensors, M, forgets, incoming = ctx.saved_tensors
         with _as_given(M):
-            chunks, x, do, coming = _start_reverse(tensors, M, do, dfinal, ctx.between.call)
+            chunks, x, do, coming = _start_reverse(tensors, M, forgets, do, dfinal, ctx.between.call)
         ctx.between.backward = chunks, x, incoming, do, coming
         return do.new_empty(0), None
 
@@ -268,15 +268,20 @@ class _Finish(torch.autograd.Function):
 # What the nodes share.
 
 
-def _start_scan(chunks: ModuleType, x: Any, initial: Tensor | None, call: Call) -> tuple[Tensor, Coming]:
-    """M, and the scan under way."""
-    M, U = chunks.summarise(x, call.needs().M, call.needs().U)
+def _start_scan(chunks: ModuleType, x: Any, initial: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None, Coming]:
+    """M, where it is zero, and the scan under way."""
+    M, U, forgets = chunks.summarise(x, call.needs().M, call.needs().U)
     start = None if initial is None else initial.to(U.dtype)
-    return M, call.scan.forward(M, U, call.segments.continues_NB, start, call.want_final)
+    return M, forgets, call.scan.forward(M, U, call.segments.continues_NB, forgets, start, call.want_final)
 
 
 def _start_reverse(
-    tensors: Sequence[Any], M: Tensor, do: Tensor | None, dfinal: Tensor | None, call: Call
+    tensors: Sequence[Any],
+    M: Tensor,
+    forgets: Tensor | None,
+    do: Tensor | None,
+    dfinal: Tensor | None,
+    call: Call,
 ) -> tuple[ModuleType, Any, Tensor, Coming]:
     """The passes and what they start from, dO, and the scan of dS under way."""
     chunks, x, _ = call.passes(*tensors)
@@ -284,7 +289,7 @@ def _start_reverse(
     D = chunks.summarise_backward(x, do, call.needs().D)
     dfinal = None if dfinal is None else dfinal.to(M.dtype)
     continues = call.segments.continues_NB
-    return chunks, x, do, call.scan.reverse(M, D, continues, dfinal, call.has_initial, call.want_final)
+    return chunks, x, do, call.scan.reverse(M, D, continues, forgets, dfinal, call.has_initial, call.want_final)
 
 
 def _gradients(grads: Any, dinitial: Tensor | None, initial_dtype: torch.dtype | None) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -206,17 +207,24 @@ def _results(device: torch.device, signature: AnySignature) -> Iterator[tuple[Re
             found, again = (_differentiated(inputs, case, signature, "triton", None) for _ in range(2))
             yield found, again, exact
     if triton_scan.takes(torch.empty(1, 1, 1, K, V, device=device)):
-        for first, documents, reverse in FOLDS:
-            found, again = (_folded(K, V, device, first, documents, reverse, torch.float32) for _ in range(2))
-            yield found, again, _folded(K, V, device, first, documents, reverse, torch.float64)
+        for how in FOLDS:
+            found, again = (_folded(K, V, device, how, torch.float32) for _ in range(2))
+            yield found, again, _folded(K, V, device, how, torch.float64)
 
 
-FOLDS = [(first, documents, back) for first in (False, True) for documents in (False, True) for back in (False, True)]
+class Folding(NamedTuple):
+    """What a fold is given, and which way it goes."""
+
+    first: bool
+    documents: bool
+    forgets: bool
+    reverse: bool
 
 
-def _folded(
-    K: int, V: int, device: torch.device, has_first: bool, documents: bool, reverse: bool, dtype: torch.dtype
-) -> Results:
+FOLDS = [Folding(*how) for how in product((False, True), repeat=4)]
+
+
+def _folded(K: int, V: int, device: torch.device, how: Folding, dtype: torch.dtype) -> Results:
     """The fold over segments from either end, in fp32 by the kernel, in fp64 by matrix products."""
     draw = torch.Generator().manual_seed(0)
     N, B, HV = 4, BATCH, 3
@@ -224,23 +232,30 @@ def _folded(
     M, U, first = (torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes)
     M /= K**0.5
     continues = torch.tensor([[True, True], [True, False], [True, True], [False, True]], device=device)
-    start, passes = first if has_first else None, continues if documents else None
+    start, passes = first if how.first else None, continues if how.documents else None
+    flags: Tensor | None = None
+    if how.forgets:  # all segments in one head, some in another
+        flags = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 0], [1, 0, 0]], dtype=torch.int32, device=device)
+        flags = flags[:, None].expand(N, B, HV).contiguous()
+        M[flags != 0] = 0
     last: Tensor | None
     if dtype == torch.float32:
-        states, last = triton_scan.fold(M, U, start, passes, N, reverse)
-        mailed = _by_mail(M, U, start, passes, reverse)
-    elif reverse:
-        states, last = LocalScan().reverse(M, U, passes, start, True, True)()
+        states, last = triton_scan.fold(M, U, start, passes, flags, N, how.reverse)
+        mailed = _by_mail(M, U, start, passes, flags, how.reverse)
+    elif how.reverse:
+        states, last = LocalScan().reverse(M, U, passes, flags, start, True, True)()
     else:
-        states, last = LocalScan().forward(M, U, passes, start, True)()
+        states, last = LocalScan().forward(M, U, passes, flags, start, True)()
     assert last is not None
     # The state before the first segment is a copy: rows of zeros would have no relative error.
-    inner = states[:-1] if reverse else states[1:]
+    inner = states[:-1] if how.reverse else states[1:]
     found = torch.cat([inner.transpose(0, 1).flatten(1), last.flatten(1)], 1)
     return {"fold": found, "fold by mail": mailed.flatten(1) if dtype == torch.float32 else last.flatten(1)}
 
 
-def _by_mail(M: Tensor, U: Tensor, start: Tensor | None, passes: Tensor | None, reverse: bool) -> Tensor:
+def _by_mail(
+    M: Tensor, U: Tensor, start: Tensor | None, passes: Tensor | None, flags: Tensor | None, reverse: bool
+) -> Tensor:
     """The last state where every segment's goes through an outbox into the next one's inbox, in two parts, more often
     than the inbox has slots."""
     tiles, heads = triton_scan.tiles_of(U), U.shape[1] * U.shape[2]
@@ -254,7 +269,8 @@ def _by_mail(M: Tensor, U: Tensor, start: Tensor | None, passes: Tensor | None, 
                 triton_scan.wait((part.stop - part.start) * each, come, go, clock, first_tile=part.start * each)
                 triton_scan.fold(
                     M[n : n + 1], U[n : n + 1], None if come else start, None if passes is None else passes[n : n + 1],
-                    1, reverse, inbox=come, outbox=go, clock=clock, last_BHKV=last, rows=part,
+                    None if flags is None else flags[n : n + 1], 1, reverse,
+                    inbox=come, outbox=go, clock=clock, last_BHKV=last, rows=part,
                 )  # fmt: skip
     return last
 
@@ -345,7 +361,7 @@ def _compile(device: torch.device, signature: AnySignature) -> None:
         x = Inputs(q, k, v, t.get("g"), beta, t.get("doc_start"), part, scale, signature.rule, signature.normalise)
         p = chunk_triton.prepare(x)
         yes = (True,) * len(part)
-        _, U = chunk_triton.summarise(p, yes, yes)
+        _, U, _ = chunk_triton.summarise(p, yes, yes)
         chunk_triton.apply(p, U)
         D = chunk_triton.summarise_backward(p, do, yes)
         chunk_triton.apply_backward(p, U, do, D.clone)

@@ -29,7 +29,9 @@ class Scan(Protocol):
 
     ``has_initial`` and ``want_final`` are the same on every rank of a group. ``continues_NB[n, b]`` says whether the
     state passes through local segment n in row b (False where a document starts inside it); None: always.
-    Entries of M, U and D that :class:`~dnsp.kernels.delta_rule.Segments` calls unneeded are never read.
+    ``forgets_NBH``, int32: where given, nonzero where M of local segment n is exactly zero in row b and head h. That
+    saves the reading of it, and changes no bit.
+    Entries of M, U, D and of those flags that :class:`~dnsp.kernels.delta_rule.Segments` calls unneeded are never read.
     """
 
     def forward(
@@ -37,6 +39,7 @@ class Scan(Protocol):
         M_NBHKK: Tensor,
         U_NBHKV: Tensor,
         continues_NB: Tensor | None,
+        forgets_NBH: Tensor | None,
         initial_BHKV: Tensor | None,
         want_final: bool,
     ) -> Coming:
@@ -49,6 +52,7 @@ class Scan(Protocol):
         M_NBHKK: Tensor,
         D_NBHKV: Tensor,
         continues_NB: Tensor | None,
+        forgets_NBH: Tensor | None,
         final_grad_BHKV: Tensor | None,
         has_initial: bool,
         want_final: bool,
@@ -88,7 +92,7 @@ def on_gpu(U: Tensor) -> bool:
 
 
 def _one_segment(M: Tensor, U: Tensor, S: Tensor, continues: Tensor | None, reverse: bool) -> Tensor:
-    return operators.fold(M[None], U[None], S, None if continues is None else continues[None], 1, reverse)[1]
+    return operators.fold(M[None], U[None], S, None if continues is None else continues[None], None, 1, reverse)[1]
 
 
 def stack_states(states: list[Tensor | None], like_NBHKV: Tensor) -> Tensor:
@@ -104,12 +108,15 @@ class LocalScan:
         M_NBHKK: Tensor,
         U_NBHKV: Tensor,
         continues_NB: Tensor | None,
+        forgets_NBH: Tensor | None,
         initial_BHKV: Tensor | None,
         want_final: bool,
     ) -> Coming:
         if on_gpu(U_NBHKV):
             steps = len(U_NBHKV) - (not want_final)
-            incoming_NBHKV, final = operators.fold(M_NBHKK, U_NBHKV, initial_BHKV, continues_NB, steps, False)
+            incoming_NBHKV, final = operators.fold(
+                M_NBHKK, U_NBHKV, initial_BHKV, continues_NB, forgets_NBH, steps, False
+            )
             return lambda: (incoming_NBHKV, final if want_final else None)
         state, incoming, last = initial_BHKV, [], len(U_NBHKV) - 1
         for n in range(len(U_NBHKV)):
@@ -124,6 +131,7 @@ class LocalScan:
         M_NBHKK: Tensor,
         D_NBHKV: Tensor,
         continues_NB: Tensor | None,
+        forgets_NBH: Tensor | None,
         final_grad_BHKV: Tensor | None,
         has_initial: bool,
         want_final: bool,
@@ -131,7 +139,9 @@ class LocalScan:
         del want_final  # all is here: a missing final gradient is a zero one
         if on_gpu(D_NBHKV):
             steps = len(D_NBHKV) - (not has_initial)
-            outgoing_NBHKV, first = operators.fold(M_NBHKK, D_NBHKV, final_grad_BHKV, continues_NB, steps, True)
+            outgoing_NBHKV, first = operators.fold(
+                M_NBHKK, D_NBHKV, final_grad_BHKV, continues_NB, forgets_NBH, steps, True
+            )
             return lambda: (outgoing_NBHKV, first if has_initial else None)
         grad, outgoing = final_grad_BHKV, []
         for n in reversed(range(len(D_NBHKV))):

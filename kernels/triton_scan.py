@@ -4,6 +4,10 @@ A state is taken through a segment by the same instructions whether the launch h
 bits do not depend on who holds which. Products of fp32 numbers in three tf32 passes. The state is held transposed, as
 in the passes: a block of its columns, a *tile*, a program.
 
+A segment that forgets, whose M is zero to the last bit, leaves U alone. Where those who made the summaries say of which
+segments that is so, their M is not read, and where it is so of all that a state crosses nothing is multiplied; the bits
+are the same.
+
 A state may come out of an inbox and go into an outbox, tile by tile; whose memory they are in is not known here:
 
     wait_kernel   waits on the device until all tiles have arrived and the outbox has room, or time is up: one warp for
@@ -36,6 +40,7 @@ from . import proof
 COLUMNS, WIDEST = 16, 128  # of the state, a program; beyond WIDEST a summary's M does not fit a multiprocessor
 TILE = COLUMNS * WIDEST  # numbers of the largest tile; every tile of a slot has its place, whatever its size
 SLICE = 32  # rows of M^T a product: of a whole M the three parts of every number would be most of the registers
+LOOK = tl.constexpr(64)  # segments whose flags are looked at together
 DEPTH = 4  # slots of an inbox, a power of two: how many messages a producer may be ahead
 WAITED = 256  # tiles that one program waits for
 NOTHING, FIRST, INBOX = 0, 1, 2  # where a fold's first state comes from: it is zero, it is here, it arrives
@@ -150,19 +155,30 @@ def _slices(x, ROWS: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr):
             return a0, a1, b0, b1
 
 
+@triton.jit
+def _crosses(continues, i, at, steps, start, HAS_CONTINUES: tl.constexpr):
+    """Whether a state goes through the i-th segment of a fold; ``at``: where ``continues`` tells of it. What is
+    structurally zero does not, and M is not read where it was not made."""
+    through = (i < steps) & ((i > 0) | (start != 0))
+    if HAS_CONTINUES:
+        through = through & (tl.load(continues + at, mask=through, other=0) != 0)
+    return through
+
+
 @triton.jit(
     do_not_specialize=["N", "steps", "B", "HV", "first_row", "start", "sends", "capacity"],
-    do_not_specialize_on_alignment=["continues"],
+    do_not_specialize_on_alignment=["continues", "forgets"],
 )
 def fold_kernel(
-    M, U, first, continues, states, last,
+    M, U, first, continues, forgets, states, last,
     in_slots, taken, in_free, out_slots, out_ready, sent, status, stamps,
     N, steps, B, HV, first_row, start, sends, capacity,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, TILE: tl.constexpr,
-    TIMED: tl.constexpr, HAS_CONTINUES: tl.constexpr, REVERSE: tl.constexpr,
+    TIMED: tl.constexpr, HAS_CONTINUES: tl.constexpr, HAS_FORGETS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     row = first_row + tl.program_id(1).to(tl.int64)
     rows = B * HV.to(tl.int64)
+    batch = (row // HV).to(tl.int32)
     ck = tl.arange(0, K)
     at = (row * K + ck[None, :]) * V + tl.program_id(0) * BV + tl.arange(0, BV)[:, None]
     tile = row * tl.num_programs(0) + tl.program_id(0)
@@ -177,23 +193,39 @@ def fold_kernel(
         tl.debug_barrier()  # every thread has read, now one says so
         tl.store(taken + tile, count + 1)
         tl.atomic_xchg(in_free + tile, count + 1, sem="release", scope="sys")
+    multiplied = N  # segments folded with M: none, where all that are crossed forget
+    if HAS_FORGETS:
+        kept = 0
+        for ahead in range(0, N, LOOK):
+            i = ahead + tl.arange(0, LOOK)
+            n = N - 1 - i if REVERSE else i
+            through = _crosses(continues, i, n * B + batch, steps, start, HAS_CONTINUES)
+            kept += tl.sum((tl.load(forgets + n * rows + row, mask=through, other=1) == 0).to(tl.int32), axis=0)
+        multiplied = tl.where(kept == 0, 0, N)
+        for i in tl.range(0, N - multiplied, num_stages=4):  # U is fetched ahead
+            n = N - 1 - i if REVERSE else i
+            tl.store(states + n * rows * K * V + at, S)
+            through = _crosses(continues, i, n * B + batch, steps, start, HAS_CONTINUES)
+            added = tl.load(U + n * rows * K * V + at, mask=i < steps, other=0.0)
+            crossed = tl.sum(tl.abs(S) * 0.0, axis=1)[:, None]  # as of zeros: what is not finite shows
+            S = tl.where(through, crossed + added, added)
     cw = tl.arange(0, WIDTH)
-    for i in tl.range(0, N, num_stages=2):  # M is fetched ahead
+    for i in tl.range(0, multiplied, num_stages=2):  # M is fetched ahead
         n = N - 1 - i if REVERSE else i
         tl.store(states + n * rows * K * V + at, S)
-        # What is structurally zero is not multiplied, and M is not read where it was not made.
-        through = (i < steps) & ((i > 0) | (start != 0))
-        if HAS_CONTINUES:
-            through = through & (tl.load(continues + n * B + row // HV) != 0)
+        through = _crosses(continues, i, n * B + batch, steps, start, HAS_CONTINUES)
+        is_read = through
+        if HAS_FORGETS:
+            is_read = through & (tl.load(forgets + n * rows + row, mask=through, other=1) == 0)
         summary = M + (n * rows + row) * K * K
         added = tl.load(U + n * rows * K * V + at, mask=i < steps, other=0.0)
         parts = _slices(S, BV, K, WIDTH)
         crossed = tl.zeros((BV, K), tl.float32)
         for j in tl.static_range(K // WIDTH):
             if REVERSE:
-                M_T = tl.load(summary + (j * WIDTH + cw)[:, None] * K + ck[None, :], mask=through, other=0.0)
+                M_T = tl.load(summary + (j * WIDTH + cw)[:, None] * K + ck[None, :], mask=is_read, other=0.0)
             else:
-                M_T = tl.load(summary + ck[None, :] * K + (j * WIDTH + cw)[:, None], mask=through, other=0.0)
+                M_T = tl.load(summary + ck[None, :] * K + (j * WIDTH + cw)[:, None], mask=is_read, other=0.0)
             crossed = tl.dot(parts[j], M_T, acc=crossed, input_precision="tf32x3")
         S = tl.where(through, crossed + added, added)  # select: 0 * inf must not leak
     tl.store(last + at, S)
@@ -256,6 +288,7 @@ def fold(
     U_NBHKV: Tensor,
     first_BHKV: Tensor | None,
     continues_NB: Tensor | None,
+    forgets_NBH: Tensor | None,
     steps: int,
     reverse: bool,
     *,
@@ -271,6 +304,7 @@ def fold(
     In reverse: the gradient of the state that leaves each, and of the one that enters the last of them. With an
     ``inbox`` the first state is the next message there, which :func:`wait` has waited for; with an ``outbox`` the last
     one goes there too. Mail needs a ``clock``. ``states_NBHKV``, ``last_BHKV``: where the results are written.
+    ``forgets_NBH``: int32, as a :class:`~dnsp.kernels.scan.Scan` is given it, the same bits with and without;
     ``rows``: of the ``B * HV`` states these alone are folded, and nothing of the others is read or written.
     """
     N, B, HV, K, V = U_NBHKV.shape
@@ -285,7 +319,8 @@ def fold(
     proof.launch(
         fold_kernel, (V // COLUMNS, end_row - first_row),
         M_NBHKK, U_NBHKV, U_NBHKV if first_BHKV is None else first_BHKV.contiguous(),
-        U_NBHKV if continues_NB is None else continues_NB.contiguous(), states, last,
+        U_NBHKV if continues_NB is None else continues_NB.contiguous(),
+        U_NBHKV if forgets_NBH is None else forgets_NBH.contiguous(), states, last,
         U_NBHKV if inbox is None else inbox.slots_DCN, counts if inbox is None else inbox.taken_C,
         counts if inbox is None else inbox.free_C, U_NBHKV if outbox is None else outbox.slots_DCN,
         counts if outbox is None else outbox.ready_C, counts if outbox is None else outbox.sent_C,
@@ -293,7 +328,7 @@ def fold(
         N, steps, B, HV, first_row, INBOX if inbox is not None else NOTHING if first_BHKV is None else FIRST,
         int(outbox is not None), mail.slots_DCN.shape[1] if mail else 1,
         K=K, V=V, BV=COLUMNS, DEPTH=DEPTH, TILE=TILE, TIMED=U_NBHKV.is_cuda,
-        HAS_CONTINUES=continues_NB is not None, REVERSE=reverse, **options(K),
+        HAS_CONTINUES=continues_NB is not None, HAS_FORGETS=forgets_NBH is not None, REVERSE=reverse, **options(K),
     )  # fmt: skip
     return states, last
 

@@ -6,7 +6,8 @@ With the tiles and scales of pass 1, in a chunk:
     O = e * (Q S) + P V'            S <- exp(b_C) S + K^T (exp(b_C - b) * V')
 
 One kernel, three uses: *summarise* keeps the last state alone (of the values from zero: U; of no values from the
-identity: M), *apply* writes outputs, and the backward pass keeps each chunk's incoming state and errors.
+identity: M, and whether nothing of it is left), *apply* writes outputs, and the backward pass keeps each chunk's
+incoming state and errors.
 
 The state is held transposed, ``[BV, K]``: then every product has its freshly made operand on the left, where it goes to
 the matrix units from registers, and the operand from memory on the right.
@@ -41,7 +42,7 @@ def last_underflow(bound, first, stop):
 
 @triton.jit(do_not_specialize=["T", "NC", "segment_chunks", "B", "N", "row0", "sqb", "skb", "svb", "sob"])
 def states_kernel(
-    q, k, v, A, P, rows, through, bound, need, incoming, o, states, errors, M, U,
+    q, k, v, A, P, rows, through, bound, need, incoming, o, states, errors, M, U, forgets,
     T, NC, segment_chunks, B, N, row0,
     sqb: tl.int64, sqt: tl.constexpr, sqh: tl.constexpr, skb: tl.int64, skt: tl.constexpr, skh: tl.constexpr,
     svb: tl.int64, svt: tl.constexpr, svh: tl.constexpr, sob: tl.int64, sot: tl.constexpr, soh: tl.constexpr,
@@ -79,6 +80,8 @@ def states_kernel(
     stop = tl.minimum(first + segment_chunks, NC)
     if SUMMARY:
         start = last_underflow(bound + row * NC, first, stop)
+        if block == V // BV:  # the first of M's
+            tl.store(forgets + state_row, (start > first).to(tl.int32))
         if start > first:
             S = tl.zeros((BV, K), tl.float32)
             if is_M:

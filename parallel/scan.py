@@ -69,14 +69,15 @@ class ParallelScan:
         M_NBHKK: Tensor,
         U_NBHKV: Tensor,
         continues_NB: Tensor | None,
+        forgets_NBH: Tensor | None,
         initial_BHKV: Tensor | None,
         want_final: bool,
     ) -> Coming:
         """``(incoming_NBHKV, final_BHKV)``; the final state on the rank with the last interval, elsewhere None."""
         if self.layout.ranks == 1:  # the same bits in one launch
-            return LocalScan().forward(M_NBHKK, U_NBHKV, continues_NB, initial_BHKV, want_final)
+            return LocalScan().forward(M_NBHKK, U_NBHKV, continues_NB, forgets_NBH, initial_BHKV, want_final)
         has_initial = initial_BHKV is not None
-        chain = _Chain(self, M_NBHKK, U_NBHKV, continues_NB, fold, has_initial, want_final, backward=False)
+        chain = _Chain(self, M_NBHKK, U_NBHKV, continues_NB, forgets_NBH, fold, has_initial, want_final, backward=False)
         return chain.start(initial_BHKV)
 
     def reverse(
@@ -84,14 +85,19 @@ class ParallelScan:
         M_NBHKK: Tensor,
         D_NBHKV: Tensor,
         continues_NB: Tensor | None,
+        forgets_NBH: Tensor | None,
         final_grad_BHKV: Tensor | None,
         has_initial: bool,
         want_final: bool,
     ) -> Coming:
         """``(outgoing_NBHKV, initial_grad_BHKV)``; the initial state's gradient on the rank that holds interval 0."""
         if self.layout.ranks == 1:
-            return LocalScan().reverse(M_NBHKK, D_NBHKV, continues_NB, final_grad_BHKV, has_initial, want_final)
-        chain = _Chain(self, M_NBHKK, D_NBHKV, continues_NB, reverse_fold, want_final, has_initial, backward=True)
+            return LocalScan().reverse(
+                M_NBHKK, D_NBHKV, continues_NB, forgets_NBH, final_grad_BHKV, has_initial, want_final
+            )
+        chain = _Chain(
+            self, M_NBHKK, D_NBHKV, continues_NB, forgets_NBH, reverse_fold, want_final, has_initial, backward=True
+        )
         return chain.start(final_grad_BHKV)
 
 
@@ -148,12 +154,13 @@ class _Chain:
         M: Tensor,
         U: Tensor,
         continues: Tensor | None,
+        forgets: Tensor | None,
         step: Fold,
         has_start: bool,
         want_end: bool,
         backward: bool,
     ) -> None:
-        self.scan, self.M, self.U, self.continues = scan, M, U, continues
+        self.scan, self.M, self.U, self.continues, self.forgets = scan, M, U, continues, forgets
         self.step, self.has_start, self.want_end, self.backward = step, has_start, want_end, backward
         self.route = route(scan.layout, scan.open, backward)
         self.last, self.mine = scan.layout.count - 1, scan.layout.indices(scan.rank)
@@ -169,7 +176,7 @@ class _Chain:
         state = {"rows": B, "value heads": HV, "key width": K, "value width": V}
         self.scan.comm.first("the state of a scan", self.U, self._way, self.scan.layer, **state)
         self.into[0] = start
-        self.held = self.M, self.U, start  # until awaited: the side stream reads them
+        self.held = self.M, self.U, self.forgets, start  # until awaited: the side stream reads them
         side, device = _side(self.U.device), self.U.device
         on_host = self.scan.kind != "peer" and (side is None or not self.scan.comm.sends_from_gpu())
         steps = _Steps(self._gather(start) if self.scan.kind == "gather" else self._hops(on_host))
@@ -191,7 +198,7 @@ class _Chain:
                 if steps.end is not None:
                     steps.end.record_stream(here)
             # Summaries may go now, though the backward pass holds on to this call while it works.
-            del self.M, self.U, self.held
+            del self.M, self.U, self.forgets, self.held
             self.into.clear()
             return self.states.view(self.shape), steps.end
 
@@ -294,6 +301,8 @@ class _Chain:
         self.M, self.U, self.states = (x.flatten(1, 2)[:, :, None] for x in (self.M, self.U, self.states))
         if self.continues is not None:
             self.continues = self.continues.repeat_interleave(self.states.shape[1] // self.continues.shape[1], 1)
+        if self.forgets is not None:
+            self.forgets = self.forgets.flatten(1, 2)[:, :, None]
         start = self.into[0]
         self.into[0] = start if start is None else start.flatten(0, 1)[:, None]
 
@@ -312,15 +321,15 @@ class _Chain:
     ) -> None:
         """Takes rows of what enters a place, or of zeros, through some of its segments; and on into the next place."""
         state, leaves = self.into.get(place) if enters else None, self.into.get(place + 1) if goes_on else None
-        M, U, states, continues = self.M, self.U, self.states, self.continues
+        M, U, states, continues, forgets = self.M, self.U, self.states, self.continues, self.forgets
         steps, part = segments.stop - segments.start - (not goes_on), state
         if on_gpu(U):
             from dnsp.kernels import triton_scan
 
             _, part = triton_scan.fold(
-                M[segments], U[segments], state, None if continues is None else continues[segments], steps,
-                self.backward, states_NBHKV=states[segments], last_BHKV=leaves, rows=rows,
-                **self._mail(place, rows, enters, goes_on),
+                M[segments], U[segments], state, None if continues is None else continues[segments],
+                None if forgets is None else forgets[segments], steps, self.backward, states_NBHKV=states[segments],
+                last_BHKV=leaves, rows=rows, **self._mail(place, rows, enters, goes_on),
             )  # fmt: skip
         else:
             if rows is not None:
@@ -391,9 +400,9 @@ class _Chain:
         start = self._shared(start, what) if self.has_start else None
         whole, continues = LocalScan(), self.scan.continues_all_NB
         if self.backward:
-            coming = whole.reverse(M, U, continues, start, has_initial=self.want_end, want_final=self.has_start)
+            coming = whole.reverse(M, U, continues, None, start, has_initial=self.want_end, want_final=self.has_start)
         else:
-            coming = whole.forward(M, U, continues, start, self.want_end)
+            coming = whole.forward(M, U, continues, None, start, self.want_end)
         states, end = coming()
         torch.cat([states[interval * each : (interval + 1) * each] for interval in mine], out=self.states)
         return end if self.route.owners[-1] == self.scan.rank else None

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -279,12 +280,13 @@ def _warm_up(U_NBHKV: Tensor) -> None:
     device, tiles = U_NBHKV.device, triton_scan.tiles_of(U_NBHKV)
     M, U = torch.zeros(1, B, HV, K, K, device=device), torch.zeros(1, B, HV, K, V, device=device)
     inbox, outbox, clock = triton_scan.loopback(tiles, device)
-    for continues in (None, torch.ones(1, B, dtype=torch.bool, device=device)):
-        for reverse in (False, True):
-            triton_scan.wait(tiles, None, outbox, clock)
-            triton_scan.fold(M, U, None, continues, 1, reverse, outbox=outbox, clock=clock)
-            triton_scan.wait(tiles, inbox, None, clock)
-            triton_scan.fold(M, U, None, continues, 1, reverse, inbox=inbox, clock=clock)
+    passes = None, torch.ones(1, B, dtype=torch.bool, device=device)
+    flags = None, torch.ones(1, B, HV, dtype=torch.int32, device=device)
+    for continues, forgets, reverse in product(passes, flags, (False, True)):
+        triton_scan.wait(tiles, None, outbox, clock)
+        triton_scan.fold(M, U, None, continues, forgets, 1, reverse, outbox=outbox, clock=clock)
+        triton_scan.wait(tiles, inbox, None, clock)
+        triton_scan.fold(M, U, None, continues, forgets, 1, reverse, inbox=inbox, clock=clock)
 
 
 def _allocate(words: int, comm: Transport, device: torch.device, shared: bool) -> tuple[Tensor, Any]:

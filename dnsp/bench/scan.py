@@ -194,13 +194,13 @@ class Replay:
         self.folds: list[list[torch.cuda.Event]] = []
         self.awaited: list[torch.cuda.Event] = []
 
-    def forward(self, M: Tensor, U: Tensor, continues: Tensor | None, initial: Any, want_final: bool) -> Coming:
-        return self._pass(M, U, continues, backward=False)
+    def forward(self, M: Tensor, U: Tensor, continues: Any, forgets: Any, initial: Any, want_final: bool) -> Coming:
+        return self._pass(M, U, continues, forgets, backward=False)
 
-    def reverse(self, M: Tensor, D: Tensor, continues: Tensor | None, final: Any, has: bool, want: bool) -> Coming:
-        return self._pass(M, D, continues, backward=True)
+    def reverse(self, M: Tensor, D: Tensor, continues: Any, forgets: Any, final: Any, has: bool, want: bool) -> Coming:
+        return self._pass(M, D, continues, forgets, backward=True)
 
-    def _pass(self, M: Tensor, U: Tensor, continues: Tensor | None, backward: bool) -> Coming:
+    def _pass(self, M: Tensor, U: Tensor, continues: Tensor | None, forgets: Tensor | None, backward: bool) -> Coming:
         from dnsp.kernels import triton_scan
 
         layout, rank, each = self.scan.layout, self.scan.rank, self.scan.per_interval
@@ -217,8 +217,8 @@ class Replay:
                 triton_scan.wait(self.tiles, inbox, outbox, self.clock)
             _, state = triton_scan.fold(
                 M[part], U[part], None if inbox else state, None if continues is None else continues[part],
-                each - (not goes_on), backward, inbox=inbox, outbox=outbox, clock=self.clock,
-                states_NBHKV=entering[part],
+                None if forgets is None else forgets[part], each - (not goes_on), backward, inbox=inbox, outbox=outbox,
+                clock=self.clock, states_NBHKV=entering[part],
             )  # fmt: skip
             events.append(_event())
         self.folds.append(events)

@@ -69,8 +69,8 @@ def delta(signature: Signature, case: Case, device: torch.device) -> None:
     """Forward, backward, and the fold of its states with mail and without."""
     inputs = proof_run.make_inputs(signature, case, device)
     proof_run._differentiated(inputs, case, signature, "triton", None)
-    for first, documents, reverse in proof_run.FOLDS[::3]:
-        proof_run._folded(signature.K, signature.V, device, first, documents, reverse, FP32)
+    for how in proof_run.FOLDS[::3]:
+        proof_run._folded(signature.K, signature.V, device, how, FP32)
 
 
 def around(signature: AnySignature, device: torch.device) -> None:

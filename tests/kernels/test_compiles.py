@@ -188,13 +188,14 @@ def delta_rule_binaries(name: str) -> list[Any]:
         with proof.mode(mode):
             p = chunk_triton.prepare(x)
             yes = (True,) * len(part)
-            M, U = chunk_triton.summarise(p, yes, yes)
+            M, U, _ = chunk_triton.summarise(p, yes, yes)
             do = torch.zeros(B, s.HV, T, s.V, dtype=s.dtype).transpose(1, 2)
             D = chunk_triton.summarise_backward(p, do, yes)
             chunk_triton.apply(p, U)
             chunk_triton.apply_backward(p, U, do, D.clone)
             passes = torch.ones(len(part) * B + 1, dtype=torch.bool)[off:][: len(part) * B].view(len(part), B)
-            triton_scan.fold(M, U, None, passes, 1, False)
+            forgets = torch.ones(U.shape[:3].numel() + 1, dtype=torch.int32)[off:][: U.shape[:3].numel()]
+            triton_scan.fold(M, U, None, passes, forgets.view(U.shape[:3]), 1, False)
         found.append({hash: kernel for hash, (kernel, _) in mode.binaries.items()})
     return [sorted(found[0].values()), len(set().union(*found))]
 

@@ -46,7 +46,7 @@ class PieceScan:
     left: Mail | None
     right: Mail | None
 
-    def forward(self, M, U, continues, initial, want_final):
+    def forward(self, M, U, continues, forgets, initial, want_final):
         state, incoming = initial if self.left is None else self.left.state, []
         for n in range(len(U)):
             incoming.append(state)
@@ -56,7 +56,7 @@ class PieceScan:
             self.right.state = state
         return lambda: (stack_states(incoming, U), state if want_final and self.right is None else None)
 
-    def reverse(self, M, D, continues, final_grad, has_initial, want_final):
+    def reverse(self, M, D, continues, forgets, final_grad, has_initial, want_final):
         grad, outgoing = final_grad if self.right is None else self.right.grad, []
         for n in reversed(range(len(D))):
             outgoing.append(grad)

@@ -64,14 +64,14 @@ def passes(documents: bool, decay: bool) -> list[tuple[Any, tuple[Any, ...]]]:
     try:
         p = operators.prepare(x)
         yes = True, True
-        M, U = operators.summarise(p, yes, yes)
+        M, U, forgets = operators.summarise(p, yes, yes)
         do = torch.ones_like(operators.apply(p, U))
         D = operators.summarise_backward(p, do, yes)
         operators.apply_backward(p, U, do, lambda: D)
     finally:
         operators.Dispatched.call = call  # type: ignore[method-assign]
     assert len(found) == 5
-    return [*found, (dnsp.fold.default, (M, U, None, None, 1, False))]
+    return [*found, (dnsp.fold.default, (M, U, None, None, forgets, 1, False))]
 
 
 def layers() -> list[tuple[Any, tuple[Any, ...]]]:

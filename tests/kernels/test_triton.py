@@ -176,30 +176,35 @@ def test_bits_on_gpu():
         x = Inputs(q, k, v, g, beta, None, Segments(tokens, held, T), 0.1, Rule(), True)
         p = chunk_triton.prepare(x)
         yes = (True,) * len(held)
-        M, U = chunk_triton.summarise(p, yes, yes)
+        M, U, forgets = chunk_triton.summarise(p, yes, yes)
         state = torch.ones_like(U) / 8
         D = chunk_triton.summarise_backward(p, do[:, part], yes)
         o, grads = chunk_triton.apply(p, state), chunk_triton.apply_backward(p, state, do[:, part], lambda: state)
-        return M, U, D, o, grads.q, grads.k, grads.v, grads.g, grads.beta
+        return M, U, D, forgets, o, grads.q, grads.k, grads.v, grads.g, grads.beta
 
     whole = passes(starts)
     alone = [passes((start,)) for start in starts]
     for i, a in enumerate(whole):
-        assert torch.equal(a, torch.cat([one[i] for one in alone], dim=0 if i < 3 else 1)), i
+        assert torch.equal(a, torch.cat([one[i] for one in alone], dim=0 if i < 4 else 1)), i
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("has_first", [False, True])
-def test_fold_on_gpu(has_first):
+@pytest.mark.parametrize("forgetful", [False, True])
+def test_fold_on_gpu(has_first, forgetful):
     """All segments in one launch, or one by one: the same bits, and those of the products in fp64."""
     N, B, HV, K, V = 5, 2, 3, 128, 64
     M, U, first = (torch.randn(*shape, device="cuda") for shape in ((N, B, HV, K, K), (N, B, HV, K, V), (B, HV, K, V)))
     M, continues = M / K**0.5, torch.rand(N, B, device="cuda") > 0.3
     M[:, 1][~continues[:, 1]] = torch.nan  # never read
+    flags = (torch.rand(N, B, HV, device="cuda") < torch.tensor([1.0, 0.5, 0.0], device="cuda")).int()
+    flags[:, 1][~continues[:, 1]] = 0  # nor these, where it is not told
+    zero = (flags != 0)[..., None, None] & forgetful
+    M, read, forgets = M.masked_fill(zero, 0.0), M.masked_fill(zero, torch.nan), flags if forgetful else None
     start = first if has_first else None
     for together, alone, order in (
-        (LocalScan().forward(M, U, continues, start, True)(), fold, range(N)),
-        (LocalScan().reverse(M, U, continues, start, True, True)(), reverse_fold, reversed(range(N))),
+        (LocalScan().forward(read, U, continues, forgets, start, True)(), fold, range(N)),
+        (LocalScan().reverse(read, U, continues, forgets, start, True, True)(), reverse_fold, reversed(range(N))),
     ):
         state, exact = start, None if start is None else start.double()
         for n in order:

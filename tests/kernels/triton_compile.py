@@ -108,7 +108,7 @@ def compiled(
         elif name == "scale":
             types[name] = "fp32"
         else:
-            special = {"doc": "*i32", "need": "*i32", "starts": "*i64"}
+            special = {"doc": "*i32", "need": "*i32", "starts": "*i64", "forgets": "*i32"}
             types[name] = special.get(name, "*fp32" if name in FP32 else "*bf16")
             attributes[(i,)] = [["tt.divisibility", 16]]
     binary = triton.compile(

@@ -95,19 +95,21 @@ def on_every_rank(folder: str, a_host: int) -> tuple[int, list[str]]:
         M, U = (torch.randn(N, B, HV, K, width, generator=generator) for width in (K, V))
         state = torch.randn(B, HV, K, V, generator=generator)
         M /= K**0.5
+        flags = (torch.rand(N, B, HV, generator=generator) < (1.0 if step % 3 == 0 else 0.5)).int()
+        M[flags != 0] = 0  # as strong decays leave it
+        told = M.masked_fill((flags != 0)[..., None, None], torch.nan)  # and nobody reads it who is told
         held = [start // 64 for start in plan.segments.starts]
         for has_initial, want_final in ((False, False), (True, True)):
             if mine.random() < 0.3:
                 time.sleep(0.2 * mine.random())
             initial = state if has_initial else None
+            mine_M, forgets = (told, flags[held]) if has_initial == bool(step % 2) else (M, None)
             wanted = [
-                one.scan.forward(M, U, one.segments.continues_NB, initial, want_final)(),
-                one.scan.reverse(M, U, one.segments.continues_NB, initial, has_initial, want_final)(),
+                one.scan.forward(M, U, one.segments.continues_NB, None, initial, want_final)(),
+                one.scan.reverse(M, U, one.segments.continues_NB, None, initial, has_initial, want_final)(),
             ]
-            found = [
-                plan.scan.forward(M[held], U[held], plan.segments.continues_NB, initial, want_final)(),
-                plan.scan.reverse(M[held], U[held], plan.segments.continues_NB, initial, has_initial, want_final)(),
-            ]
+            own = mine_M[held], U[held], plan.segments.continues_NB, forgets, initial
+            found = [plan.scan.forward(*own, want_final)(), plan.scan.reverse(*own, has_initial, want_final)()]
             ends = plan.holds_last, 0 in plan.intervals[0]
             for way, (states, last), (all_states, truth), here in zip("><", found, wanted, ends, strict=True):
                 same = torch.equal(states, all_states[held])
@@ -129,7 +131,7 @@ def in_vain() -> dict[str, Any]:
     M, U = torch.randn(1, 1, 4, 16, 16), torch.randn(1, 1, 4, 16, 16)
 
     def post() -> None:
-        triton_scan.fold(M, U, None, None, 1, False, outbox=outbox, clock=clock)
+        triton_scan.fold(M, U, None, None, None, 1, False, outbox=outbox, clock=clock)
 
     found: dict[str, Any] = {}
     with proof.mode(proof_run.Recording(candidates()["as tuned"])):
@@ -262,7 +264,7 @@ def compiled(kernel: Any, constants: dict[str, Any], **options: int) -> tuple[st
     """PTX and binary for a GPU that need not be there."""
     integers = {"N", "steps", "B", "HV", "first_row", "start", "sends", "capacity"}
     integers |= {"first_tile", "tiles", "limit", "where", "peer", "receives", "depth"}
-    counts = {"taken", "in_free", "out_ready", "sent", "status", "ready", "free"}
+    counts = {"forgets", "taken", "in_free", "out_ready", "sent", "status", "ready", "free"}
     types, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -292,10 +294,11 @@ def test_the_wait_acquires_and_is_small() -> None:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_the_fold_releases_what_it_has_written(reverse: bool) -> None:
+@pytest.mark.parametrize("forgets", [False, True])
+def test_the_fold_releases_what_it_has_written(reverse: bool, forgets: bool) -> None:
     constants = {
         **{"K": 128, "V": 128, "BV": triton_scan.COLUMNS, "DEPTH": triton_scan.DEPTH, "TILE": triton_scan.TILE},
-        **{"TIMED": True, "HAS_CONTINUES": True, "REVERSE": reverse},
+        **{"TIMED": True, "HAS_CONTINUES": True, "HAS_FORGETS": forgets, "REVERSE": reverse},
     }
     how = triton_scan.options(128)
     ptx, binary = compiled(triton_scan.fold_kernel, constants | {"WIDTH": how.pop("WIDTH")}, **how)

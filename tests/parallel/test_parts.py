@@ -58,7 +58,7 @@ class Problem:
 
     def begin(self, plan: Plan, backward: bool, way: Any = None) -> Coming:
         want, way = self.state is not None, way or plan.scan
-        given = *self.summaries(plan), plan.segments.continues_NB, self.state
+        given = *self.summaries(plan), plan.segments.continues_NB, None, self.state
         return way.reverse(*given, want, want) if backward else way.forward(*given, want)
 
     def wrong(self, plan: Plan, found: Sequence[tuple[Tensor, Tensor | None]]) -> list[str]:
@@ -171,7 +171,7 @@ def kept_too_long(grid: Grid) -> list[str]:
         M, U = problem.summaries(plan)
         memories = [StorageWeakRef(x.untyped_storage()) for x in (M, U)]
         with patch.object(scan, "MESSAGE", size):
-            coming = plan.scan.forward(M, U, plan.segments.continues_NB, None, False)
+            coming = plan.scan.forward(M, U, plan.segments.continues_NB, None, None, False)
             del M, U
             early = any(memory.expired() for memory in memories)
             coming()

@@ -137,12 +137,14 @@ class Problem:
         self.layout = Layout(kind, ranks, 64 * each * (2 * ranks if kind == "zigzag" else ranks))
         N = self.layout.count * each
         self.M, self.U = drawn(N, B, HV, K, K, seed=seed) / K**0.5, drawn(N, B, HV, K, V, seed=seed + 1)
+        self.forgets = (drawn(N, B, HV, seed=seed + 2) > 0.5).int()
+        self.M[self.forgets != 0] = 0
         draw = random.Random(seed)
         self.starts = [[0, *sorted(draw.sample(range(1, 64 * N), draw.randint(0, 3) if cut else 0))] for _ in range(B)]
         one = local_plan(self.starts, 64 * N, 64).to("cuda")
         self.continues = one.segments.continues_NB
-        self.forward = LocalScan().forward(self.M, self.U, self.continues, None, False)()[0]
-        self.reverse = LocalScan().reverse(self.M, self.U, self.continues, None, False, False)()[0]
+        self.forward = LocalScan().forward(self.M, self.U, self.continues, None, None, False)()[0]
+        self.reverse = LocalScan().reverse(self.M, self.U, self.continues, None, None, False, False)()[0]
 
     def plan(self, grid: Grid, transport: str = "peer") -> Plan:
         return make_plan(self.starts, self.layout, grid, 64, transport=transport).to("cuda")
@@ -153,12 +155,14 @@ class Problem:
     def wrong(self, plan: Plan) -> Tensor:
         """Whether a scan there and back has other bits anywhere, on the device."""
         n = self.held(plan)
-        return self.wrong_of(plan, self.M[n], self.U[n], self.forward[n], self.reverse[n])
+        return self.wrong_of(plan, self.M[n], self.U[n], self.forgets[n], self.forward[n], self.reverse[n])
 
     @staticmethod
-    def wrong_of(plan: Plan, M: Tensor, U: Tensor, forward: Tensor, reverse: Tensor) -> Tensor:
-        there, _ = plan.scan.forward(M, U, plan.segments.continues_NB, None, False)()
-        back, _ = plan.scan.reverse(M, U, plan.segments.continues_NB, None, False, False)()
+    def wrong_of(
+        plan: Plan, M: Tensor, U: Tensor, forgets: Tensor | None, forward: Tensor, reverse: Tensor
+    ) -> Tensor:
+        there, _ = plan.scan.forward(M, U, plan.segments.continues_NB, forgets, None, False)()
+        back, _ = plan.scan.reverse(M, U, plan.segments.continues_NB, forgets, None, False, False)()
         return (there != forward).any() | (back != reverse).any()
 
 
@@ -187,10 +191,11 @@ def scan_cases() -> dict[str, Any]:
         problem = Problem(7, grid.world, kind, (1, 2, 64, 64), 2, False)
         plan = problem.plan(grid)
         n = problem.held(plan)
-        M, U, forward, reverse = (x[n].contiguous() for x in (problem.M, problem.U, problem.forward, problem.reverse))
+        M, U, forgets = (x[n].contiguous() for x in (problem.M, problem.U, problem.forgets))
+        forward, reverse = problem.forward[n], problem.reverse[n]
         many = torch.zeros((), dtype=torch.int64, device="cuda")
         for _ in range(BACK_TO_BACK // (2 * len(KINDS))):
-            many += problem.wrong_of(plan, M, U, forward, reverse)
+            many += problem.wrong_of(plan, M, U, forgets, forward, reverse)
         found[f"back to back, {kind}"] = int(many)
 
         # A graph freezes arguments; counts go on.
@@ -198,8 +203,8 @@ def scan_cases() -> dict[str, Any]:
         again = torch.zeros((), dtype=torch.int64, device="cuda")
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
-            again += problem.wrong_of(plan, M, U, forward, reverse)
-            again += problem.wrong_of(plan, M, U, forward, reverse)
+            again += problem.wrong_of(plan, M, U, forgets, forward, reverse)
+            again += problem.wrong_of(plan, M, U, forgets, forward, reverse)
         for replay in range(REPLAYS):
             graph.replay()
             if replay % 5 == grid.rank:
@@ -295,9 +300,9 @@ def with_a_stalled_rank(kind: str, backward: bool) -> tuple[str, int | None, flo
     try:
         for _ in range(2 if backward else 1):
             if backward:
-                plan.scan.reverse(M, U, plan.segments.continues_NB, None, False, False)()
+                plan.scan.reverse(M, U, plan.segments.continues_NB, None, None, False, False)()
             else:
-                plan.scan.forward(M, U, plan.segments.continues_NB, None, False)()
+                plan.scan.forward(M, U, plan.segments.continues_NB, None, None, False)()
         torch.cuda.synchronize()
         symmetric.check_all()
     except PeerLost as lost:

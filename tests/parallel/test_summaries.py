@@ -56,7 +56,7 @@ def made(kind: str, ranks: int, rank: int, case: dict[str, Any], patch: pytest.M
     asked: list[tuple[bool, ...]] = []
     forward, backward = chunk_torch.summarise, chunk_torch.summarise_backward
 
-    def summarise(x: Any, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+    def summarise(x: Any, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -> tuple[Tensor, Tensor, None]:
         asked.extend([need_M, need_U])
         return forward(x, need_M, need_U)
 
