@@ -267,7 +267,7 @@ def summarise(p: Prepared, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -
 
     Returns:
         ``M [N, B, HV, K, K]`` and ``U [N, B, HV, K, V]``, fp32, and ``forgets [N, B, HV]``, int32: 1 where decays are
-        so strong that M is zero to the last bit, else 0; unwritten where M is.
+        so strong that M has no normal number and is zero, else 0; unwritten where M is.
     """
     (N, B, HV, K, V), device = p.state_shape, p.rows.device
     M = torch.empty((N, B, HV, K, K), dtype=torch.float32, device=device)

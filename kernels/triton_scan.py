@@ -4,9 +4,9 @@ A state is taken through a segment by the same instructions whether the launch h
 bits do not depend on who holds which. Products of fp32 numbers in three tf32 passes. The state is held transposed, as
 in the passes: a block of its columns, a *tile*, a program.
 
-A segment that forgets, whose M is zero to the last bit, leaves U alone. Where those who made the summaries say of which
-segments that is so, their M is not read, and where it is so of all that a state crosses nothing is multiplied; the bits
-are the same.
+A segment that forgets, whose M has no normal number and so is zero, leaves U alone. Where those who made the summaries
+say of which segments that is so, their M is not read, and where it is so of all that a state crosses nothing is
+multiplied; the bits are the same.
 
 A state may come out of an inbox and go into an outbox, tile by tile; whose memory they are in is not known here:
 

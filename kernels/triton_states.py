@@ -25,15 +25,15 @@ import triton.language as tl
 from .helpers import hashed
 from .triton_prepare import SEVERAL, lost
 
-UNDERFLOW = tl.constexpr(-104.0)  # exp of it is 0 in fp32
+UNDERFLOW = tl.constexpr(-88.0)  # exp of it is less than the smallest normal number of fp32
 LOOK = tl.constexpr(128)  # chunks looked at for an underflow
 
 
 @hashed
 @triton.jit
 def last_underflow(bound, first, stop):
-    """The last chunk of a segment before whose start nothing reaches the segment's end, not to the last bit; its first
-    chunk where all may. ``bound`` are a head's logs of how much longer each chunk can make a state."""
+    """The last chunk of a segment before whose start nothing reaches the segment's end, as a normal number of fp32; its
+    first chunk where all may. ``bound`` are a head's logs of how much longer each chunk can make a state."""
     c = stop - LOOK + tl.arange(0, LOOK)
     there = c >= first
     left = tl.cumsum(tl.load(bound + c, mask=there, other=0.0), 0, reverse=True)
