@@ -243,6 +243,7 @@ def bench_scan(
     heads: Annotated[int, typer.Option(min=1, help="Of keys.")] = 16,
     value_heads: Annotated[int, typer.Option(min=1)] = 32,
     width: Annotated[int, typer.Option(min=1, help="Of a head.")] = 128,
+    decay: Annotated[str, typer.Option(help="Of a token, as of bench delta: logsigmoid, or a number.")] = "logsigmoid",
     segment_tokens: Annotated[int | None, typer.Option(min=64, help="Left out: what fills the GPU.")] = None,
     steps: Steps = 5,
     json_file: JsonFile = None,
@@ -252,7 +253,8 @@ def bench_scan(
 
     status = run(
         tokens, _numbers("--ranks", ranks), layouts.split(","), transports.split(","), heads=heads,
-        value_heads=value_heads, width=width, segment_tokens=segment_tokens, steps=steps, json_path=json_file,
+        value_heads=value_heads, width=width, decay=decay, segment_tokens=segment_tokens, steps=steps,
+        json_path=json_file,
     )  # fmt: skip
     raise typer.Exit(status)
 

@@ -111,7 +111,7 @@ def parse_shape(text: str, deterministic: bool = False) -> Shape:
         common.parse_dtype(given["dtype"])
         values["dtype"] = given["dtype"]
     if "decay" in given:
-        values["decay"] = _parse_decay(given["decay"])
+        values["decay"] = parse_decay(given["decay"])
     if "l2norm" in given:
         if given["l2norm"] not in ("yes", "no"):
             raise UsageError(f"l2norm={given['l2norm']}: must be yes (q, k normalised in the call) or no (before it)")
@@ -138,7 +138,8 @@ def parse_shape(text: str, deterministic: bool = False) -> Shape:
     return Shape(**(values | {"segment_tokens": tokens}))
 
 
-def _parse_decay(text: str) -> str:
+def parse_decay(text: str) -> str:
+    """``decay`` of a :class:`Shape`. Raises: UsageError, for what is none."""
     if text == "logsigmoid":
         return text
     try:

@@ -2,10 +2,10 @@
 
     one process   all tokens, by one rank alone, at the fastest of some segment lengths
     ranks         P ranks, for each layout and transport. On one GPU together: time over one process's is the extra work
-                  of being parallel, waiting hides; at the faster of two segment lengths, that which fills a rank's
-                  share of the GPU and that which fills all of it. (By gather the first alone: it sends every segment's
-                  summary, through the host there, and would double a long run.) On a GPU each: efficiency = local
-                  shard / ranks
+                  of being parallel, waiting hides; at the fastest of some segment lengths, from that which fills a
+                  rank's share of the GPU to that which fills all of it. (By gather the first alone: it sends every
+                  segment's summary, through the host there, and would double a long run.) On a GPU each: efficiency =
+                  local shard / ranks
     local shard   T / P tokens by one rank alone: the ideal of a GPU each. Beside it, a GPU each: every rank's at once,
                   what is lost there is the machine's; and every rank's replay at once, the chain's launches without
                   its waiting
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import count, product, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ from torch import Tensor
 from dnsp.bench import account
 from dnsp.bench.account import Account, Alone
 from dnsp.bench.common import CLOCK, device_seconds
+from dnsp.bench.delta_shapes import Shape, make_inputs, parse_decay
 from dnsp.bench.ranks import Ranks, check, measure, middle, new_table, publish
 from dnsp.bench.scan_peers import missing, peers
 from dnsp.errors import UsageError
@@ -67,12 +68,13 @@ def run(
     heads: int = 16,
     value_heads: int = 32,
     width: int = 128,
+    decay: str = "logsigmoid",
     segment_tokens: int | None = None,
     steps: int = 5,
     json_path: Path | None = None,
 ) -> int:
-    """Measure and print; returns the exit status. ``tokens``: in all; ``segment_tokens``: of the ranks' segments, None
-    for those that are the fastest here.
+    """Measure and print; returns the exit status. ``tokens``: in all; ``decay``: as of ``bench delta``;
+    ``segment_tokens``: of the ranks' segments, None for those that are the fastest here.
 
     Raises: UsageError for what cannot be measured.
     """
@@ -81,7 +83,7 @@ def run(
         raise UsageError(f"--value-heads {value_heads} is no multiple of --heads {heads}")
     for world, kind in product(ranks, layouts):  # whether the segments fit
         make_plan([[0]], Layout(kind, world, tokens), Grid(world, 0, world), segment_tokens)
-    shape = {"tokens": tokens, "heads": heads, "value_heads": value_heads, "width": width}
+    shape = {"tokens": tokens, "heads": heads, "value_heads": value_heads, "width": width, "decay": parse_decay(decay)}
     request = {
         **shape, "layouts": list(layouts), "transports": list(transports), "segment_tokens": segment_tokens,
         "steps": steps,
@@ -96,7 +98,7 @@ def table(world: dict[str, Any], shape: dict[str, Any]) -> Table:
     alone = world["sharing"] == 1
     title = (
         f"{world['ranks']} ranks, {shape['tokens']:,} tokens in all, {shape['heads']}/{shape['value_heads']} heads of "
-        f"{shape['width']}, bf16, forward + backward; {world['where']}"
+        f"{shape['width']}, bf16, decay {shape['decay']}, forward + backward; {world['where']}"
     )
     share = "efficiency" if alone else "over one"
     rows = new_table(title, "segment", "ms", share, "makespan", "in segments of", "over local", "hop, us")
@@ -163,16 +165,10 @@ def make_step(plan: Plan, request: dict[str, Any], device: torch.device, like: S
     """``like``: a step on as many tokens, whose inputs serve again."""
     if like is not None:
         return Step(plan.to(device), like.inputs, like.do)
-    H, HV, D, T = request["heads"], request["value_heads"], request["width"], plan.local_tokens
-    draw = torch.Generator(device).manual_seed(plan.rank)
-
-    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.randn(*shape, generator=draw, device=device, dtype=torch.float32).to(dtype)
-
-    inputs = {"q": normal(1, T, H, D), "k": normal(1, T, H, D), "v": normal(1, T, HV, D)}
-    inputs["g"] = -0.05 * normal(1, T, HV, dtype=torch.float32).abs()
-    inputs["beta"] = normal(1, T, HV, dtype=torch.float32).sigmoid()
-    return Step(plan.to(device), {name: x.requires_grad_() for name, x in inputs.items()}, normal(1, T, HV, D))
+    D = request["width"]
+    shape = Shape(plan.local_tokens, request["heads"], request["value_heads"], D, D, decay=request["decay"])
+    made = make_inputs(shape, device, seed=plan.rank)
+    return Step(plan.to(device), dict(zip(("q", "k", "v", "g", "beta"), made.leaves, strict=True)), made.do)
 
 
 class Replay:
@@ -408,11 +404,14 @@ def _segments(length: int, request: dict[str, Any], multiprocessors: int) -> lis
 
 
 def _lengths(layout: Layout, request: dict[str, Any], ranks: Ranks) -> list[int]:
-    """Segment lengths of the ranks: the one that fills a rank's share of a GPU, and the one that fills the GPU."""
+    """Segment lengths of the ranks: the one that fills a rank's share of a GPU, the one that fills the GPU, and those
+    in between, twice as long each."""
     if request["segment_tokens"]:
         return [request["segment_tokens"]]
     gpu = ranks.multiprocessors
-    return list(dict.fromkeys(_filling(layout, request, n) for n in (gpu // ranks.sharing, gpu)))
+    share, whole = _filling(layout, request, gpu // ranks.sharing), _filling(layout, request, gpu)
+    shorter = takewhile(lambda n: n < share, (whole << n for n in count()))
+    return [share, *(n for n in shorter if layout.interval_tokens % n == 0)]
 
 
 def _filling(layout: Layout, request: dict[str, Any], multiprocessors: int) -> int:

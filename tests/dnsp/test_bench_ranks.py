@@ -65,7 +65,7 @@ def test_figures_of_every_way(what: str, tmp_path: Path) -> None:
 
 
 REQUEST = {
-    **{"tokens": 4096, "heads": 1, "value_heads": 4, "width": 16, "segment_tokens": None, "steps": 1},
+    **{"tokens": 4096, "heads": 1, "value_heads": 4, "width": 16, "decay": "-1e-4", "segment_tokens": None, "steps": 1},
     **{"layouts": ["contiguous"], "transports": ["p2p", "gather"]},
 }
 
@@ -76,14 +76,17 @@ def on_half_a_gpu() -> tuple[dict[str, Any], list[int]]:
     with patch.object(Ranks, "multiprocessors", 2), patch("dnsp.bench.ranks.WARM", 0), patch.object(scan, "REPEAT", 2):
         ranks = Ranks(grid, grid.transport(), torch.device("cpu"))
         given = scan._lengths(Layout("contiguous", 2, 4096), {**REQUEST, "segment_tokens": 512}, ranks)
-        return scan.rank_main(REQUEST, ranks), given
+        with patch.object(Ranks, "multiprocessors", 8), patch.object(Ranks, "sharing", 8, create=True):
+            between = scan._lengths(Layout("contiguous", 2, 16384), REQUEST, ranks)
+        return scan.rank_main(REQUEST, ranks), given, between
 
 
 @pytest.mark.slow
-def test_ranks_that_share_a_gpu_are_timed_at_two_segment_lengths() -> None:
+def test_ranks_that_share_a_gpu_are_timed_at_several_segment_lengths() -> None:
     """Of 2,048 tokens each: one segment fills a rank's half of it, two fill it. By gather the first alone."""
-    (world, given), (other, _) = run_ranks(on_half_a_gpu, 2, timeout=100)
+    (world, given, between), (other, *_) = run_ranks(on_half_a_gpu, 2, timeout=100)
     assert world["ways"] == other["ways"] and given == [512]
+    assert between == [8192, 1024, 2048, 4096]  # from a segment a rank to one for each of 8 multiprocessors
     p2p, gather = world["ways"]
     assert set(p2p["ms_by_segment_tokens"]) == {2048, 1024} and set(gather["ms_by_segment_tokens"]) == {2048}
     for way in world["ways"]:
@@ -100,6 +103,7 @@ def test_ranks_that_share_a_gpu_are_timed_at_two_segment_lengths() -> None:
         (["attention", "--layouts", "round"], "--layouts round: it is not one of"),
         (["attention", "--heads", "3"], "--heads 3 is no multiple of --key-heads 2"),
         (["scan", "--segment-tokens", "100"], "segment_tokens=100: segments are whole chunks of 64 tokens"),
+        (["scan", "--decay", "0.1"], "decay=0.1: must be logsigmoid, or the log decay of a token, a number of at most"),
         (["scan", "--value-heads", "24"], "--value-heads 24 is no multiple of --heads 16"),
         (["scan", "--tokens", "1000", "--ranks", "2"], "sequence length 1000 does not split"),
     ],
@@ -132,7 +136,7 @@ def test_the_table_has_every_figure() -> None:
         "ranks": 8, "sharing": 8, "where": "8 on one GPU", "one process": {"ms": 3.0, "segment_tokens": 4096},
         "local shard": {"ms": 1.0, "segment_tokens": 512}, "ways": [way], "peers": [],
     }  # fmt: skip
-    rows = table(world, {"tokens": 131072, "heads": 16, "value_heads": 32, "width": 128})
+    rows = table(world, {"tokens": 131072, "heads": 16, "value_heads": 32, "width": 128, "decay": "-1e-4"})
     cells = [list(column.cells)[-1] for column in rows.columns]
     assert cells == ["zigzag, peer", "1,024", "3.300", "1.100", "1.050", "2,048", "1.050", "7.4"]
 
