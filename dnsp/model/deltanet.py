@@ -142,7 +142,7 @@ class DeltaNet(nn.Module):
             state.S_BHKV, state.key_sum_BHK = S, key_sum
         return self._output(o, gate)
 
-    def step(self, x_BD: Tensor, rotary: Rotary | None, state: LayerState) -> Tensor:
+    def step(self, x_BD: Tensor, rotary: Rotary | None, mask: Tensor | None, state: LayerState) -> Tensor:
         """One token a row; the state is updated in place."""
         assert state.S_BHKV is not None
         x_B1D = x_BD.unsqueeze(1)

@@ -15,6 +15,7 @@ from dnsp.config import DeltaNetConfig, ModelConfig
 from dnsp.model import deltanet
 from dnsp.model.decoder import Decoder, DecoderLayer
 from dnsp.model.deltanet import DeltaNet
+from dnsp.model.state import advance
 from dnsp.parallel.plan import local_plan
 
 # |layer - document| / |document|, of every token by itself and of every gradient
@@ -170,8 +171,8 @@ def test_the_rule_normalises_what_nothing_else_reads(name: str, inside: bool) ->
     state, plan = layer.init_state(1, x.device, x.dtype), local_plan([[0]], 9)
     whole = layer(x[:1, :9], plan, None)
     for t in range(9):
-        step = layer.step(x[:1, t], None, state)
-        state.position_B += 1
+        step = layer.step(x[:1, t], None, None, state)
+        advance([state])
         assert worst_token(step, whole[:, t]) < TOLERANCE["step"], t
 
 
