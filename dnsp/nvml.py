@@ -84,7 +84,7 @@ class Sampler:
             self.absent = f"{error}"
             return self
         self._register()
-        self._sample()  # what is not supported is known from now on
+        self.sample()  # what is not supported is known from now on
         self._thread = threading.Thread(target=self._run, daemon=True, name="nvml")
         self._thread.start()
         return self
@@ -103,11 +103,15 @@ class Sampler:
 
     def _run(self) -> None:
         while not self._stop.wait(self.interval):
-            self._sample()
+            self.sample()
 
-    def _sample(self) -> None:
+    def sample(self) -> dict[str, float]:
+        """The figures of now; none where there is nothing to sample."""
+        if self._handle is None:
+            return {}
         answers = {name: self._ask(name, ask) for name, ask in self._asks().items()}
         self._latest = {name: value for name, value in answers.items() if value is not None}
+        return self._latest
 
     def _asks(self) -> dict[str, Callable[[], float]]:
         handle = self._handle

@@ -61,7 +61,8 @@ def periodic_decay(g_BTH: Tensor | None, position_BT: Tensor, heads: int, every:
 def learned_beta(logits_BTH: Tensor, cap: float = 1.0) -> Tensor:
     """``cap * sigmoid(logits)``. A token erases ``beta |k|^2`` of what its key holds; above 2, what is left grows."""
     _check_cap(cap)
-    return cap * torch.sigmoid(_gate(logits_BTH))
+    beta = torch.sigmoid(_gate(logits_BTH))
+    return beta if cap == 1 else cap * beta
 
 
 def fixed_beta(beta_H: Tensor, batch: int, tokens: int, cap: float | None = None) -> Tensor:

@@ -59,14 +59,14 @@ class Attention(nn.Module):
             state.cache(k.transpose(1, 2), v.transpose(1, 2))
         return self._output(o, gate)
 
-    def step(self, x_BD: Tensor, rotary: Rotary | None, state: LayerState) -> Tensor:
-        """One token a row; its key and value join the cache."""
-        assert rotary is not None
+    def step(self, x_BD: Tensor, rotary: Rotary | None, mask: Tensor | None, state: LayerState) -> Tensor:
+        """One token a row; its key and value join the cache. ``mask``: :meth:`LayerState.mask`."""
+        assert rotary is not None and mask is not None
         q, gate, k, v = self._project(x_BD, rotary)
         keys, values = state.cache(k.unsqueeze(2), v.unsqueeze(2))
         # heads that share keys are queries of one head: kernels that take a mask do not take grouped heads
         o = F.scaled_dot_product_attention(
-            q.unflatten(1, (self.groups, -1)), keys, values, attn_mask=state.seen()[:, None, None], scale=self.scale
+            q.unflatten(1, (self.groups, -1)), keys, values, attn_mask=mask, scale=self.scale
         )
         return self._output(o.flatten(1, 2), gate)
 

@@ -26,17 +26,20 @@ from dnsp.model.mlp import MLP, feed_forward_tiled
 from dnsp.model.norm import RMSNorm
 from dnsp.model.offload import Offload
 from dnsp.model.rotary import Rotary, rotary_angles
-from dnsp.model.state import LayerState
+from dnsp.model.state import LayerState, advance, next_mask
 from dnsp.parallel.plan import Plan
 from dnsp.products import product_dtype
 
 
 class Mixer(Protocol):
-    """What a layer kind offers: all tokens of a plan at once, or one token a row with a state."""
+    """What a layer kind offers: all tokens of a plan at once, or one token a row with a state.
+
+    Angles and attention's mask are made once for all layers, and the decoder counts a step's token in their states.
+    """
 
     def __call__(self, x_BTD: Tensor, plan: Plan, rotary: Rotary | None, state: LayerState | None = None) -> Tensor: ...
 
-    def step(self, x_BD: Tensor, rotary: Rotary | None, state: LayerState) -> Tensor: ...
+    def step(self, x_BD: Tensor, rotary: Rotary | None, mask: Tensor | None, state: LayerState) -> Tensor: ...
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LayerState: ...
 
@@ -100,9 +103,8 @@ class DecoderLayer(nn.Module):
             state.position_B.copy_(plan.position_BT[:, -1] + 1)
         return self._feed_forward(x_BTD)
 
-    def step(self, x_BD: Tensor, rotary: Rotary | None, state: LayerState) -> Tensor:
-        x_BD = x_BD + self.mixer.step(self.input_layernorm(x_BD), rotary, state)
-        state.position_B += 1
+    def step(self, x_BD: Tensor, rotary: Rotary | None, mask: Tensor | None, state: LayerState) -> Tensor:
+        x_BD = x_BD + self.mixer.step(self.input_layernorm(x_BD), rotary, mask, state)
         return self._feed_forward(x_BD)
 
     def _mix(self, x_BTD: Tensor, plan: Plan, rotary: Rotary | None, state: LayerState | None = None) -> Tensor:
@@ -255,9 +257,10 @@ class Decoder(nn.Module):
     def step(self, tokens_B: Tensor, states: list[LayerState]) -> Tensor:
         """Logits ``[B, V]`` after one more token a row; the states are updated in place."""
         x = self._embedded(tokens_B)
-        rotary = self._rotary(states[0].position_B, x.dtype)
+        rotary, mask = self._rotary(states[0].position_B, x.dtype), next_mask(states, x.dtype)
         for layer, state in zip(self._layers(), states, strict=True):
-            x = layer.step(x, rotary, state)
+            x = layer.step(x, rotary, mask, state)
+        advance(states)
         return self.logits(self.model.norm(x))
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:

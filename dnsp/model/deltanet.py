@@ -4,7 +4,8 @@
     forget gate: S_t = f_t S_{t-1} + beta_t k_t (v_t - S_{t-1} k_t)              y_t = W_out (o_t  [ * silu(W_g x_t) ])
 
 As the document writes it the layer can diverge (:func:`divergence`). The default is the scaled form: keys and
-normalised queries of norm 1, whatever the gains of ``q_norm`` and ``k_norm`` become.
+normalised queries of norm 1 (1e-6 beside their square, under the root), whatever the gains of ``q_norm`` and ``k_norm``
+become.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from dnsp.config import DeltaNetConfig, ModelConfig
 from dnsp.kernels import variants
 from dnsp.kernels.decode import delta_step, normaliser_step
-from dnsp.model.norm import RMSNorm, at_least_fp32
+from dnsp.kernels.norm import l2norm
+from dnsp.model.norm import RMSNorm
 from dnsp.model.rotary import Rotary
 from dnsp.model.state import LayerState
 from dnsp.parallel.delta_rule import begin_delta_rule, delta_rule
@@ -38,6 +40,9 @@ class DeltaNet(nn.Module):
         self.heads, self.key_dim = options.num_heads, head_dim(config)
         self.value_dim = options.value_head_dim or self.key_dim
         self.rule = variants.FORGET_GATE if options.forget_gate else variants.DELTA
+        # by the rule itself, in its kernels, where it is both that are normalised and nothing else reads them
+        self.l2 = options.qk_norm == "l2" or options.scaled
+        self.l2_in_rule = self.l2 and options.normalise == "qk" and not options.denominator
         hidden, keys, values = config.hidden_size, self.heads * self.key_dim, self.heads * self.value_dim
         self.q_proj = nn.Linear(hidden, keys, bias=False)
         self.k_proj = nn.Linear(hidden, keys, bias=False)
@@ -80,9 +85,7 @@ class DeltaNet(nn.Module):
     def _normalise(self, x: Tensor, norm: str) -> Tensor:
         if self.options.qk_norm == "rms":
             x = getattr(self, norm)(x)
-        if self.options.qk_norm == "l2" or self.options.scaled:
-            x = F.normalize(at_least_fp32(x), dim=-1).to(x.dtype)
-        return x
+        return l2norm(x) if self.l2 and not self.l2_in_rule else x
 
     def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = self.q_proj(x).unflatten(-1, (self.heads, self.key_dim))
@@ -126,7 +129,9 @@ class DeltaNet(nn.Module):
         q, k, v = self._queries_keys_values(x_BTD)
         v, g, beta = self._gates(x_BTD, v, plan.position_BT)
         keep = state is not None
-        scan = begin_delta_rule(q, k, v, g, beta, plan=plan, scale=1.0, output_final_state=keep, rule=self.rule)
+        scan = begin_delta_rule(
+            q, k, v, g, beta, plan=plan, scale=1.0, output_final_state=keep, rule=self.rule, l2norm=self.l2_in_rule
+        )
         gate = self._output_gate(x_BTD)  # while states travel
         o, S = scan.finish()
         key_sum = None
@@ -137,7 +142,7 @@ class DeltaNet(nn.Module):
             state.S_BHKV, state.key_sum_BHK = S, key_sum
         return self._output(o, gate)
 
-    def step(self, x_BD: Tensor, rotary: Rotary | None, state: LayerState) -> Tensor:
+    def step(self, x_BD: Tensor, rotary: Rotary | None, mask: Tensor | None, state: LayerState) -> Tensor:
         """One token a row; the state is updated in place."""
         assert state.S_BHKV is not None
         x_B1D = x_BD.unsqueeze(1)
@@ -145,7 +150,7 @@ class DeltaNet(nn.Module):
         v, g, beta = self._gates(x_B1D, v, state.position_B.unsqueeze(1))
         q, k, v, beta = (part.squeeze(1) for part in (q, k, v, beta))
         g = None if g is None else g.squeeze(1)
-        o = delta_step(q, k, v, g, beta, state.S_BHKV, scale=1.0, rule=self.rule)
+        o = delta_step(q, k, v, g, beta, state.S_BHKV, scale=1.0, rule=self.rule, l2norm=self.l2_in_rule)
         if state.key_sum_BHK is not None:
             o = variants.normalise_output(o, normaliser_step(q, k, state.key_sum_BHK), self.options.denominator_eps)
         return self._output(o, self._output_gate(x_BD))

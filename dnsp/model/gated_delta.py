@@ -82,7 +82,7 @@ class GatedDelta(nn.Module):
             state.conv_tail_BWD = conv_tail(mixed, plan.position_BT, self.conv_width)
         return self._output(o, z)
 
-    def step(self, x_BD: Tensor, rotary: Rotary | None, state: LayerState) -> Tensor:
+    def step(self, x_BD: Tensor, rotary: Rotary | None, mask: Tensor | None, state: LayerState) -> Tensor:
         """One token a row; the state is updated in place."""
         assert state.S_BHKV is not None and state.conv_tail_BWD is not None
         o = gated_delta_step(

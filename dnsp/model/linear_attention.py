@@ -56,7 +56,7 @@ class LinearAttention(nn.Module):
             state.S_BHKV, state.key_sum_BHK = S, key_sum
         return self.out_proj(variants.normalise_output(o, qD, self.eps).flatten(-2))
 
-    def step(self, x_BD: Tensor, rotary: Rotary | None, state: LayerState) -> Tensor:
+    def step(self, x_BD: Tensor, rotary: Rotary | None, mask: Tensor | None, state: LayerState) -> Tensor:
         """One token a row; the state is updated in place."""
         assert state.S_BHKV is not None and state.key_sum_BHK is not None
         q, k, v, beta = self._project(x_BD)

@@ -33,8 +33,11 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def rotate_both(q: Tensor, k: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-    """:func:`rotate` of queries ``[..., H, K]`` and keys ``[..., G, K]``, which are not needed afterwards: on a GPU
-    whole sequences are rotated where they lie."""
-    if q.dim() == 4 and rotary[0].shape[-1] > 0 and liger.takes(q):
-        return liger.rotate(q, k, *rotary)
-    return rotate(q, rotary), rotate(k, rotary)
+    """:func:`rotate` of queries ``[B, T, H, K]`` and keys ``[B, T, G, K]``, or those of one token a row, which are not
+    needed afterwards: on a GPU they are rotated where they lie."""
+    if not rotary[0].shape[-1] or not liger.takes(q):
+        return rotate(q, rotary), rotate(k, rotary)
+    if q.dim() == 3:
+        q, k = liger.rotate(*(x.unsqueeze(1) for x in (q, k, *rotary)))
+        return q.squeeze(1), k.squeeze(1)
+    return liger.rotate(q, k, *rotary)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+ALIGNED = 8  # numbers of a mask's row, for attention kernels to read it
 
 
 @dataclass
@@ -30,19 +33,19 @@ class LayerState:
         """Gives an attention cache room for ``capacity`` tokens in all, once: from here on a step writes where ``end``
         says and sees all slots, those to come masked, so that one CUDA graph holds every step."""
         if self.keys_BGTK is not None and self.values_BGTK is not None:
-            room = (0, 0, 0, capacity - self.length)
+            # rows of a mask that lie aligned are read where they are; others each layer's attention copies first
+            room = (0, 0, 0, -(-capacity // ALIGNED) * ALIGNED - self.length)
             self.keys_BGTK = torch.nn.functional.pad(self.keys_BGTK[:, :, : self.length], room)
             self.values_BGTK = torch.nn.functional.pad(self.values_BGTK[:, :, : self.length], room)
             self.end_1 = torch.full((1,), self.length, device=self.keys_BGTK.device)
 
     def cache(self, keys_BGTK: Tensor, values_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends keys and values to the attention cache (of fixed size: those of one token); returns all of them,
-        ``[B, G, length, K]``, of fixed size with the room behind them."""
+        """Appends keys and values to the attention cache (of fixed size: those of one token, which :func:`advance`
+        counts); returns all of them, ``[B, G, length, K]``, of fixed size with the room behind them."""
         assert self.keys_BGTK is not None and self.values_BGTK is not None
         if self.end_1 is not None:
             self.keys_BGTK.index_copy_(2, self.end_1, keys_BGTK)
             self.values_BGTK.index_copy_(2, self.end_1, values_BGTK)
-            self.end_1 += 1
             return self.keys_BGTK, self.values_BGTK
         end = self.length + keys_BGTK.shape[2]
         if end > self.keys_BGTK.shape[2]:  # doubling: a step stays O(1) but for the attention itself
@@ -54,16 +57,27 @@ class LayerState:
         self.length = end
         return self.keys_BGTK[:, :, :end], self.values_BGTK[:, :, :end]
 
-    def seen(self) -> Tensor:
-        """Which slots of the cache the newest token sees, ``[B, T]``: its document's, its own included."""
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """What attention adds to the next token's scores, ``[B, 1, 1, T]`` over the cache with this token in it: 0 for
+        its own document, itself included, -inf for the rest."""
         assert self.keys_BGTK is not None
-        if self.end_1 is None:
-            newest: int | Tensor = self.length - 1
-            slot = torch.arange(self.length, device=self.position_B.device)
-        else:
-            newest = self.end_1 - 1
-            slot = torch.arange(self.keys_BGTK.shape[2], device=self.position_B.device)
-        return (slot >= newest - self.position_B.unsqueeze(1)) & (slot <= newest)
+        newest = self.length if self.end_1 is None else self.end_1
+        slots = self.length + 1 if self.end_1 is None else self.keys_BGTK.shape[2]
+        slot_T, position_B1 = torch.arange(slots, device=self.position_B.device), self.position_B.unsqueeze(1)
+        hidden_BT = (slot_T < newest - position_B1) | (slot_T > newest)
+        mask_BT = torch.zeros(hidden_BT.shape, dtype=dtype, device=hidden_BT.device)
+        return mask_BT.masked_fill_(hidden_BT, float("-inf"))[:, None, None]
+
+
+def next_mask(states: Sequence[LayerState], dtype: torch.dtype) -> Tensor | None:
+    """:meth:`LayerState.mask` of the attention layers, the same for all of them; None where there are none."""
+    return next((state.mask(dtype) for state in states if state.keys_BGTK is not None), None)
+
+
+def advance(states: Sequence[LayerState]) -> None:
+    """Counts the token that every layer has taken: one launch on a GPU."""
+    ends = [state.end_1 for state in states if state.end_1 is not None]
+    torch._foreach_add_([state.position_B for state in states] + ends, 1)
 
 
 def conv_tail(x_BTD: Tensor, position_BT: Tensor, width: int) -> Tensor:

@@ -9,6 +9,10 @@ from dnsp.tasks.suite import MODELS
 from dnsp.tasks.tables import Result, Table
 
 KEPT = {(512, 131072): 0.98}  # of a delta-rule model's speed from one context to another: what was to be reached
+SETTLING = {  # what not every result has: earlier ones have none of it, and only a GPU's driver knows of clocks
+    "tokens/s right behind the prefill": "first_tokens_per_s", "SM clock then, MHz": "first_sm_clock_mhz",
+    "held down then by": "first_throttle", "SM clock, MHz": "sm_clock_mhz", "held down by": "throttle",
+}  # fmt: skip
 
 
 def chunk_tables(figures: list[Result]) -> list[Table]:
@@ -46,6 +50,7 @@ def speed_tables(figures: list[Result]) -> list[Table]:
             "weight bytes": "parameter_bytes", "state bytes": "state_bytes", "KV-cache bytes": "cache_bytes",
             "prefill tokens/s": "prefill_tokens_per_s",
         }  # fmt: skip
+        read |= {column: name for column, name in SETTLING.items() if any(name in f for f in alone)}
         ordered = sorted(alone, key=lambda f: (models.index(f["name"]), f["context"]))
         rows = [[*map(f.get, read.values()), bandwidth_share(f)] for f in ordered]
         tables.append(Table("speed-bytes", "What a step reads", [*read, "share of copy bandwidth"], rows))

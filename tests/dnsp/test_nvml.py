@@ -25,7 +25,7 @@ def test_no_library_and_no_gpu_are_words() -> None:
     sampler = Sampler(GPU).start()
     with pytest.raises(pynvml.NVMLError) as real:
         pynvml.nvmlInit()
-    assert sampler.absent == str(real.value) and sampler.latest() == {}
+    assert sampler.absent == str(real.value) and sampler.latest() == sampler.sample() == {}
     sampler.stop()
     assert nvml.count() == 0
     assert Sampler(torch.device("cpu")).start().absent == "the ranks run on the CPU"
@@ -90,7 +90,7 @@ def test_units(gpu: Gpu) -> None:
         began = sampler._links[0]  # type: ignore[index]
         gpu.answers["nvmlDeviceGetFieldValues"] = [counter(2_000_000), counter(500_000)]
         time.sleep(0.05)
-        sampler._sample()
+        sampler.sample()
         seconds = sampler._links[0] - began  # type: ignore[index]
         latest = sampler.latest()
         assert latest["nvlink_tx_gb_s"] == pytest.approx(2.048 / seconds)
@@ -107,7 +107,7 @@ def test_what_is_not_supported_is_left_out_and_not_asked_again(gpu: Gpu) -> None
     try:
         assert sorted(sampler.unsupported) == ["nvlink_rx_gb_s", "nvlink_tx_gb_s", "power_w", "xid"]
         gpu.answers["nvmlDeviceGetPowerUsage"] = 1000
-        sampler._sample()
+        sampler.sample()
         assert "power_w" not in sampler.latest() and sampler.latest()["temperature_c"] == 61
     finally:
         sampler.stop()
@@ -117,10 +117,10 @@ def test_a_failure_of_a_moment_is_a_gap(gpu: Gpu) -> None:
     sampler = Sampler(GPU, interval=100).start()
     try:
         gpu.answers["nvmlDeviceGetTemperature"] = pynvml.NVMLError_GpuIsLost()
-        sampler._sample()
+        sampler.sample()
         assert "temperature_c" not in sampler.latest() and not sampler.unsupported
         gpu.answers["nvmlDeviceGetTemperature"] = 70
-        sampler._sample()
+        sampler.sample()
         assert sampler.latest()["temperature_c"] == 70
     finally:
         sampler.stop()
@@ -130,9 +130,9 @@ def test_xid_errors_are_kept(gpu: Gpu) -> None:
     sampler = Sampler(GPU, interval=100).start()
     try:
         gpu.answers["nvmlEventSetWait_v2"] = [SimpleNamespace(eventData=31), SimpleNamespace(eventData=79)]
-        sampler._sample()
+        sampler.sample()
         assert sampler.latest()["xid"] == 79
-        sampler._sample()
+        sampler.sample()
         assert sampler.latest()["xid"] == 79
     finally:
         sampler.stop()

@@ -15,10 +15,12 @@ from dnsp.config import DeltaNetConfig, ModelConfig
 from dnsp.model import deltanet
 from dnsp.model.decoder import Decoder, DecoderLayer
 from dnsp.model.deltanet import DeltaNet
+from dnsp.model.state import advance
 from dnsp.parallel.plan import local_plan
 
 # |layer - document| / |document|, of every token by itself and of every gradient
-TOLERANCE = {"fp64": 1e-10, "fp64 gradient": 1e-9, "fp32": 1e-5}
+TOLERANCE = {"fp64": 1e-10, "fp64 gradient": 1e-9, "fp32": 1e-5, "F.normalize": 2e-6, "step": 1e-11}
+L2_EPS = 1e-6  # beside |k|^2, under the root; the document's F.normalize has 1e-12 as the least norm
 
 TOKENS, STARTS = 150, [[0], [0, 1, 90]]  # 90 tokens in a document: past a chunk of 64
 HIDDEN = 24
@@ -75,7 +77,9 @@ def layer_with(dtype: torch.dtype, **options) -> DeltaNet:
     return layer.to(dtype)
 
 
-def from_the_document(layer: DeltaNet, x_BTD: torch.Tensor, starts: list[list[int]]) -> torch.Tensor:
+def from_the_document(
+    layer: DeltaNet, x_BTD: torch.Tensor, starts: list[list[int]], l2_eps: float = L2_EPS
+) -> torch.Tensor:
     """Its forward_recurrent with its variations, one token of one row at a time, state anew for every document."""
     o = layer.options
     weight = {n: p.to(x_BTD.dtype) for n, p in layer.named_parameters()}
@@ -83,8 +87,9 @@ def from_the_document(layer: DeltaNet, x_BTD: torch.Tensor, starts: list[list[in
     def norm(head: torch.Tensor, name: str) -> torch.Tensor:
         if o.qk_norm == "rms":
             head = head / torch.sqrt(head.square().mean(-1, keepdim=True) + 1e-6) * weight[f"{name}.weight"]
-            return head / head.norm(dim=-1, keepdim=True) if o.scaled else head
-        return F.normalize(head, dim=-1)
+            if not o.scaled:
+                return head
+        return head / torch.sqrt(head.square().sum(-1, keepdim=True) + l2_eps)
 
     rows = []
     for x_TD, firsts in zip(x_BTD, starts, strict=True):
@@ -146,6 +151,29 @@ def test_every_option_in_fp64(name: str) -> None:
     exact = torch.autograd.grad(truth, list(parameters.values()), dy)
     for n, a, b in zip(parameters, ours, exact, strict=True):
         assert ((a - b).norm() / b.norm()).item() < TOLERANCE["fp64 gradient"], n
+
+
+@pytest.mark.parametrize("name", ["default", "rms", "k alone"])
+def test_norms_are_the_documents_but_for_their_eps(name: str) -> None:
+    layer, x, y = run(name, torch.float64)
+    assert worst_token(y, from_the_document(layer, x, STARTS, l2_eps=0.0)) < TOLERANCE["F.normalize"]
+
+
+@pytest.mark.parametrize(("name", "inside"), [("default", True), ("rms", True), ("forget gate", True),
+                                              ("k alone", False), ("denominator", False),
+                                              ("as written", False), ("as written, no norm", False)])  # fmt: skip
+def test_the_rule_normalises_what_nothing_else_reads(name: str, inside: bool) -> None:
+    """In its kernels, then: the layer has no norm of its own beside it, and a step is the forward's."""
+    layer, x, _ = run(name, torch.float64)
+    assert layer.l2_in_rule == inside
+    keys = layer._queries_keys_values(x)[1].detach()
+    assert bool(((keys.norm(dim=-1) - 1).abs() < 1e-4).all()) == (name in ("k alone", "denominator"))
+    state, plan = layer.init_state(1, x.device, x.dtype), local_plan([[0]], 9)
+    whole = layer(x[:1, :9], plan, None)
+    for t in range(9):
+        step = layer.step(x[:1, t], None, None, state)
+        advance([state])
+        assert worst_token(step, whole[:, t]) < TOLERANCE["step"], t
 
 
 @pytest.mark.parametrize("name", [n for n, o in OPTIONS.items() if o.get("scaled", True) and "denominator" not in o])

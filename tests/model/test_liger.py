@@ -93,6 +93,8 @@ def test_rotary(dtype: torch.dtype, rotated: int) -> None:
     grads = torch.autograd.grad(turned, leaves, (q.clone(), k.clone()))  # which the backward overwrites
     wanted = torch.autograd.grad(truth, exact, (q.double(), k.double()))
     assert_near(dtype, list(zip(turned, truth, strict=True)), list(zip(grads, wanted, strict=True)))
+    last = rotate_both(*(x[:, -1].clone() for x in (q, k)), rotary_angles(position[:, -1], 1e7, rotated, dtype))
+    assert_near(dtype, [(mine, other[:, -1]) for mine, other in zip(last, truth, strict=True)], [])
 
 
 @pytest.mark.gpu
@@ -177,6 +179,11 @@ def _interpreted() -> None:
     want_grads = torch.autograd.grad(want, leaves, [x.detach() for x in leaves])
     for mine, other in zip((*turned, *grads), (*want, *want_grads), strict=True):
         assert error(mine, other.double()) < INTERPRETED
+
+    token = [x.detach()[:, 3].clone() for x in leaves]  # as a step has them
+    liger.takes = lambda x: True  # type: ignore[assignment]
+    for mine, other in zip(rotate_both(*token, (angles[0][:, 3], angles[1][:, 3])), want, strict=True):
+        assert error(mine, other[:, 3].double()) < INTERPRETED
 
 
 if __name__ == "__main__":

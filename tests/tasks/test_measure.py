@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +19,13 @@ from dnsp.config import Config, parse_config
 from dnsp.data.batch import batch
 from dnsp.data.mix import open_data
 from dnsp.data.prepare import prepare
-from dnsp.generate import generate
+from dnsp.generate import Step, generate
 from dnsp.model.decoder import Decoder
 from dnsp.parallel.plan import local_plan
 from dnsp.tasks.chunks import chunk
 from dnsp.tasks.measure import measure
 from dnsp.tasks.pitfalls import write
-from dnsp.tasks.speed import _model, alone, decode, memory, speed
+from dnsp.tasks.speed import ROUNDS, WARM_UP, _model, alone, decode, memory, speed
 from dnsp.tasks.suite import model_tree
 
 ERROR = 1e-5  # of a loss and of a hidden state, relative
@@ -120,8 +121,10 @@ def test_what_is_timed_is_generation(name: str) -> None:
     hidden, states = decoder.prefill(prompt, local_plan([[0]], 70).to(device))
     bytes_of = memory(decoder, states)
     figures = decode(decoder, states, hidden[:, -1], 70, 5)
+    # of the last round: the states were taken back to the context each time
     assert figures["said"] == list(generate(decoder, prompt[0].tolist(), len(figures["said"]), temperature=0))
     assert figures["tokens_per_s"] == pytest.approx(1 / figures["step_s"])
+    assert figures["first_tokens_per_s"] == figures["by_round"][0] and len(figures["by_round"]) >= 1 + ROUNDS
     size = next(decoder.parameters()).element_size()
     attention_layers, states_of = decoder.config.layers.count("attention"), 0
     states_of += decoder.config.layers.count("deltanet") * 32 * 32 * 4
@@ -129,6 +132,44 @@ def test_what_is_timed_is_generation(name: str) -> None:
     assert bytes_of["cache_bytes"] == attention_layers * 2 * 70 * 32 * size
     assert bytes_of["state_bytes"] == states_of
     assert alone(asked)["prefill_tokens_per_s"] > 0
+
+
+def test_the_pace_that_counts_is_the_settled_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that takes 20 ms a step in its first 30 steps, and 2 ms from then on; its driver tells of both."""
+    _, decoder, device = _model({"model": model_tree("deltanet", 32, 64), "context": 9})
+    prompt = torch.randint(64, (1, 9)).to(device)
+    hidden, states = decoder.prefill(prompt, local_plan([[0]], 9).to(device))
+    steps = 0
+
+    class Device(Step):
+        def __call__(self, token: int) -> torch.Tensor:
+            nonlocal steps
+            steps += 1
+            time.sleep(0.02 if steps <= 30 else 0.002)
+            return super().__call__(token)
+
+    class Driver:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def start(self) -> Driver:
+            return self
+
+        def sample(self) -> dict[str, float]:
+            return {"sm_clock_mhz": 1200.0 if steps <= 30 else 1980.0, "throttle": 0x4 if steps <= 30 else 0x1}
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr("dnsp.tasks.speed.Step", Device)
+    monkeypatch.setattr("dnsp.tasks.speed.Sampler", Driver)
+    monkeypatch.setattr("dnsp.tasks.speed.ROUNDS", 2)
+    monkeypatch.setattr("dnsp.tasks.speed.SETTLE", 0.0)
+    figures = decode(decoder, states, hidden[:, -1], 9, 30 - WARM_UP)
+    assert figures["first_tokens_per_s"] < 50 < 100 < figures["tokens_per_s"]
+    assert (figures["first_sm_clock_mhz"], figures["sm_clock_mhz"]) == (1200.0, 1980.0)
+    assert (figures["first_throttle"], figures["throttle"]) == ("power cap", "")
+    assert steps == 3 * 30 and int(states[0].position_B) == 9 + 30
 
 
 def test_ranks_hand_over_what_one_device_goes_on_from() -> None:

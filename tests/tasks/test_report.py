@@ -138,6 +138,19 @@ def test_speed_beside_what_was_to_be_reached(tmp_path: Path) -> None:
     with (folder / "tables" / "speed-bytes.csv").open() as file:
         (shared,) = (row for row in csv.DictReader(file) if (row["model"], row["context"]) == ("attention", "131072"))
     assert float(shared["share of copy bandwidth"]) == pytest.approx((2e9 + 131072e5) * 50 / 4e12)
+    assert not any("clock" in column or "behind" in column for column in shared)  # results of before have none
+
+    later = {"first_tokens_per_s": 540.0, "first_sm_clock_mhz": 1215.0, "sm_clock_mhz": 1980.0,
+             "first_throttle": "power cap", "throttle": ""}  # fmt: skip
+    runs[-1]["figures"] |= later
+    folder = write(tmp_path / "settled", runs)
+    assert report([folder]) == 0
+    with (folder / "tables" / "speed-bytes.csv").open() as file:
+        read = {(row["model"], row["context"]): row for row in csv.DictReader(file)}
+    settled, before = read["gated_delta", "131072"], read["gated_delta", "512"]
+    assert settled["tokens/s right behind the prefill"] == "540.0" and settled["held down then by"] == "power cap"
+    assert (settled["SM clock then, MHz"], settled["SM clock, MHz"]) == ("1215.0", "1980.0")
+    assert before["SM clock, MHz"] == before["tokens/s right behind the prefill"] == ""
 
 
 def ablation_runs(losses: dict[str, list[float]]) -> list[dict[str, Any]]:
