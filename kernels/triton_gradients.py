@@ -331,38 +331,40 @@ def _part(parts, which: tl.constexpr, i, mask, HALVES: tl.constexpr):
         return tl.load(parts + 64 * which + i, mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["T", "NC", "row0", "every"])
+@triton.jit(do_not_specialize=["T", "NC", "row0", "every", "count"])
 def gates_kernel(
-    rows, through, parts, dg, dbeta, T, NC, row0, every,
+    rows, through, parts, dg, dbeta, T, NC, row0, every, count,
     HV: tl.constexpr, HAS_G: tl.constexpr, HAS_DOC: tl.constexpr, ERASE: tl.constexpr, PREVIOUS: tl.constexpr,
-    CHUNKS: tl.constexpr, HALVES: tl.constexpr,
+    TOGETHER: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """dbeta and dg from their parts, for a few chunks of a value head."""
-    local = tl.program_id(1).to(tl.int64)
+    """dbeta and dg from their parts, for a chunk of a few of the launch's ``count`` value heads: theirs lie side by
+    side, and are written together."""
+    c = tl.program_id(0).to(tl.int64)
+    local = tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)[:, None]  # in this launch's arrays
+    there = local < count
     row = row0 + local * every
     ib, hv = row // HV, row % HV
     r = tl.arange(0, 64)[None, :]
-    c = tl.program_id(0).to(tl.int64) * CHUNKS + tl.arange(0, CHUNKS)[:, None]
     t = c * 64 + r
     size: tl.constexpr = 896 if HALVES else 384
-    parts += (local * NC + c) * size
-    at = (ib * T + t) * HV + hv
-    there = c < NC
+    parts += (local * NC.to(tl.int64) + c) * size
+    chunk = row * NC.to(tl.int64) + c
+    at = (ib * T.to(tl.int64) + t) * HV + hv
+    inside = there & (t < T)
     d_beta = tl.load(parts + r, mask=there, other=0.0)
     if HALVES:
         for quarter in tl.static_range(1, 4):
             d_beta += tl.load(parts + 64 * quarter + r, mask=there, other=0.0)
     d_beta += _part(parts, 3, r, there, HALVES)
-    tl.store(dbeta + at, d_beta.to(dbeta.dtype.element_ty), mask=t < T)
     if HAS_G:
         d_g = _part(parts, 1, r, there, HALVES)
         d_g += tl.cumsum(_part(parts, 2, r, there, HALVES), 1, reverse=True)
         if ERASE:
             after: tl.constexpr = 1 if PREVIOUS else 0
             d_g -= tl.cumsum(_part(parts, 4, r + after, there & (r + after < 64), HALVES), 1, reverse=True)
-        bt = tl.load(rows + (row * NC + c) * 512 + 191 + r, mask=there & (r > 0), other=0.0)
+        bt = tl.load(rows + chunk * 512 + 191 + r, mask=there & (r > 0), other=0.0)
         d_g += tl.cumsum(bt * _part(parts, 3, r - 1, there & (r > 0), HALVES), 1)
-        passes = tl.load(through + row * NC + c, mask=there, other=0.0)
+        passes = tl.load(through + chunk, mask=there, other=0.0)
         if HALVES:
             of_rows = tl.load(parts + 768 + tl.arange(0, 32)[None, :], mask=there, other=0.0)
             inner = tl.sum(of_rows, 1)[:, None]
@@ -372,4 +374,5 @@ def gates_kernel(
             d_g += tl.where(passes <= 0.0, 0.0, passes * inner)  # through says more where nothing passes
         else:
             d_g += tl.where(passes != 0.0, passes * inner, 0.0)
-        tl.store(dg + at, d_g.to(dg.dtype.element_ty), mask=t < T)
+        tl.store(dg + at, d_g.to(dg.dtype.element_ty), mask=inside)
+    tl.store(dbeta + at, d_beta.to(dbeta.dtype.element_ty), mask=inside)  # last: no load waits behind a store
