@@ -317,7 +317,8 @@ DEAF = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: print("asked", file=sys.stderr, flush=True))
 print("ready", file=sys.stderr, flush=True)
-time.sleep(60)
+for _ in range(1200):  # a signal just before one long sleep would be answered behind it
+    time.sleep(0.05)
 """
 
 
