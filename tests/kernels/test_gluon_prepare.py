@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dnsp.kernels.gluon_chunk import tiles_of, tokens_of
 from dnsp.kernels.gluon_prepare import prepare_pairs_kernel
 from dnsp.kernels.triton_prepare import EPS, ROWS, SEVERAL, SPOILT
-from tests.kernels.emulated import Described, launch
+from tests.kernels.emulated import launch
 
 W, SCALE, SEGMENT = 128, 0.5, 2
 # Largest errors, relative: tiles in bf16, where A is near the identity; scales in fp32.
@@ -67,16 +68,15 @@ def emulated(case: Case, x: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tiles ``[B, H, G, NC, 64, 64]``, scales ``[B, H, G, NC, 64]``, and a number a chunk."""
     B, T, HV, _ = x["v"].shape
     NC = -(-T // 64)
-    P, A = (torch.full((B * HV * NC * 64, 64), torch.nan, dtype=torch.bfloat16) for _ in range(2))
+    P, A = (torch.full((B * HV * NC, 64, 64), torch.nan, dtype=torch.bfloat16) for _ in range(2))
     rows = torch.full((B * HV, NC, len(ROWS), 64), torch.nan)
     through, bound = (torch.full((B * HV, NC), torch.nan) for _ in range(2))
     starts = torch.arange(0, NC, SEGMENT) * 64
-    q, k = (Described(x[name], (1, 64, 1, W)) for name in "qk")
-    tiles = (Described(y, (64, 64)) for y in (P, A))
     gates = x["g"] if case.decays else x["beta"], x["beta"], x["doc"], starts
     strides = [stride for name in ("v", "g", "beta") for stride in x[name].stride()[:3]]
     launch(
-        prepare_pairs_kernel, (B * case.H, NC), q, k, x["v"], *tiles, *gates, rows, through, bound,
+        prepare_pairs_kernel, (B * case.H, NC),
+        tokens_of(x["q"]), tokens_of(x["k"]), x["v"], tiles_of(P), tiles_of(A), *gates, rows, through, bound,
         T, NC, SEGMENT, SCALE, *strides, H=case.H, G=case.G, HEADS=1 << (case.G - 1).bit_length(), HAS_G=case.decays,
         HAS_DOC=case.starts is not None, NORM=case.normalise,
     )  # fmt: skip
