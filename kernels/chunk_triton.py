@@ -398,9 +398,10 @@ def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, coming:
         else:
             _reverse_and_gradients(p, do, outgoing, heads, states, errors, between, parts, (dq, dk, dv))
         first, last, every = heads.indices(B * HV)
+        count = -(-(last - first) // every)
         proof.launch(
-            gates_kernel, (-(-NC // GATES), -(-(last - first) // every)),
-            p.rows, p.through, parts, dbeta if dg is None else dg, dbeta, T, NC, first, every,
+            gates_kernel, (NC, -(-count // GATES)),
+            p.rows, p.through, parts, dbeta if dg is None else dg, dbeta, T, NC, first, every, count,
             **p.kernels.constants["gates"], HALVES=one,
         )  # fmt: skip
     return Gradients(dq, dk, dv, dg, dbeta)

@@ -14,7 +14,7 @@ import triton
 
 from .signatures import Signature
 
-GATES = 8  # chunks of a program that adds up dbeta and dg
+GATES = 8  # value heads of a program that adds up dbeta and dg
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def constants(use: str, s: Signature, launches: Launches, arguments: Sequence[st
         **{"HAS_G": s.g is not None, "HAS_DOC": s.documents is not None, "NORM": s.normalise},
         **{"ERASE": s.rule.erase, "PREVIOUS": s.rule.error_decay == "previous"},
         **{"SUMMARY": "summar" in use, "OUTPUT": use.endswith("apply"), "KEEP": use.endswith("keep")},
-        **{"BK": min(s.K, 64), "CHUNKS": GATES},
+        **{"BK": min(s.K, 64), "TOGETHER": GATES},
         # How products of fp32 operands are formed; those of bf16 and fp16 have one way.
         "DOT": "tf32x3" if s.dtype == torch.float32 else "tf32",
     }

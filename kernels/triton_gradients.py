@@ -322,54 +322,81 @@ def keys_kernel(
 
 
 @triton.jit
-def _part(parts, which: tl.constexpr, i, mask, HALVES: tl.constexpr):
-    """Sum i of a part behind the first, as pairs, queries and keys leave it or, in halves, gluon_backward."""
+def _part(parts, which: tl.constexpr, shift: tl.constexpr, there, HALVES: tl.constexpr):
+    """A part behind the first, as pairs, queries and keys leave it or, in halves, gluon_backward; that of token
+    i + shift at i, zero where there is none. In halves, until :func:`_whole` adds them, they lie as in memory, where
+    one load has both."""
+    each: tl.constexpr = 2 if HALVES else 1
+    size: tl.constexpr = 64 * each
+    at = tl.arange(0, size)[None, :] + each * shift
+    return tl.load(parts + size * (which + each - 1) + at, mask=there & (at >= 0) & (at < size), other=0.0)
+
+
+@triton.jit
+def _whole(part, HALVES: tl.constexpr):
     if HALVES:
-        at = parts + 128 * (which + 1) + 2 * i
-        return tl.load(at, mask=mask, other=0.0) + tl.load(at + 1, mask=mask, other=0.0)
+        first, second = tl.split(tl.reshape(part, (part.shape[0], 64, 2)))
+        return first + second
     else:
-        return tl.load(parts + 64 * which + i, mask=mask, other=0.0)
+        return part
 
 
-@triton.jit(do_not_specialize=["T", "NC", "row0", "every"])
+@triton.jit(do_not_specialize=["T", "NC", "row0", "every", "count"])
 def gates_kernel(
-    rows, through, parts, dg, dbeta, T, NC, row0, every,
+    rows, through, parts, dg, dbeta, T, NC, row0, every, count,
     HV: tl.constexpr, HAS_G: tl.constexpr, HAS_DOC: tl.constexpr, ERASE: tl.constexpr, PREVIOUS: tl.constexpr,
-    CHUNKS: tl.constexpr, HALVES: tl.constexpr,
+    TOGETHER: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """dbeta and dg from their parts, for a few chunks of a value head."""
-    local = tl.program_id(1).to(tl.int64)
-    row = row0 + local * every
-    ib, hv = row // HV, row % HV
+    """dbeta and dg from their parts, for a chunk of a few of the launch's ``count`` value heads: theirs lie side by
+    side, and are written together."""
+    c = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * TOGETHER  # in this launch's arrays
+    local = first + tl.arange(0, TOGETHER)[:, None]
+    there = local < count
     r = tl.arange(0, 64)[None, :]
-    c = tl.program_id(0).to(tl.int64) * CHUNKS + tl.arange(0, CHUNKS)[:, None]
-    t = c * 64 + r
     size: tl.constexpr = 896 if HALVES else 384
-    parts += (local * NC + c) * size
-    at = (ib * T + t) * HV + hv
-    there = c < NC
-    d_beta = tl.load(parts + r, mask=there, other=0.0)
-    if HALVES:
-        for quarter in tl.static_range(1, 4):
-            d_beta += tl.load(parts + 64 * quarter + r, mask=there, other=0.0)
-    d_beta += _part(parts, 3, r, there, HALVES)
-    tl.store(dbeta + at, d_beta.to(dbeta.dtype.element_ty), mask=t < T)
+    parts += (local * NC.to(tl.int64) + c) * size
+    chunk = (row0 + local * every) * NC.to(tl.int64) + c
+    # All is asked for before anything is added: the compiler moves no load over the barriers in between.
+    left = _part(parts, 3, 0, there, HALVES)
     if HAS_G:
-        d_g = _part(parts, 1, r, there, HALVES)
-        d_g += tl.cumsum(_part(parts, 2, r, there, HALVES), 1, reverse=True)
+        d_g = _part(parts, 1, 0, there, HALVES)
+        log_in = _part(parts, 2, 0, there, HALVES)
+        left_before = _part(parts, 3, -1, there, HALVES)
         if ERASE:
-            after: tl.constexpr = 1 if PREVIOUS else 0
-            d_g -= tl.cumsum(_part(parts, 4, r + after, there & (r + after < 64), HALVES), 1, reverse=True)
-        bt = tl.load(rows + (row * NC + c) * 512 + 191 + r, mask=there & (r > 0), other=0.0)
-        d_g += tl.cumsum(bt * _part(parts, 3, r - 1, there & (r > 0), HALVES), 1)
-        passes = tl.load(through + row * NC + c, mask=there, other=0.0)
+            taken = _part(parts, 4, 1 if PREVIOUS else 0, there, HALVES)
+        bt = tl.load(rows + chunk * 512 + 191 + r, mask=there & (r > 0), other=0.0)
+        passes = tl.load(through + chunk, mask=there, other=0.0)
         if HALVES:
-            of_rows = tl.load(parts + 768 + tl.arange(0, 32)[None, :], mask=there, other=0.0)
-            inner = tl.sum(of_rows, 1)[:, None]
+            inner = tl.load(parts + 768 + tl.arange(0, 32)[None, :], mask=there, other=0.0)
         else:
             inner = tl.load(parts + 320, mask=there, other=0.0)
+    d_beta = tl.load(parts + r, mask=there, other=0.0)
+    if HALVES:
+        second = tl.load(parts + 64 + r, mask=there, other=0.0)
+        third = tl.load(parts + 128 + r, mask=there, other=0.0)
+        fourth = tl.load(parts + 192 + r, mask=there, other=0.0)
+        d_beta = d_beta + second + third + fourth
+    d_beta += _whole(left, HALVES)
+    if HAS_G:
+        d_g = _whole(d_g, HALVES)
+        d_g += tl.cumsum(_whole(log_in, HALVES), 1, reverse=True)
+        if ERASE:
+            d_g -= tl.cumsum(_whole(taken, HALVES), 1, reverse=True)
+        d_g += tl.cumsum(bt * _whole(left_before, HALVES), 1)
+        if HALVES:
+            inner = tl.sum(inner, 1)[:, None]
         if HAS_DOC:
             d_g += tl.where(passes <= 0.0, 0.0, passes * inner)  # through says more where nothing passes
         else:
             d_g += tl.where(passes != 0.0, passes * inner, 0.0)
-        tl.store(dg + at, d_g.to(dg.dtype.element_ty), mask=t < T)
+    # Neighbouring lanes write neighbouring heads. Along one axis: of two the compiler would choose the faster itself.
+    i = tl.arange(0, 64 * TOGETHER)
+    local = first + i % TOGETHER
+    row = row0 + local * every
+    t = c * 64 + i // TOGETHER
+    at = (row // HV * T.to(tl.int64) + t) * HV + row % HV
+    inside = (local < count) & (t < T)
+    if HAS_G:
+        tl.store(dg + at, tl.reshape(tl.trans(d_g), (64 * TOGETHER,)).to(dg.dtype.element_ty), mask=inside)
+    tl.store(dbeta + at, tl.reshape(tl.trans(d_beta), (64 * TOGETHER,)).to(dbeta.dtype.element_ty), mask=inside)

@@ -182,7 +182,8 @@ def fold_kernel(
     ck = tl.arange(0, K)
     at = (row * K + ck[None, :]) * V + tl.program_id(0) * BV + tl.arange(0, BV)[:, None]
     tile = row * tl.num_programs(0) + tl.program_id(0)
-    in_tile = tl.arange(0, BV)[:, None] * K + ck[None, :]
+    # In a slot as in memory, not as here: of two orders the compiler would take one for both, and convert.
+    in_tile = ck[None, :] * BV + tl.arange(0, BV)[:, None]
     S = tl.zeros((BV, K), tl.float32)
     if start == 1:
         S = tl.load(first + at)
@@ -202,13 +203,15 @@ def fold_kernel(
             through = _crosses(continues, i, n * B + batch, steps, start, HAS_CONTINUES)
             kept += tl.sum((tl.load(forgets + n * rows + row, mask=through, other=1) == 0).to(tl.int32), axis=0)
         multiplied = tl.where(kept == 0, 0, N)
+        lost = tl.sum(tl.abs(S) * 0.0, axis=1)  # what comes through of each column: zero, or that it is not finite
         for i in tl.range(0, N - multiplied, num_stages=4):  # U is fetched ahead
             n = N - 1 - i if REVERSE else i
             tl.store(states + n * rows * K * V + at, S)
             through = _crosses(continues, i, n * B + batch, steps, start, HAS_CONTINUES)
             added = tl.load(U + n * rows * K * V + at, mask=i < steps, other=0.0)
-            crossed = tl.sum(tl.abs(S) * 0.0, axis=1)[:, None]  # as of zeros: what is not finite shows
-            S = tl.where(through, crossed + added, added)
+            S = tl.where(through, lost[:, None] + added, added)
+            of_added = tl.sum(tl.abs(added) * 0.0, axis=1)
+            lost = tl.where(through, lost + of_added, of_added)
     cw = tl.arange(0, WIDTH)
     for i in tl.range(0, multiplied, num_stages=2):  # M is fetched ahead
         n = N - 1 - i if REVERSE else i

@@ -52,7 +52,7 @@ TILES = {
     **dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), (1, 64, 1, 128)),
 }  # fmt: skip
 FP32 = {"g", "beta", "N", "rows", "through", "bound", "incoming", "outgoing", "M", "U", "D", "parts", "dg", "dbeta"}
-INTEGERS = {"T", "NC", "segment_chunks", "B", "N", "row0", "every", "group", "size"}
+INTEGERS = {"T", "NC", "segment_chunks", "B", "N", "row0", "every", "count", "group", "size"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def compiled(
     """The kernel as ``chunk_triton`` launches it for bf16 operands, decay and normalised keys."""
     kernel, launch = KERNELS[use], LAUNCHES.get(use, Launch(64, 4, 1))  # gates has Triton's own four warps
     constants: dict[str, Any] = {
-        **{"H": H, "HV": H * G, "G": G, "HEADS": G, "CHUNKS": GATES},
+        **{"H": H, "HV": H * G, "G": G, "HEADS": G, "TOGETHER": GATES},
         **{"K": K, "V": V, "BV": min(V, launch.columns), "BK": min(K, 64)},
         **{"sqt": H * K, "sqh": K, "skt": H * K, "skh": K, "svt": H * G * V, "svh": V, "sot": H * G * V, "soh": V},
         **{"sgt": H * G, "sgh": 1, "sbt": H * G, "sbh": 1, "DOT": "tf32", "STAGES": launch.stages},
