@@ -38,6 +38,7 @@ class Daemon:
         self._folder = tempfile.mkdtemp(prefix="dnsp-mps-")  # the path of a socket in it is short
         self.variables = {NAMED: self._folder, "CUDA_MPS_LOG_DIRECTORY": self._folder}
         environment = os.environ | self.variables
+        environment.pop("CUDA_VISIBLE_DEVICES", None)  # a daemon that sees some GPUs counts its clients' anew from 0
         try:
             subprocess.run([CONTROL, "-d"], env=environment, check=True, capture_output=True, timeout=SECONDS)
             if device is not None:
