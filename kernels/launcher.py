@@ -9,6 +9,7 @@ was not, or that is out of the ordinary (an address that is no multiple of 16, h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -69,9 +70,9 @@ class _Ready:
         self.binary = binary
         # Tensors that are given by address. Of the host's memory Triton asks what it is to the device.
         self.bare = [(i, n) for n, i in enumerate(tensors) if not args[i].is_pinned()]
-        self.encoded: dict[tuple[int, ...], list[Any]] = {}  # descriptors, by place and by what they describe
         run, kinds = binary.run, getattr(binary.metadata, "tensordesc_meta", None)
-        self.kinds = dict(zip(descriptors, kinds or (), strict=False))
+        # From the last on: in an argument's place several come.
+        self.kinds = [(i, kind, _number(repr(kind))) for i, kind in zip(descriptors, kinds or (), strict=False)][::-1]
         self.function = _behind(run, bool(descriptors)) if len(self.kinds) == len(descriptors) else None
 
     def launch(self, grid: tuple[int, int, int], stream: int, values: list[Any], rest: tuple[None, ...]) -> None:
@@ -79,8 +80,12 @@ class _Ready:
         if self.function is None:  # as JITFunction.run does, with no metadata for hooks that are not there
             run(*grid, stream, binary.function, binary.packed_metadata, None, None, None, *values, *rest)
             return
-        if self.kinds:
-            values = self._encoded(values)
+        for i, kind, number in self.kinds:
+            x = values[i]
+            encoded = x.__dict__.get("encoded")
+            if encoded is None or encoded[0] != number:
+                encoded = x.encoded = number, _encoded(x, kind, number)
+            values[i : i + 1] = encoded[1]
         values += rest
         how = run.launch_cooperative_grid, run.launch_pdl
         packed, none = binary.packed_metadata, None
@@ -90,22 +95,27 @@ class _Ready:
         else:
             self.function(*grid, stream, binary.function, *how, none, none, packed, none, none, none, *values)
 
-    def _encoded(self, values: list[Any]) -> list[Any]:
-        """Each descriptor as what the kernel is given for it, which follows from address, shape and strides alone."""
-        if len(self.encoded) > 4096:
-            self.encoded.clear()
-        whole: list[Any] = []
-        done = 0
-        for i, kind in self.kinds.items():
-            x = values[i]
-            key = i, x.base.data_ptr(), *x.shape, *x.strides
-            found = self.encoded.get(key)
-            if found is None:
-                found = self.encoded[key] = nvidia.make_tensordesc_arg(x, kind)
-            whole += values[done:i]
-            whole += found
-            done = i + 1
-        return whole + values[done:]
+
+_encodings: dict[tuple[int, ...], list[Any]] = {}
+_numbers: dict[Any, int] = {}
+_fresh = itertools.count()
+
+
+def _encoded(x: TensorDescriptor, kind: Any, number: int) -> list[Any]:
+    """A descriptor as a kernel is given it, which follows from address, shape and strides alone."""
+    key = number, x.base.data_ptr(), *x.shape, *x.strides
+    found = _encodings.get(key)
+    if found is None:
+        if len(_encodings) > 65536:
+            _encodings.clear()
+        found = _encodings[key] = nvidia.make_tensordesc_arg(x, kind)
+    return found
+
+
+def _number(what: Any) -> int:
+    """The same for what is equal."""
+    found = _numbers.get(what)
+    return _numbers.setdefault(what, next(_fresh)) if found is None else found
 
 
 def _behind(run: Any, described: bool) -> Any:
@@ -119,16 +129,17 @@ def _behind(run: Any, described: bool) -> Any:
 
 
 _forms: dict[tuple[Any, ...], _Form] = {}
-_latest: dict[Any, _Form] = {}  # of each kernel: its arguments have nearly always the types that they had before
+# Of each kernel, by identity: its arguments have nearly always the types that they had before.
+_latest: dict[int, _Form] = {}
 
 
 def _form_of(kernel: Any, args: tuple[Any, ...]) -> _Form:
-    form, types = _latest.get(kernel), tuple(map(type, args))
+    form, types = _latest.get(id(kernel)), tuple(map(type, args))
     if form is None or form.types != types:
         form = _forms.get((kernel, *types))
         if form is None:
             form = _forms[kernel, *types] = _Form(kernel, args)
-        _latest[kernel] = form
+        _latest[id(kernel)] = form
     return form
 
 
@@ -196,14 +207,16 @@ def _special(value: int) -> tuple[int, int]:
     return value >> 31, 1 if value == 1 else 16 * (value % 16 == 0)
 
 
-_layouts: dict[int, tuple[Any, Any]] = {}  # by identity, kept so that it stays theirs: a layout, and its first equal
+_layouts: dict[int, tuple[Any, int]] = {}  # by identity, kept so that it stays theirs
 
 
-def _described(x: TensorDescriptor) -> tuple[Any, ...]:
-    layout = x.layout
-    found = _layouts.get(id(layout))
+def _described(x: TensorDescriptor) -> int:
+    """A number for what of a descriptor decides a binary; kept with it."""
+    found: int | None = x.__dict__.get("decides")
     if found is None:
-        seen = list(_layouts.values())  # other threads add to it
-        found = _layouts[id(layout)] = layout, next((old for old, _ in seen if old == layout), layout)
-    rounded = getattr(x, "round_f32_to_tf32", False)
-    return x.base.dtype, x.padding, rounded, *x.block_shape, id(found[1])
+        layout = _layouts.get(id(x.layout))
+        if layout is None:
+            layout = _layouts[id(x.layout)] = x.layout, _number(x.layout)
+        rounded = getattr(x, "round_f32_to_tf32", False)
+        found = x.decides = _number((x.base.dtype, x.padding, rounded, *x.block_shape, layout[1]))
+    return found

@@ -278,7 +278,7 @@ def wait(
     when time is up. ``where`` and ``peer`` tell who waits for whom, for the record."""
     unused = clock.status
     proof.launch(
-        wait_kernel, (triton.cdiv(tiles, WAITED),),
+        wait_kernel, (-(-tiles // WAITED),),
         unused if inbox is None else inbox.ready_C, unused if inbox is None else inbox.taken_C,
         unused if outbox is None else outbox.free_C, unused if outbox is None else outbox.sent_C,
         clock.status, clock.record, clock.stamps, first_tile, tiles, clock.limit, where, peer, int(inbox is not None),

@@ -22,11 +22,10 @@ Long because when a part comes, what is posted with it and what folds it are rea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +35,7 @@ from dnsp.kernels.scan import Coming, LocalScan, fold, on_gpu, reverse_fold
 
 from .errors import PlanError
 from .layout import Layout
-from .route import route
+from .route import Leg, Part, Route, itinerary, route
 from .transport import Exchange, Message, Transport
 from .waits import WAITS
 
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 
 Fold = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 Steps = Generator[None, None, Tensor | None]  # stops before each wait for another rank; returns the chain's end
-Part = tuple[int, int]  # a place, and which part of the state that enters it
 MESSAGE = 2**22  # bytes that a wire carries while a message costs what it costs at any size: 80 us at 50 GB/s
 
 
@@ -130,23 +128,24 @@ class _Steps:
     """A pass as far as it has gone; ``end``: what it returned."""
 
     def __init__(self, steps: Steps) -> None:
-        self._steps, self._over = steps, False
+        self._steps, self.over = steps, False
         self.end: Tensor | None = None
 
     def go(self, to_the_end: bool) -> None:
         """On to the next wait for another rank, or to the end."""
-        while not self._over:
+        while not self.over:
             try:
                 next(self._steps)
             except StopIteration as stop:
-                self.end, self._over = stop.value, True
+                self.end, self.over = stop.value, True
             if not to_the_end:
                 return
 
 
 class _Chain:
-    """One pass on its :class:`~dnsp.parallel.route.Route`. ``has_start``, ``want_end``: whether a state enters the
-    first place, and whether the one that leaves the last is wanted. ``into``: by place, the state that enters it."""
+    """One pass, as its :class:`~dnsp.parallel.route.Itinerary` has it. ``has_start``, ``want_end``: whether a state
+    enters the first place, and whether the one that leaves the last is wanted. ``into``: by place, the state that
+    enters it."""
 
     def __init__(
         self,
@@ -162,9 +161,8 @@ class _Chain:
     ) -> None:
         self.scan, self.M, self.U, self.continues, self.forgets = scan, M, U, continues, forgets
         self.step, self.has_start, self.want_end, self.backward = step, has_start, want_end, backward
-        self.route = route(scan.layout, scan.open, backward)
-        self.last, self.mine = scan.layout.count - 1, scan.layout.indices(scan.rank)
         self.near = scan.comm.near if scan.kind == "peer" else ()
+        self.by_kernel = on_gpu(U)
         self.memory: Symmetric | None = None
         self.into: dict[int, Tensor | None] = {}
         # The compute stream's memory, given back in its order: it follows before this, M or U is used again.
@@ -190,7 +188,8 @@ class _Chain:
         go(not on_host)
 
         def arrived() -> tuple[Tensor, Tensor | None]:
-            go(True)
+            if not steps.over:
+                go(True)
             if side is not None:
                 here = torch.cuda.current_stream(device)
                 with WAITS.counted():
@@ -210,73 +209,40 @@ class _Chain:
         parts = self._parts()
         if len(parts) > 1:
             self._by_row()
-        # Of each place the segments that what enters it comes to: where it passes on, and where it ends.
-        passing, ending = dict[int, slice](), dict[int, slice]()
-        here = sorted(self.route.order.index(interval) for interval in self.mine)
-        for place in here:
-            if self._by_message(place):
-                self.into[place] = self._state()
-            if len(parts) > 1 and self._goes_on(place):
-                self.into[place + 1] = self._state()
-            enters, leaves = self._segments(place)
-            if leaves is not None:
-                self._fold(place, None, leaves, enters=False)
-            if leaves is not None or not self._goes_on(place):
-                ending[place] = enters
-            elif self.route.when[place] == 0:
-                self._fold(place, None, enters)
-            else:
-                passing[place] = enters
-
-        posts, turns = self._agenda(here, passing, len(parts), on_host)
+        scan = self.scan
+        trip = itinerary(
+            scan.layout, scan.open, self.backward, scan.rank, scan.per_interval, self.has_start, self.want_end,
+            self.near, len(parts), on_host,
+        )  # fmt: skip
+        for place in trip.buffers:
+            self.into[place] = self._state()
+        for leg in trip.first:
+            self._fold(leg, None)
         under_way: dict[Part, Exchange] = {}
-        for time in sorted({*posts, *turns}):
-            for together in posts.get(time, ()):
+        for posts, turns in trip.agenda:
+            for together in posts:
                 under_way |= dict.fromkeys(together, self._post(together, parts))
-            for place, part in turns.get(time, ()):
-                if (place, part) in under_way:
+            for leg, part in turns:
+                if (leg.place, part) in under_way:
                     yield
-                    under_way[place, part].arrived()
-                self._fold(place, parts[part], passing[place])
+                    under_way[leg.place, part].arrived()
+                self._fold(leg, parts[part])
         yield
-        for place, segments in ending.items():
+        for leg in trip.ending:
             for part in range(len(parts)):
-                if (place, part) in under_way:
-                    under_way[place, part].arrived()
-            self._fold(place, None, segments, goes_on=False)
+                if (leg.place, part) in under_way:
+                    under_way[leg.place, part].arrived()
+            self._fold(leg, None)
         for exchange in under_way.values():
             exchange.wait()
-        end = self.into.get(self.last + 1)
+        end = self.into.get(scan.layout.count)
         if end is not None and len(parts) > 1:
             end = end.view(self.shape[1:]).clone()  # autograd lets nobody change a view that a function returned
         return end
 
-    def _agenda(
-        self, here: Iterable[int], passing: Iterable[int], parts: int, on_host: bool
-    ) -> tuple[dict[int, list[list[Part]]], dict[int, list[Part]]]:
-        """By time: messages that are posted together, and parts that are folded after that.
-
-        A part comes into a place at a time that both ends know, and a rank posts the messages of one time together; so
-        a transport may take them one after another, and none waits for a later one. The host does not, and posts at
-        once what waits for nobody: calls that are under way together keep their order.
-        """
-        posts: dict[int, list[list[Part]]] = {}
-        turns: dict[int, list[Part]] = {}
-        when = self.route.when
-        for place, part in product((place + at for place in here for at in (0, 1)), range(parts)):
-            if self._by_message(place):
-                at_once = on_host and (self.route.owners[place] == self.scan.rank or when[place] == 1)
-                now = posts.setdefault(0 if at_once else when[place] + part, [])
-                if on_host or not now:
-                    now.append([])
-                now[-1].append((place, part))
-        for place, part in product(passing, range(parts)):
-            turns.setdefault(when[place] + part, []).append((place, part))
-        return posts, turns
-
     def _meet(self) -> None:
         """The memory that neighbours share, before the first mail."""
-        if self.scan.kind == "peer" and not on_gpu(self.U):
+        if self.scan.kind == "peer" and not self.by_kernel:
             raise PlanError(
                 f"transport peer: it carries states that the fold's kernel takes, and not [..., K, V]="
                 f"{list(self.U.shape[-2:])} in {str(self.U.dtype).removeprefix('torch.')} on {self.U.device.type}; "
@@ -290,9 +256,12 @@ class _Chain:
 
     def _parts(self) -> list[slice | None]:
         """What of a state's ``B * HV`` heads travels together, None for all; the same on every rank."""
-        hops = max(self.route.when)
+        layout = self.scan.layout
+        hops = max(self._way_through().when)
         if self.scan.kind == "peer":  # by message from host to host
-            hops = min(hops, (self.scan.comm.hosts - 1) * len(self.mine))
+            hops = min(hops, (self.scan.comm.hosts - 1) * layout.count // layout.ranks)
+        if hops < 2:
+            return [None]
         n, rows = parts_of(self.U[0], hops), self.U.shape[1] * self.U.shape[2]
         return [slice(rows * i // n, rows * (i + 1) // n) for i in range(n)] if n > 1 else [None]
 
@@ -306,83 +275,66 @@ class _Chain:
         start = self.into[0]
         self.into[0] = start if start is None else start.flatten(0, 1)[:, None]
 
-    def _segments(self, place: int) -> tuple[slice, slice | None]:
-        """Local segments that what enters a place comes to; and, where it does not come through, those behind."""
-        first = self.mine.index(self.route.order[place]) * self.scan.per_interval
-        last, closed = first + self.scan.per_interval, self.route.closed[place]
-        if not closed or not self._goes_on(place):
-            return slice(first, last), None
-        if self.backward:
-            return slice(first + closed[0], last), slice(first, first + closed[0] + 1)
-        return slice(first, first + closed[-1] + 1), slice(first + closed[-1], last)
-
-    def _fold(
-        self, place: int, rows: slice | None, segments: slice, *, enters: bool = True, goes_on: bool = True
-    ) -> None:
-        """Takes rows of what enters a place, or of zeros, through some of its segments; and on into the next place."""
-        state, leaves = self.into.get(place) if enters else None, self.into.get(place + 1) if goes_on else None
-        M, U, states, continues, forgets = self.M, self.U, self.states, self.continues, self.forgets
-        steps, part = segments.stop - segments.start - (not goes_on), state
-        if on_gpu(U):
+    def _fold(self, leg: Leg, rows: slice | None) -> None:
+        """Takes a leg, with these rows of the state alone where they are given."""
+        state = self.into.get(leg.place) if leg.enters else None
+        leaves = self.into.get(leg.place + 1) if leg.goes_on else None
+        given: tuple[Tensor | None, ...] = self.M, self.U, self.continues, self.forgets, self.states
+        if leg.segments.stop - leg.segments.start < len(self.U):
+            given = tuple(None if x is None else x[leg.segments] for x in given)
+        M, U, continues, forgets, states = given
+        assert M is not None and U is not None and states is not None
+        part = state
+        if self.by_kernel:
             from dnsp.kernels import triton_scan
 
             _, part = triton_scan.fold(
-                M[segments], U[segments], state, None if continues is None else continues[segments],
-                None if forgets is None else forgets[segments], steps, self.backward, states_NBHKV=states[segments],
-                last_BHKV=leaves, rows=rows, **self._mail(place, rows, enters, goes_on),
+                M, U, state, continues, forgets, leg.steps, self.backward, states_NBHKV=states, last_BHKV=leaves,
+                rows=rows, **self._mail(leg, rows),
             )  # fmt: skip
         else:
             if rows is not None:
                 M, U, states = (x[:, rows] for x in (M, U, states))
                 part = None if part is None else part[rows]
                 continues = None if continues is None else continues[:, rows]
-            met = range(len(U))[segments]
+            met = range(len(U))
             for at, n in enumerate(reversed(met) if self.backward else met):
                 states[n] = 0 if part is None else part
-                if at < steps:
+                if at < leg.steps:
                     part = self.step(M[n], U[n], part, None if continues is None else continues[n])
             if leaves is not None and part is not None:
                 (leaves if rows is None else leaves[rows]).copy_(part)
-        if goes_on and leaves is None:
-            self.into[place + 1] = part
+        if leg.goes_on and leaves is None:
+            self.into[leg.place + 1] = part
 
-    def _mail(self, place: int, rows: slice | None, enters: bool, goes_on: bool) -> dict[str, Any]:
+    def _mail(self, leg: Leg, rows: slice | None) -> dict[str, Any]:
         """A fold's boxes, where what enters comes from a neighbour in memory or what leaves goes to one: the stream has
         waited for both."""
-        source, target = self.route.ends(place) if enters else None, self.route.ends(place + 1) if goes_on else None
-        comes = self.near.index(source[0]) if source and source[0] in self.near else None
-        goes = self.near.index(target[1]) if target and target[1] in self.near else None
-        if self.memory is None or (comes is None and goes is None):
+        if self.memory is None or (leg.source is None and leg.target is None):
             return {}
         self.scan.comm.calls += 1
-        inbox, outbox = self.memory.wait(self.U, rows, comes, goes, self._what([place]))
+        inbox, outbox = self.memory.wait(self.U, rows, leg.source, leg.target, self._what(str(leg.interval)))
         return {"inbox": inbox, "outbox": outbox, "clock": self.memory.clock}
-
-    def _goes_on(self, place: int) -> bool:
-        """Whether anyone wants what leaves a place."""
-        return place < self.last or self.want_end
-
-    def _by_message(self, place: int) -> bool:
-        """Whether this rank sends or receives what enters a place, and not by mail."""
-        ends = self.route.ends(place)
-        return ends is not None and self.scan.rank in ends and not set(ends) <= set(self.near)
 
     def _post(self, messages: list[Part], parts: list[slice | None]) -> Exchange:
         """Starts messages together: parts of what enters places."""
         sends: list[Message] = []
         receives: list[Message] = []
+        way = self._way_through()
         for place, part in messages:
-            (source, target), state = self.route.ends(place) or (0, 0), self.into[place]
+            (source, target), state = way.ends(place) or (0, 0), self.into[place]
             assert state is not None
             to, peer = (receives, source) if target == self.scan.rank else (sends, target)
             rows = parts[part]
             to.append((peer, state.contiguous() if rows is None else state[rows]))
-        mine = [place - (self.route.owners[place] != self.scan.rank) for place, _ in messages]
-        return self.scan.comm.exchange(sends, receives, self._what(mine))
+        mine = {way.order[place - (way.owners[place] != self.scan.rank)] for place, _ in messages}
+        return self.scan.comm.exchange(sends, receives, self._what(" and ".join(map(str, sorted(mine)))))
 
-    def _what(self, places: list[int]) -> str:
-        intervals = " and ".join(str(n) for n in sorted({self.route.order[place] for place in places}))
+    def _what(self, intervals: str) -> str:
         return f"the delta rule's hop at interval {intervals} ({self._way}){in_layer(self.scan.layer)}"
+
+    def _way_through(self) -> Route:
+        return route(self.scan.layout, self.scan.open, self.backward)
 
     def _state(self) -> Tensor:
         return torch.empty_like(self.U[0], memory_format=torch.contiguous_format)
@@ -393,7 +345,7 @@ class _Chain:
 
     def _gather(self, start: Tensor | None) -> Steps:
         """Every segment's summaries, and the whole chain, as one device has it."""
-        each, mine = self.scan.per_interval, self.mine
+        each, mine = self.scan.per_interval, self.scan.layout.indices(self.scan.rank)
         what = f"the delta rule's gather of summaries ({self._way}){in_layer(self.scan.layer)}"
         yield
         M, U = (self._whole(self.scan.comm.all_gather(x, what)) for x in (self.M, self.U))
@@ -405,7 +357,7 @@ class _Chain:
             coming = whole.forward(M, U, continues, None, start, self.want_end)
         states, end = coming()
         torch.cat([states[interval * each : (interval + 1) * each] for interval in mine], out=self.states)
-        return end if self.route.owners[-1] == self.scan.rank else None
+        return end if self._way_through().owners[-1] == self.scan.rank else None
 
     def _whole(self, by_rank_PN: Tensor) -> Tensor:
         """Summaries of all segments in global order: as they come in where a rank's segments are one interval."""
@@ -422,4 +374,4 @@ class _Chain:
     def _shared(self, start: Tensor | None, what: str) -> Tensor:
         """The state at the pass's start, which only the rank there has; zero where not even that one has it."""
         mine = torch.zeros_like(self.U[0]) if start is None else start
-        return self.scan.comm.all_gather(mine, what)[self.route.owners[0]]
+        return self.scan.comm.all_gather(mine, what)[self._way_through().owners[0]]

@@ -236,20 +236,26 @@ class Symmetric(Region):
         shape = 2, self.capacity
         self._taken, self._sent = (torch.zeros(shape, dtype=torch.int32, device=self.device) for _ in range(2))
         self._kept.append((self._taken, self._sent))
+        self._inboxes: dict[int, Inbox] = {}
+        self._outboxes: dict[int, Outbox] = {}
 
     # Every message.
 
     def inbox(self, source: int) -> Inbox:
         """Of what comes from a neighbour (a rank of the group)."""
-        mine, its = self._sides(source)
-        here, there = self._parts[self.comm.rank], self._parts[source]
-        return Inbox(here.slots[mine], here.ready[mine], self._taken[mine], there.free[its])
+        if source not in self._inboxes:
+            mine, its = self._sides(source)
+            here, there = self._parts[self.comm.rank], self._parts[source]
+            self._inboxes[source] = Inbox(here.slots[mine], here.ready[mine], self._taken[mine], there.free[its])
+        return self._inboxes[source]
 
     def outbox(self, target: int) -> Outbox:
         """Of what goes to a neighbour."""
-        mine, its = self._sides(target)
-        here, there = self._parts[self.comm.rank], self._parts[target]
-        return Outbox(there.slots[its], there.ready[its], self._sent[mine], here.free[mine])
+        if target not in self._outboxes:
+            mine, its = self._sides(target)
+            here, there = self._parts[self.comm.rank], self._parts[target]
+            self._outboxes[target] = Outbox(there.slots[its], there.ready[its], self._sent[mine], here.free[mine])
+        return self._outboxes[target]
 
     def wait(
         self, U_NBHKV: Tensor, rows: slice | None, source: int | None, target: int | None, what: str
