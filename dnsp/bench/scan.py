@@ -13,9 +13,11 @@
                   inbox; from these times and the hop the *makespan* that P GPUs would have, at the best of some segment
                   lengths:
 
-        a state leaves a place at   max(its rank is there, it left the place before + hop) + the fold's time
+        a state leaves a place at   max(its rank is there + busy - relay, it left the place before + hop) + relay
 
-                  while states travel, a rank does what needs none of them, and then waits
+                  busy: what an interval's launches keep its rank's stream for. relay: of that, from the message's sight
+                  to the raising of the next flag, by the device's timer; the rest is done while the message is still on
+                  its way. While states travel, a rank does what needs none of them, and then waits
 
                   It is over a local shard that was measured as replays are: single steps, by the device's clock
     hop           a flag seen by the waiting kernel minus the flag's raising, by the device's timer; of several GPUs,
@@ -26,7 +28,7 @@ Long because what is replayed, and the makespan that follows from it, are read b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count, product, takewhile
 from pathlib import Path
@@ -174,7 +176,7 @@ def make_step(plan: Plan, request: dict[str, Any], device: torch.device, like: S
 class Replay:
     """A rank's scan alone: the launches of the real one, on mail that has come and room that there is, in one stream.
     ``folds``: events around each interval's launches, of a forward scan and of the reverse one after it;
-    ``awaited``: when each was."""
+    ``awaited``: when each was; ``clocks``: the stamps of each interval's last launches, in the order of ``folds``."""
 
     def __init__(self, plan: Plan, U_shape: Sequence[int], device: torch.device) -> None:
         from dnsp.kernels import triton_scan
@@ -183,10 +185,12 @@ class Replay:
         self.scan = plan.scan
         tiles = B * HV * V // triton_scan.COLUMNS
         self.tiles = tiles
-        inbox, outbox, self.clock = triton_scan.loopback(tiles, device)
+        inbox, outbox, clock = triton_scan.loopback(tiles, device)
         far = torch.full_like(inbox.ready_C, 2**30)
         self.inbox = inbox._replace(ready_C=far, free_C=torch.zeros_like(far))
         self.outbox = outbox._replace(free_C=far, ready_C=torch.zeros_like(far))
+        mine = self.scan.layout.indices(self.scan.rank)
+        self.clocks = [[clock._replace(stamps=torch.zeros_like(clock.stamps)) for _ in mine] for _ in range(2)]
         self.folds: list[list[torch.cuda.Event]] = []
         self.awaited: list[torch.cuda.Event] = []
 
@@ -203,18 +207,19 @@ class Replay:
         entering, state = torch.empty_like(U), None
         events = [_event()]
         mine = layout.indices(rank)
-        for interval in reversed(mine) if backward else mine:
+        order = mine[::-1] if backward else mine
+        for interval, clock in zip(order, self.clocks[backward], strict=True):
             part = slice(mine.index(interval) * each, (mine.index(interval) + 1) * each)
             before, after = (interval + 1, interval - 1) if backward else (interval - 1, interval + 1)
             goes_on = 0 <= after < layout.count
             inbox = self.inbox if 0 <= before < layout.count and layout.owner(before) != rank else None
             outbox = self.outbox if goes_on and layout.owner(after) != rank else None
             if inbox or outbox:
-                triton_scan.wait(self.tiles, inbox, outbox, self.clock)
+                triton_scan.wait(self.tiles, inbox, outbox, clock)
             _, state = triton_scan.fold(
                 M[part], U[part], None if inbox else state, None if continues is None else continues[part],
                 None if forgets is None else forgets[part], each - (not goes_on), backward, inbox=inbox, outbox=outbox,
-                clock=self.clock, states_NBHKV=entering[part],
+                clock=clock, states_NBHKV=entering[part],
             )  # fmt: skip
             events.append(_event())
         self.folds.append(events)
@@ -235,13 +240,16 @@ def _event() -> torch.cuda.Event:
 @dataclass
 class Work:
     """What a rank does in a step, ms: before the forward scan, each interval's fold in it, what needs no state beside
-    it, between the scans, the same of the reverse one, and after it."""
+    it, between the scans, the same of the reverse one, and after it. A fold's ``relay`` is what a state that is waited
+    for takes through it, from its sight to the raising of the next rank's last flag; all of it where it is not sent."""
 
     before: float
     forward: list[float]
+    relay_forward: list[float]
     beside_forward: float
     between: float
     reverse: list[float]
+    relay_reverse: list[float]
     beside_reverse: float
     after: float
 
@@ -263,17 +271,33 @@ class Work:
             torch.cuda.synchronize()
             there, back = replay.folds
             folds = [[a.elapsed_time(b) for a, b in zip(p, p[1:], strict=False)] for p in (there, back)]
+            relays = [
+                [Stamps.of(clock.stamps).relay_ms or busy for clock, busy in zip(clocks, busy_ms, strict=True)]
+                for clocks, busy_ms in zip(replay.clocks, folds, strict=True)
+            ]
             beside = [p[-1].elapsed_time(at) for p, at in zip((there, back), replay.awaited, strict=True)]
             between, after = replay.awaited[0].elapsed_time(back[0]), replay.awaited[1].elapsed_time(ended)
             before = began.elapsed_time(there[0])
-            found.append(Work(before, folds[0], beside[0], between, folds[1], beside[1], after))
-        found = found[2:]
+            found.append(
+                Work(before, folds[0], relays[0], beside[0], between, folds[1], relays[1], beside[1], after)
+            )  # fmt: skip
+        return Work.median_of(found[2:])
+
+    @staticmethod
+    def median_of(found: Sequence[Work]) -> Work:
+        """Every figure's median."""
+
+        def each(rows: Iterable[list[float]]) -> list[float]:
+            return [middle(column) for column in zip(*rows, strict=True)]
+
         return Work(
             middle([w.before for w in found]),
-            [middle(list(column)) for column in zip(*(w.forward for w in found), strict=True)],
+            each(w.forward for w in found),
+            each(w.relay_forward for w in found),
             middle([w.beside_forward for w in found]),
             middle([w.between for w in found]),
-            [middle(list(column)) for column in zip(*(w.reverse for w in found), strict=True)],
+            each(w.reverse for w in found),
+            each(w.relay_reverse for w in found),
             middle([w.beside_reverse for w in found]),
             middle([w.after for w in found]),
         )
@@ -284,15 +308,18 @@ def makespan(layout: Layout, works: Sequence[Work], hop_ms: float) -> float:
     there = [work.before for work in works]  # when a rank has come to its next interval
     for backward in (False, True):
         left, owner_before = 0.0, -1
-        folds = [list(work.reverse if backward else work.forward) for work in works]
+        busy = [list(work.reverse if backward else work.forward) for work in works]
+        relay = [list(work.relay_reverse if backward else work.relay_forward) for work in works]
         beside = [work.beside_reverse if backward else work.beside_forward for work in works]
         # A GPU does one thing at a time: what is beside the scan is done before the folds, or while states travel.
-        ready = [at + more + sum(own) for at, more, own in zip(there, beside, folds, strict=True)]
+        ready = [at + more + sum(own) for at, more, own in zip(there, beside, busy, strict=True)]
         order = range(layout.count)
         for interval in reversed(order) if backward else order:
             rank = layout.owner(interval)
             come = left + (hop_ms if owner_before not in (-1, rank) else 0.0)
-            left = max(there[rank], come if owner_before >= 0 else 0.0) + folds[rank].pop(0)
+            through = relay[rank].pop(0)
+            waits = there[rank] + busy[rank].pop(0) - through  # from here on for its message alone
+            left = max(waits, come if owner_before >= 0 else 0.0) + through
             there[rank], owner_before = left, rank
         there = [max(at, early) for at, early in zip(there, ready, strict=True)]
         if not backward:
@@ -432,8 +459,7 @@ def _hops(step: Step, ranks: Ranks) -> list[float]:
 
     def stamps() -> list[Stamps]:
         torch.cuda.synchronize()
-        mine = clock.stamps.cpu()
-        return ranks.comm.from_all(Stamps(int(mine[0]), int(mine[1]), int(mine[2:].max())))
+        return ranks.comm.from_all(Stamps.of(clock.stamps))
 
     found: list[float] = []
     for _ in range(HOPS):
@@ -453,11 +479,23 @@ def _hops(step: Step, ranks: Ranks) -> list[float]:
 
 
 class Stamps(NamedTuple):
-    """Of a rank's pass, by its GPU's timer, ns: when it began to wait for its message, saw it, and raised the next."""
+    """Of a rank's pass, by its GPU's timer, ns: when it began to wait for its message, saw it, and raised the next
+    rank's last flag; 0 of what did not happen."""
 
     began: int
     saw: int
     raised: int
+
+    @staticmethod
+    def of(stamps: Tensor) -> Stamps:
+        """From a :class:`~dnsp.kernels.triton_scan.Clock`'s, whose device is done."""
+        began, saw, *raised = stamps.tolist()
+        return Stamps(began, saw, max(raised))
+
+    @property
+    def relay_ms(self) -> float | None:
+        """From the sight of a message to the raising of the next; None where none was sent."""
+        return (self.raised - self.saw) / 1e6 if self.raised else None
 
 
 def hops_there(ranks: Sequence[Stamps]) -> list[float]:

@@ -141,10 +141,23 @@ def test_the_table_has_every_figure() -> None:
     assert cells == ["zigzag, peer", "1,024", "3.300", "1.100", "1.050", "2,048", "1.050", "7.4"]
 
 
+def relayed(
+    before: float,
+    forward: list[float],
+    beside_forward: float,
+    between: float,
+    reverse: list[float],
+    beside_reverse: float,
+    after: float,
+) -> Work:
+    """A rank's work, of whose folds nothing is done before their messages are there."""
+    return Work(before, forward, forward, beside_forward, between, reverse, reverse, beside_reverse, after)
+
+
 def test_what_a_step_is_made_of() -> None:
     """By rank the figures of steps whose times and waits are made by hand, and their least and most in the table."""
     ranks = [Account(step=3.5, waits=[0.2, 0.05], host=1.0), Account(step=3.6, waits=[0.1, 0.0], host=1.2)]
-    works = [vars(Work(0.5, [0.1, 0.1], 0.0, 0.6, [0.1, 0.1], 0.2, left)) for left in (1.5, 1.6)]
+    works = [vars(relayed(0.5, [0.1, 0.1], 0.0, 0.6, [0.1, 0.1], 0.2, left)) for left in (1.5, 1.6)]
     way = {"layout": "zigzag", "transport": "peer", "segment_tokens": 64, "replays": {"64": {"work_ms": works}}}
     told = {"local shard": [ranks[0]._asdict()], "zigzag, peer": [rank._asdict() for rank in ranks]}
     rows = accounts({"accounts": told, "ways": [way]})
@@ -171,8 +184,8 @@ def test_what_a_step_is_made_of() -> None:
 
 def test_the_shortest_of_several_segment_lengths_counts() -> None:
     layout = Layout("contiguous", 2, 512)
-    fast = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0) for _ in range(2)]
-    full = [Work(9.0, [4.0], 0.0, 19.0, [8.0], 0.0, 4.0) for _ in range(2)]  # more segments, a longer chain
+    fast = [relayed(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0) for _ in range(2)]
+    full = [relayed(9.0, [4.0], 0.0, 19.0, [8.0], 0.0, 4.0) for _ in range(2)]  # more segments, a longer chain
     assert _shortest(layout, {64: full, 256: fast}, 1000.0) == (43.0, 256)
 
 
@@ -189,24 +202,59 @@ def test_hops_by_one_timer_and_by_several() -> None:
     assert hops_and_back(there, back) == [8.0, 8.0]
 
 
+def test_stamps_of_a_fold() -> None:
+    """When the wait began and ended, then each tile's flag; the last one counts. What sends nothing raised none."""
+    sent = Stamps.of(torch.tensor([1_000, 5_000, 11_500, 12_000, 11_000]))
+    assert sent == Stamps(1_000, 5_000, 12_000) and sent.relay_ms == 0.007
+    assert Stamps.of(torch.tensor([1_000, 5_000, 0, 0])).relay_ms is None
+
+
+def test_works_have_the_medians_of_steps() -> None:
+    steps = [Work(n, [n, 2 * n], [3 * n, 4 * n], 5 * n, 6 * n, [7 * n], [8 * n], 9 * n, 10 * n) for n in (9, 1, 2)]
+    assert Work.median_of(steps) == steps[2]
+
+
 def test_the_makespan_is_that_of_a_chain() -> None:
     """Two ranks, hand-made times: the state is waited for where it comes late, and costs nothing where it is early."""
-    even = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0) for _ in range(2)]
+    even = [relayed(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0) for _ in range(2)]
     contiguous = Layout("contiguous", 2, 128)
     # forward: rank 0 leaves at 11, rank 1 at max(10, 12) + 1 = 13; reverse: rank 1 at 13 + 20 + 2 = 35, rank 0 at
     # max(31, 36) + 2 = 38
     assert makespan(contiguous, even, 1.0) == 38 + 5
-    early = [Work(1.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0), Work(10.0, [1.0], 0.0, 5.0, [2.0], 0.0, 5.0)]
+    early = [relayed(1.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0), relayed(10.0, [1.0], 0.0, 5.0, [2.0], 0.0, 5.0)]
     assert makespan(contiguous, early, 1.0) == max(11 + 5 + 2 + 5, max(22, 19) + 2 + 5)
     # zigzag: rank 0 holds intervals 0 and 3, rank 1 holds 1 and 2; two hops there, two back
-    both = [Work(10.0, [1.0, 1.0], 0.0, 20.0, [2.0, 2.0], 0.0, 5.0) for _ in range(2)]
+    both = [relayed(10.0, [1.0, 1.0], 0.0, 20.0, [2.0, 2.0], 0.0, 5.0) for _ in range(2)]
     there = [10 + 1, 11 + 1 + 1, 13 + 1, 14 + 1 + 1]  # intervals 0, 1, 2, 3
     back3 = there[3] + 20 + 2
     back2 = max(there[2] + 20, back3 + 1) + 2
     assert makespan(Layout("zigzag", 2, 256), both, 1.0) == back2 + 2 + 1 + 2 + 5
     # eight ranks, seven hops there and back, hidden where there is as much to do beside them
     layout, chain = Layout("contiguous", 8, 512), 10 + 8 * 1.0 + 7 * 1.0
-    waits = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 25.0)] * 8
+    waits = [relayed(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 25.0)] * 8
     assert makespan(layout, waits, 1.0) == chain + 20 + 8 * 2 + 7 + 25
-    hides = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 22.0, 3.0)] * 8
+    hides = [relayed(10.0, [1.0], 0.0, 20.0, [2.0], 22.0, 3.0)] * 8
     assert makespan(layout, hides, 1.0) == max(chain + 20 + 22 + 2, chain + 20 + 8 * 2 + 7) + 3
+
+
+def test_a_fold_that_waits_has_only_its_relay_before_it() -> None:
+    """By hand: a fold keeps its rank for 3 forward and 5 backward, 1 and 2 of it between its message and the next
+    one's flag, where there is a next one. A hop takes 1."""
+
+    def work(before: float, relay_forward: list[float], relay_reverse: list[float]) -> Work:
+        n = len(relay_forward)
+        return Work(before, [3.0] * n, relay_forward, 0.0, 20.0, [5.0] * n, relay_reverse, 0.0, 5.0)
+
+    first, last = work(10.0, [1.0], [5.0]), work(10.0, [3.0], [2.0])
+    contiguous = Layout("contiguous", 3, 192)
+    # forward: rank 0 leaves at 13, rank 1 sees that at 14 and leaves at 15, rank 2 has it at 16 and ends at 19;
+    # backward: rank 2 leaves at 19 + 20 + 5 = 44, rank 1 at 45 + 2 = 47, rank 0 ends at 48 + 5 = 53
+    assert makespan(contiguous, [first, work(10.0, [1.0], [2.0]), last], 1.0) == 53 + 5
+    # Rank 1 is at its wait 2 after it is there: in time at 11, for the message comes at 14, and late by 0.5 at 12.5.
+    assert makespan(contiguous, [first, work(11.0, [1.0], [2.0]), last], 1.0) == 53 + 5
+    assert makespan(contiguous, [first, work(12.5, [1.0], [2.0]), last], 1.0) == 53.5 + 5
+    # zigzag: rank 0 holds intervals 0 and 3, rank 1 holds 1 and 2. What stays on a rank is not sent.
+    # forward: 10 + 3 = 13; 14 + 3 = 17; 17 + 3 = 20, though it was there at 17; 21 + 3 = 24
+    # backward: 24 + 20 + 5 = 49; 50 + 5 = 55; 55 + 5 = 60; 61 + 5 = 66
+    both = [work(10.0, [1.0, 3.0], [2.0, 5.0]), work(10.0, [3.0, 1.0], [5.0, 2.0])]
+    assert makespan(Layout("zigzag", 2, 256), both, 1.0) == 66 + 5
