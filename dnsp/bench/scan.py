@@ -20,6 +20,8 @@
                   its way. While states travel, a rank does what needs none of them, and then waits
 
                   It is over a local shard that was measured as replays are: single steps, by the device's clock
+    CUDA graph    on GPUs one process, the local shard and the ranks by peer once more, a step in one launch: a host
+                  that comes late does not show. Held against the local shard, or one process, as a graph
     hop           a flag seen by the waiting kernel minus the flag's raising, by the device's timer; of several GPUs,
                   whose timers differ, half of the way there and back
 
@@ -28,7 +30,7 @@ Long because what is replayed, and the makespan that follows from it, are read b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, product, takewhile
 from pathlib import Path
@@ -42,6 +44,7 @@ from dnsp.bench import account
 from dnsp.bench.account import Account, Alone
 from dnsp.bench.common import CLOCK, device_seconds
 from dnsp.bench.delta_shapes import Shape, make_inputs, parse_decay
+from dnsp.bench.graphs import as_graphs
 from dnsp.bench.ranks import Ranks, check, measure, middle, new_table, publish
 from dnsp.bench.scan_peers import missing, peers
 from dnsp.errors import UsageError
@@ -59,6 +62,7 @@ REPEAT = 10  # steps of a turn: what ranks begin apart, and their first launches
 HOP_US = 10.0  # where a hop cannot be measured
 ONE, LOCAL, AT_ONCE = "one process", "local shard", "local shards at once"
 UNWAITED = "nobody waits"  # a layout's replays, all ranks at once
+GRAPH = ", as a CUDA graph"
 
 
 def run(
@@ -104,20 +108,26 @@ def table(world: dict[str, Any], shape: dict[str, Any]) -> Table:
     )
     share = "efficiency" if alone else "over one"
     rows = new_table(title, "segment", "ms", share, "makespan", "in segments of", "over local", "hop, us")
-    one, local = world[ONE]["ms"], world[LOCAL]["ms"]
-    cool = world[LOCAL].get("alone_ms", local)
-    rows.add_row(ONE, f"{world[ONE]['segment_tokens']:,}", f"{one:.3f}", "" if alone else "1.000")
-    rows.add_row(LOCAL, f"{world[LOCAL]['segment_tokens']:,}", f"{local:.3f}", "100.0%" if alone else "")
-    for name in (n for n in world if n == AT_ONCE or n.endswith(UNWAITED)):
-        ms = world[name]["ms"]
-        rows.add_row(name, f"{world[name]['segment_tokens']:,}", f"{ms:.3f}", f"{local / ms:.1%}")
+    local = world[LOCAL]["ms"]
+    cool, ideal = world[LOCAL].get("alone_ms", local), LOCAL if alone else ONE
+
+    def add(name: str, figures: dict[str, Any], *more: str) -> None:
+        """A row, and that of the same as a CUDA graph, over the ideal as one."""
+        for kind, words in (("", ""), ("graph_", GRAPH)):
+            ms, over = figures.get(f"{kind}ms"), world[ideal].get(f"{kind}ms")
+            if ms is None:
+                continue
+            of_ideal = "" if over is None or name in {ONE, LOCAL} - {ideal} else _share(over, ms, alone)
+            segment = figures.get(f"{kind}segment_tokens", figures["segment_tokens"])
+            rows.add_row(name + words, f"{segment:,}", f"{ms:.3f}", of_ideal, *("" if words else cell for cell in more))
+
+    for name in (ONE, LOCAL, *(n for n in world if n == AT_ONCE or n.endswith(UNWAITED))):
+        add(name, world[name])
     for way in world["ways"]:
         makespan, hop = way.get("makespan_ms"), way.get("hop_us")
-        rows.add_row(
+        add(
             f"{way['layout']}, {way['transport']}",
-            f"{way['segment_tokens']:,}",
-            f"{way['ms']:.3f}",
-            f"{local / way['ms']:.1%}" if alone else f"{way['ms'] / one:.3f}",
+            way,
             "" if makespan is None else f"{makespan:.3f}",
             "" if makespan is None else f"{way['makespan_segment_tokens']:,}",
             "" if makespan is None else f"{makespan / cool:.3f}",
@@ -126,6 +136,11 @@ def table(world: dict[str, Any], shape: dict[str, Any]) -> Table:
     for peer in world.get("peers", ()):
         rows.add_row(peer["name"], "", f"{peer['ms']:.3f}", f"{local / peer['ms']:.1%}" if alone else "")
     return rows
+
+
+def _share(ideal: float, ms: float, alone: bool) -> str:
+    """Efficiency with a GPU each, elsewhere the time over one process's."""
+    return f"{ideal / ms:.1%}" if alone else f"{ms / ideal:.3f}"
 
 
 def accounts(world: dict[str, Any]) -> Table:
@@ -389,15 +404,21 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         others, failures = ranks.willing(peers(request, ranks, step.inputs, step.do))
         notes += [f"not beside {name}: {words}" for name, words in failures.items()]
         works |= others
-    at_lengths = {f"{', '.join(way)}, segments of {n:,}": by[n] for way, by in tried.items() for n in by}
-    times = ranks.turns(works | at_lengths, steps, REPEAT)
-    ways: list[dict[str, Any]] = []
-    for (kind, transport), by in tried.items():
-        timed_at = {n: middle(times[f"{kind}, {transport}, segments of {n:,}"]) for n in by}
-        ms, best = min((ms, n) for n, ms in timed_at.items())
-        works[f"{kind}, {transport}"] = by[best]
-        way: dict[str, Any] = {"layout": kind, "transport": transport, "segment_tokens": best}
-        ways.append({**way, "ms": ms, "ms_by_segment_tokens": timed_at})
+    at_lengths = {_at(*way, n): step for way, by in tried.items() for n, step in by.items()}
+    graphs: dict[str, Any] = {}
+    if device.type == "cuda":
+        by_peer = {_at(kind, by, n): step for (kind, by), of in tried.items() if by == "peer" for n, step in of.items()}
+        captured = {name: works[name] for name in (ONE, LOCAL, AT_ONCE) if name in works} | by_peer
+        graphs, failures = as_graphs(captured, ranks)
+        notes += [f"not as a CUDA graph: {name}: {words}" for name, words in failures.items()]
+    times = ranks.turns(works | at_lengths | {name + GRAPH: graph for name, graph in graphs.items()}, steps, REPEAT)
+    if graphs:
+        graphs.clear()
+        torch.cuda.empty_cache()
+    ways = [_way(*way, list(by), times) for way, by in tried.items()]
+    for way in ways:
+        kind, transport = way["layout"], way["transport"]
+        works[f"{kind}, {transport}"] = tried[kind, transport][way["segment_tokens"]]
     if AT_ONCE in works:
         alone[AT_ONCE] = {"segment_tokens": alone[LOCAL]["segment_tokens"]}
     told = {
@@ -407,6 +428,8 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     }
     for name, figures in alone.items():
         figures["ms"] = middle(times[name])
+        if name + GRAPH in times:
+            figures["graph_ms"] = middle(times[name + GRAPH])
     for way in ways:
         if way["transport"] == "peer":
             hops = _hops(works[f"{way['layout']}, peer"], ranks)
@@ -420,6 +443,23 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
             }
     beside = [{"name": name, "ms": middle(times[name])} for name in others]
     return {**ranks.about, "ways": ways, "notes": notes, "peers": beside, "accounts": told, **alone}
+
+
+def _at(kind: str, transport: str, segment: int) -> str:
+    return f"{kind}, {transport}, segments of {segment:,}"
+
+
+def _way(kind: str, transport: str, segments: Sequence[int], times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """What a way's turns say of it, at the segment length that was the fastest; as a CUDA graph that may be another."""
+    eager = {n: middle(times[_at(kind, transport, n)]) for n in segments}
+    ms, best = min((ms, n) for n, ms in eager.items())
+    way = {
+        "layout": kind, "transport": transport, "segment_tokens": best, "ms": ms, "ms_by_segment_tokens": eager,
+    }  # fmt: skip
+    graphs = [(middle(times[name]), n) for n in segments if (name := _at(kind, transport, n) + GRAPH) in times]
+    if graphs:
+        way["graph_ms"], way["graph_segment_tokens"] = min(graphs)
+    return way
 
 
 def _segments(length: int, request: dict[str, Any], multiprocessors: int) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,13 +14,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dnsp.bench import scan
+from dnsp.bench import graphs, scan
 from dnsp.bench.account import Account, account
 from dnsp.bench.ranks import Ranks, new_table, publish
-from dnsp.bench.scan import Stamps, Work, _shortest, accounts, hops_and_back, hops_there, makespan, table
+from dnsp.bench.scan import Stamps, Work, _shortest, _way, accounts, hops_and_back, hops_there, makespan, table
 from dnsp.cli import main
 from dnsp.errors import UsageError
-from dnsp.parallel.grid import make_grid
+from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.transport import Transport
 from dnsp.parallel.waits import WAITS
@@ -52,6 +54,10 @@ def test_figures_of_every_way(what: str, tmp_path: Path) -> None:
         for name, ranks in world["accounts"].items():
             assert len(ranks) == (1 if name in ("one process", "local shard") else 2), name
             assert all(0 <= sum(rank["waits"]) < rank["step"] for rank in ranks), (name, ranks)
+        if torch.cuda.is_available():
+            by_peer = [way for way in world["ways"] if way["transport"] == "peer"]
+            captured = [world["one process"], world["local shard"], *by_peer]
+            assert all(figures.get("graph_ms") for figures in captured), world["notes"]
         if not any(by == "peer" for _, by in ways):
             assert world["notes"][0] == "not by peer: rank 0: it needs a GPU on every rank"
     elif what == "stack":
@@ -139,6 +145,97 @@ def test_the_table_has_every_figure() -> None:
     rows = table(world, {"tokens": 131072, "heads": 16, "value_heads": 32, "width": 128, "decay": "-1e-4"})
     cells = [list(column.cells)[-1] for column in rows.columns]
     assert cells == ["zigzag, peer", "1,024", "3.300", "1.100", "1.050", "2,048", "1.050", "7.4"]
+
+
+def world_of(sharing: int, **figures: dict[str, Any]) -> dict[str, Any]:
+    way = {"layout": "zigzag", "transport": "peer", "segment_tokens": 1024, "ms": 3.2, "hop_us": 7.4}
+    return {
+        "ranks": 8, "sharing": sharing, "where": "somewhere", "one process": {"ms": 4.0, "segment_tokens": 4096},
+        "local shard": {"ms": 2.4, "segment_tokens": 512}, "local shards at once": {"ms": 3.0, "segment_tokens": 512},
+        "ways": [way | figures.get("way", {})],
+    } | {name: {"segment_tokens": 512, **more} for name, more in figures.items() if name != "way"}  # fmt: skip
+
+
+def test_cuda_graphs_have_rows_of_their_own() -> None:
+    """Over what is a graph too, at their own segment length; none where there is none."""
+    shape = {"tokens": 131072, "heads": 16, "value_heads": 32, "width": 128, "decay": "-1e-4"}
+    captured = {
+        "one process": {"ms": 4.0, "graph_ms": 3.0}, "local shard": {"ms": 2.4, "graph_ms": 2.0},
+        "local shards at once": {"ms": 3.0, "graph_ms": 2.5}, "way": {"graph_ms": 3.3, "graph_segment_tokens": 2048},
+    }  # fmt: skip
+
+    def rows(sharing: int, **figures: dict[str, Any]) -> list[list[str]]:
+        columns = table(world_of(sharing, **figures), shape).columns
+        return [[cell for cell in row if cell] for row in zip(*(column.cells for column in columns), strict=True)]
+
+    assert rows(1, **captured) == [
+        ["one process", "512", "4.000"],
+        ["one process, as a CUDA graph", "512", "3.000"],
+        ["local shard", "512", "2.400", "100.0%"],
+        ["local shard, as a CUDA graph", "512", "2.000", "100.0%"],
+        ["local shards at once", "512", "3.000", "80.0%"],
+        ["local shards at once, as a CUDA graph", "512", "2.500", "80.0%"],
+        ["zigzag, peer", "1,024", "3.200", "75.0%", "7.4"],
+        ["zigzag, peer, as a CUDA graph", "2,048", "3.300", "60.6%"],
+    ]
+    shared = {row[0]: row[1:] for row in rows(8, **captured)}
+    assert shared["one process, as a CUDA graph"] == ["512", "3.000", "1.000"]
+    assert shared["local shard, as a CUDA graph"] == ["512", "2.000"]
+    assert shared["zigzag, peer, as a CUDA graph"] == ["2,048", "3.300", "1.100"]
+    assert not any("graph" in row[0] for row in rows(1))
+    alone = {row[0]: row[1:] for row in rows(1, way=captured["way"])}  # the local shard could not be captured
+    assert alone["zigzag, peer, as a CUDA graph"] == ["2,048", "3.300"]
+
+
+def test_a_way_is_told_at_its_fastest_segment_length() -> None:
+    """As a CUDA graph it may be another, where there is one."""
+    eager = {"zigzag, peer, segments of 1,024": [5.0, 3.0, 4.0], "zigzag, peer, segments of 512": [4.5]}
+    graphs = {f"{name}, as a CUDA graph": [ms] for name, ms in zip(eager, (3.5, 3.0), strict=True)}
+    way = {
+        "layout": "zigzag", "transport": "peer", "segment_tokens": 1024, "ms": 4.0,
+        "ms_by_segment_tokens": {1024: 4.0, 512: 4.5},
+    }  # fmt: skip
+    assert _way("zigzag", "peer", [1024, 512], eager) == way
+    assert _way("zigzag", "peer", [1024, 512], eager | graphs) == way | {"graph_ms": 3.0, "graph_segment_tokens": 512}
+
+
+def test_what_cannot_be_captured_is_left_out_with_its_reason() -> None:
+    """Each step runs before it is captured; a rank that only waits has none. torch's graphs are stood in for: where a
+    step fails, the end of its capture has words of its own."""
+    ran: list[str] = []
+
+    class FakeGraph:
+        def replay(self) -> None:
+            ran.append("replay")
+
+    @contextmanager
+    def capture(graph: FakeGraph, **options: Any) -> Iterator[None]:
+        assert options == {"pool": 7, "stream": None, "capture_error_mode": "thread_local"}
+        ran.append("capture")
+        try:
+            yield
+        finally:
+            if ran[-1] == "fails":
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    def fails() -> None:
+        ran.append("fails")
+        if ran[-2] == "capture":
+            raise RuntimeError("it is read by the host\nand more")
+
+    alone = Ranks(Grid(1, 0, 1), Transport(), torch.device("cpu"))
+    with (
+        patch("torch.cuda.Stream", lambda device: None), patch("torch.cuda.graph_pool_handle", lambda: 7),
+        patch("torch.cuda.CUDAGraph", FakeGraph), patch("torch.cuda.graph", capture),
+        patch.object(Ranks, "turn", lambda self, work, repeat: work and work()),
+    ):  # fmt: skip
+        steps = {"works": partial(ran.append, "works"), "waits": None, "fails": fails}
+        found, failures = graphs.as_graphs(steps, alone)
+    assert ran == ["works", "fails", "capture", "works", "capture", "fails"]
+    assert failures == {"fails": "RuntimeError: it is read by the host"}
+    assert list(found) == ["works", "waits"] and found["waits"] is None
+    replay = found["works"]
+    assert replay is not None and replay() is steps["works"] and ran[-1] == "replay"
 
 
 def relayed(
