@@ -65,7 +65,7 @@ class Ranks:
         return found
 
     def willing(self, works: Mapping[str, Work]) -> tuple[dict[str, Work], dict[str, str]]:
-        """Works of other packages that go through once on every rank, and why the others do not."""
+        """Works that go through once on every rank, and why the others do not."""
         failures: dict[str, str] = {}
         for name, work in works.items():
             words = ""
@@ -74,7 +74,7 @@ class Ranks:
                 self.synchronize()
             except PeerLost:
                 raise
-            except Exception as error:  # a peer may fail in any way; its ranks then fail alike
+            except Exception as error:  # a peer may fail in any way, a capture too; all ranks are told
                 words = reason(error)
             if said := next(filter(None, self.comm.from_all(words)), None):
                 failures[name] = said

@@ -13,11 +13,15 @@
                   inbox; from these times and the hop the *makespan* that P GPUs would have, at the best of some segment
                   lengths:
 
-        a state leaves a place at   max(its rank is there, it left the place before + hop) + the fold's time
+        a state leaves a place at   max(its rank is there + busy - relay, it left the place before + hop) + relay
 
-                  while states travel, a rank does what needs none of them, and then waits
+                  busy: what an interval's launches keep its rank's stream for. relay: of that, from the message's sight
+                  to the raising of the next flag, by the device's timer; the rest is done while the message is still on
+                  its way. While states travel, a rank does what needs none of them, and then waits
 
                   It is over a local shard that was measured as replays are: single steps, by the device's clock
+    CUDA graph    on GPUs one process, the local shard and the ranks by peer once more, a step in one launch: a host
+                  that comes late does not show. Held against the local shard, or one process, as a graph
     hop           a flag seen by the waiting kernel minus the flag's raising, by the device's timer; of several GPUs,
                   whose timers differ, half of the way there and back
 
@@ -26,7 +30,7 @@ Long because what is replayed, and the makespan that follows from it, are read b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, product, takewhile
 from pathlib import Path
@@ -40,6 +44,7 @@ from dnsp.bench import account
 from dnsp.bench.account import Account, Alone
 from dnsp.bench.common import CLOCK, device_seconds
 from dnsp.bench.delta_shapes import Shape, make_inputs, parse_decay
+from dnsp.bench.graphs import as_graphs
 from dnsp.bench.ranks import Ranks, check, measure, middle, new_table, publish
 from dnsp.bench.scan_peers import missing, peers
 from dnsp.errors import UsageError
@@ -57,6 +62,7 @@ REPEAT = 10  # steps of a turn: what ranks begin apart, and their first launches
 HOP_US = 10.0  # where a hop cannot be measured
 ONE, LOCAL, AT_ONCE = "one process", "local shard", "local shards at once"
 UNWAITED = "nobody waits"  # a layout's replays, all ranks at once
+GRAPH = ", as a CUDA graph"
 
 
 def run(
@@ -102,20 +108,26 @@ def table(world: dict[str, Any], shape: dict[str, Any]) -> Table:
     )
     share = "efficiency" if alone else "over one"
     rows = new_table(title, "segment", "ms", share, "makespan", "in segments of", "over local", "hop, us")
-    one, local = world[ONE]["ms"], world[LOCAL]["ms"]
-    cool = world[LOCAL].get("alone_ms", local)
-    rows.add_row(ONE, f"{world[ONE]['segment_tokens']:,}", f"{one:.3f}", "" if alone else "1.000")
-    rows.add_row(LOCAL, f"{world[LOCAL]['segment_tokens']:,}", f"{local:.3f}", "100.0%" if alone else "")
-    for name in (n for n in world if n == AT_ONCE or n.endswith(UNWAITED)):
-        ms = world[name]["ms"]
-        rows.add_row(name, f"{world[name]['segment_tokens']:,}", f"{ms:.3f}", f"{local / ms:.1%}")
+    local = world[LOCAL]["ms"]
+    cool, ideal = world[LOCAL].get("alone_ms", local), LOCAL if alone else ONE
+
+    def add(name: str, figures: dict[str, Any], *more: str) -> None:
+        """A row, and that of the same as a CUDA graph, over the ideal as one."""
+        for kind, words in (("", ""), ("graph_", GRAPH)):
+            ms, over = figures.get(f"{kind}ms"), world[ideal].get(f"{kind}ms")
+            if ms is None:
+                continue
+            of_ideal = "" if over is None or name in {ONE, LOCAL} - {ideal} else _share(over, ms, alone)
+            segment = figures.get(f"{kind}segment_tokens", figures["segment_tokens"])
+            rows.add_row(name + words, f"{segment:,}", f"{ms:.3f}", of_ideal, *("" if words else cell for cell in more))
+
+    for name in (ONE, LOCAL, *(n for n in world if n == AT_ONCE or n.endswith(UNWAITED))):
+        add(name, world[name])
     for way in world["ways"]:
         makespan, hop = way.get("makespan_ms"), way.get("hop_us")
-        rows.add_row(
+        add(
             f"{way['layout']}, {way['transport']}",
-            f"{way['segment_tokens']:,}",
-            f"{way['ms']:.3f}",
-            f"{local / way['ms']:.1%}" if alone else f"{way['ms'] / one:.3f}",
+            way,
             "" if makespan is None else f"{makespan:.3f}",
             "" if makespan is None else f"{way['makespan_segment_tokens']:,}",
             "" if makespan is None else f"{makespan / cool:.3f}",
@@ -124,6 +136,11 @@ def table(world: dict[str, Any], shape: dict[str, Any]) -> Table:
     for peer in world.get("peers", ()):
         rows.add_row(peer["name"], "", f"{peer['ms']:.3f}", f"{local / peer['ms']:.1%}" if alone else "")
     return rows
+
+
+def _share(ideal: float, ms: float, alone: bool) -> str:
+    """Efficiency with a GPU each, elsewhere the time over one process's."""
+    return f"{ideal / ms:.1%}" if alone else f"{ms / ideal:.3f}"
 
 
 def accounts(world: dict[str, Any]) -> Table:
@@ -174,7 +191,7 @@ def make_step(plan: Plan, request: dict[str, Any], device: torch.device, like: S
 class Replay:
     """A rank's scan alone: the launches of the real one, on mail that has come and room that there is, in one stream.
     ``folds``: events around each interval's launches, of a forward scan and of the reverse one after it;
-    ``awaited``: when each was."""
+    ``awaited``: when each was; ``clocks``: the stamps of each interval's last launches, in the order of ``folds``."""
 
     def __init__(self, plan: Plan, U_shape: Sequence[int], device: torch.device) -> None:
         from dnsp.kernels import triton_scan
@@ -183,10 +200,12 @@ class Replay:
         self.scan = plan.scan
         tiles = B * HV * V // triton_scan.COLUMNS
         self.tiles = tiles
-        inbox, outbox, self.clock = triton_scan.loopback(tiles, device)
+        inbox, outbox, clock = triton_scan.loopback(tiles, device)
         far = torch.full_like(inbox.ready_C, 2**30)
         self.inbox = inbox._replace(ready_C=far, free_C=torch.zeros_like(far))
         self.outbox = outbox._replace(free_C=far, ready_C=torch.zeros_like(far))
+        mine = self.scan.layout.indices(self.scan.rank)
+        self.clocks = [[clock._replace(stamps=torch.zeros_like(clock.stamps)) for _ in mine] for _ in range(2)]
         self.folds: list[list[torch.cuda.Event]] = []
         self.awaited: list[torch.cuda.Event] = []
 
@@ -203,18 +222,19 @@ class Replay:
         entering, state = torch.empty_like(U), None
         events = [_event()]
         mine = layout.indices(rank)
-        for interval in reversed(mine) if backward else mine:
+        order = mine[::-1] if backward else mine
+        for interval, clock in zip(order, self.clocks[backward], strict=True):
             part = slice(mine.index(interval) * each, (mine.index(interval) + 1) * each)
             before, after = (interval + 1, interval - 1) if backward else (interval - 1, interval + 1)
             goes_on = 0 <= after < layout.count
             inbox = self.inbox if 0 <= before < layout.count and layout.owner(before) != rank else None
             outbox = self.outbox if goes_on and layout.owner(after) != rank else None
             if inbox or outbox:
-                triton_scan.wait(self.tiles, inbox, outbox, self.clock)
+                triton_scan.wait(self.tiles, inbox, outbox, clock)
             _, state = triton_scan.fold(
                 M[part], U[part], None if inbox else state, None if continues is None else continues[part],
                 None if forgets is None else forgets[part], each - (not goes_on), backward, inbox=inbox, outbox=outbox,
-                clock=self.clock, states_NBHKV=entering[part],
+                clock=clock, states_NBHKV=entering[part],
             )  # fmt: skip
             events.append(_event())
         self.folds.append(events)
@@ -235,13 +255,16 @@ def _event() -> torch.cuda.Event:
 @dataclass
 class Work:
     """What a rank does in a step, ms: before the forward scan, each interval's fold in it, what needs no state beside
-    it, between the scans, the same of the reverse one, and after it."""
+    it, between the scans, the same of the reverse one, and after it. A fold's ``relay`` is what a state that is waited
+    for takes through it, from its sight to the raising of the next rank's last flag; all of it where it is not sent."""
 
     before: float
     forward: list[float]
+    relay_forward: list[float]
     beside_forward: float
     between: float
     reverse: list[float]
+    relay_reverse: list[float]
     beside_reverse: float
     after: float
 
@@ -263,17 +286,33 @@ class Work:
             torch.cuda.synchronize()
             there, back = replay.folds
             folds = [[a.elapsed_time(b) for a, b in zip(p, p[1:], strict=False)] for p in (there, back)]
+            relays = [
+                [Stamps.of(clock.stamps).relay_ms or busy for clock, busy in zip(clocks, busy_ms, strict=True)]
+                for clocks, busy_ms in zip(replay.clocks, folds, strict=True)
+            ]
             beside = [p[-1].elapsed_time(at) for p, at in zip((there, back), replay.awaited, strict=True)]
             between, after = replay.awaited[0].elapsed_time(back[0]), replay.awaited[1].elapsed_time(ended)
             before = began.elapsed_time(there[0])
-            found.append(Work(before, folds[0], beside[0], between, folds[1], beside[1], after))
-        found = found[2:]
+            found.append(
+                Work(before, folds[0], relays[0], beside[0], between, folds[1], relays[1], beside[1], after)
+            )  # fmt: skip
+        return Work.median_of(found[2:])
+
+    @staticmethod
+    def median_of(found: Sequence[Work]) -> Work:
+        """Every figure's median."""
+
+        def each(rows: Iterable[list[float]]) -> list[float]:
+            return [middle(column) for column in zip(*rows, strict=True)]
+
         return Work(
             middle([w.before for w in found]),
-            [middle(list(column)) for column in zip(*(w.forward for w in found), strict=True)],
+            each(w.forward for w in found),
+            each(w.relay_forward for w in found),
             middle([w.beside_forward for w in found]),
             middle([w.between for w in found]),
-            [middle(list(column)) for column in zip(*(w.reverse for w in found), strict=True)],
+            each(w.reverse for w in found),
+            each(w.relay_reverse for w in found),
             middle([w.beside_reverse for w in found]),
             middle([w.after for w in found]),
         )
@@ -284,15 +323,18 @@ def makespan(layout: Layout, works: Sequence[Work], hop_ms: float) -> float:
     there = [work.before for work in works]  # when a rank has come to its next interval
     for backward in (False, True):
         left, owner_before = 0.0, -1
-        folds = [list(work.reverse if backward else work.forward) for work in works]
+        busy = [list(work.reverse if backward else work.forward) for work in works]
+        relay = [list(work.relay_reverse if backward else work.relay_forward) for work in works]
         beside = [work.beside_reverse if backward else work.beside_forward for work in works]
         # A GPU does one thing at a time: what is beside the scan is done before the folds, or while states travel.
-        ready = [at + more + sum(own) for at, more, own in zip(there, beside, folds, strict=True)]
+        ready = [at + more + sum(own) for at, more, own in zip(there, beside, busy, strict=True)]
         order = range(layout.count)
         for interval in reversed(order) if backward else order:
             rank = layout.owner(interval)
             come = left + (hop_ms if owner_before not in (-1, rank) else 0.0)
-            left = max(there[rank], come if owner_before >= 0 else 0.0) + folds[rank].pop(0)
+            through = relay[rank].pop(0)
+            waits = there[rank] + busy[rank].pop(0) - through  # from here on for its message alone
+            left = max(waits, come if owner_before >= 0 else 0.0) + through
             there[rank], owner_before = left, rank
         there = [max(at, early) for at, early in zip(there, ready, strict=True)]
         if not backward:
@@ -362,15 +404,21 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         others, failures = ranks.willing(peers(request, ranks, step.inputs, step.do))
         notes += [f"not beside {name}: {words}" for name, words in failures.items()]
         works |= others
-    at_lengths = {f"{', '.join(way)}, segments of {n:,}": by[n] for way, by in tried.items() for n in by}
-    times = ranks.turns(works | at_lengths, steps, REPEAT)
-    ways: list[dict[str, Any]] = []
-    for (kind, transport), by in tried.items():
-        timed_at = {n: middle(times[f"{kind}, {transport}, segments of {n:,}"]) for n in by}
-        ms, best = min((ms, n) for n, ms in timed_at.items())
-        works[f"{kind}, {transport}"] = by[best]
-        way: dict[str, Any] = {"layout": kind, "transport": transport, "segment_tokens": best}
-        ways.append({**way, "ms": ms, "ms_by_segment_tokens": timed_at})
+    at_lengths = {_at(*way, n): step for way, by in tried.items() for n, step in by.items()}
+    graphs: dict[str, Any] = {}
+    if device.type == "cuda":
+        by_peer = {_at(kind, by, n): step for (kind, by), of in tried.items() if by == "peer" for n, step in of.items()}
+        captured = {name: works[name] for name in (ONE, LOCAL, AT_ONCE) if name in works} | by_peer
+        graphs, failures = as_graphs(captured, ranks)
+        notes += [f"not as a CUDA graph: {name}: {words}" for name, words in failures.items()]
+    times = ranks.turns(works | at_lengths | {name + GRAPH: graph for name, graph in graphs.items()}, steps, REPEAT)
+    if graphs:
+        graphs.clear()
+        torch.cuda.empty_cache()
+    ways = [_way(*way, list(by), times) for way, by in tried.items()]
+    for way in ways:
+        kind, transport = way["layout"], way["transport"]
+        works[f"{kind}, {transport}"] = tried[kind, transport][way["segment_tokens"]]
     if AT_ONCE in works:
         alone[AT_ONCE] = {"segment_tokens": alone[LOCAL]["segment_tokens"]}
     told = {
@@ -380,6 +428,8 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     }
     for name, figures in alone.items():
         figures["ms"] = middle(times[name])
+        if name + GRAPH in times:
+            figures["graph_ms"] = middle(times[name + GRAPH])
     for way in ways:
         if way["transport"] == "peer":
             hops = _hops(works[f"{way['layout']}, peer"], ranks)
@@ -393,6 +443,23 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
             }
     beside = [{"name": name, "ms": middle(times[name])} for name in others]
     return {**ranks.about, "ways": ways, "notes": notes, "peers": beside, "accounts": told, **alone}
+
+
+def _at(kind: str, transport: str, segment: int) -> str:
+    return f"{kind}, {transport}, segments of {segment:,}"
+
+
+def _way(kind: str, transport: str, segments: Sequence[int], times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """What a way's turns say of it, at the segment length that was the fastest; as a CUDA graph that may be another."""
+    eager = {n: middle(times[_at(kind, transport, n)]) for n in segments}
+    ms, best = min((ms, n) for n, ms in eager.items())
+    way = {
+        "layout": kind, "transport": transport, "segment_tokens": best, "ms": ms, "ms_by_segment_tokens": eager,
+    }  # fmt: skip
+    graphs = [(middle(times[name]), n) for n in segments if (name := _at(kind, transport, n) + GRAPH) in times]
+    if graphs:
+        way["graph_ms"], way["graph_segment_tokens"] = min(graphs)
+    return way
 
 
 def _segments(length: int, request: dict[str, Any], multiprocessors: int) -> list[int]:
@@ -432,8 +499,7 @@ def _hops(step: Step, ranks: Ranks) -> list[float]:
 
     def stamps() -> list[Stamps]:
         torch.cuda.synchronize()
-        mine = clock.stamps.cpu()
-        return ranks.comm.from_all(Stamps(int(mine[0]), int(mine[1]), int(mine[2:].max())))
+        return ranks.comm.from_all(Stamps.of(clock.stamps))
 
     found: list[float] = []
     for _ in range(HOPS):
@@ -453,11 +519,23 @@ def _hops(step: Step, ranks: Ranks) -> list[float]:
 
 
 class Stamps(NamedTuple):
-    """Of a rank's pass, by its GPU's timer, ns: when it began to wait for its message, saw it, and raised the next."""
+    """Of a rank's pass, by its GPU's timer, ns: when it began to wait for its message, saw it, and raised the next
+    rank's last flag; 0 of what did not happen."""
 
     began: int
     saw: int
     raised: int
+
+    @staticmethod
+    def of(stamps: Tensor) -> Stamps:
+        """From a :class:`~dnsp.kernels.triton_scan.Clock`'s, whose device is done."""
+        began, saw, *raised = stamps.tolist()
+        return Stamps(began, saw, max(raised))
+
+    @property
+    def relay_ms(self) -> float | None:
+        """From the sight of a message to the raising of the next; None where none was sent."""
+        return (self.raised - self.saw) / 1e6 if self.raised else None
 
 
 def hops_there(ranks: Sequence[Stamps]) -> list[float]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,13 +14,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dnsp.bench import scan
+from dnsp.bench import graphs, scan
 from dnsp.bench.account import Account, account
 from dnsp.bench.ranks import Ranks, new_table, publish
-from dnsp.bench.scan import Stamps, Work, _shortest, accounts, hops_and_back, hops_there, makespan, table
+from dnsp.bench.scan import Stamps, Work, _shortest, _way, accounts, hops_and_back, hops_there, makespan, table
 from dnsp.cli import main
 from dnsp.errors import UsageError
-from dnsp.parallel.grid import make_grid
+from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.transport import Transport
 from dnsp.parallel.waits import WAITS
@@ -52,6 +54,10 @@ def test_figures_of_every_way(what: str, tmp_path: Path) -> None:
         for name, ranks in world["accounts"].items():
             assert len(ranks) == (1 if name in ("one process", "local shard") else 2), name
             assert all(0 <= sum(rank["waits"]) < rank["step"] for rank in ranks), (name, ranks)
+        if torch.cuda.is_available():
+            by_peer = [way for way in world["ways"] if way["transport"] == "peer"]
+            captured = [world["one process"], world["local shard"], *by_peer]
+            assert all(figures.get("graph_ms") for figures in captured), world["notes"]
         if not any(by == "peer" for _, by in ways):
             assert world["notes"][0] == "not by peer: rank 0: it needs a GPU on every rank"
     elif what == "stack":
@@ -141,10 +147,114 @@ def test_the_table_has_every_figure() -> None:
     assert cells == ["zigzag, peer", "1,024", "3.300", "1.100", "1.050", "2,048", "1.050", "7.4"]
 
 
+def world_of(sharing: int, **figures: dict[str, Any]) -> dict[str, Any]:
+    way = {"layout": "zigzag", "transport": "peer", "segment_tokens": 1024, "ms": 3.2, "hop_us": 7.4}
+    return {
+        "ranks": 8, "sharing": sharing, "where": "somewhere", "one process": {"ms": 4.0, "segment_tokens": 4096},
+        "local shard": {"ms": 2.4, "segment_tokens": 512}, "local shards at once": {"ms": 3.0, "segment_tokens": 512},
+        "ways": [way | figures.get("way", {})],
+    } | {name: {"segment_tokens": 512, **more} for name, more in figures.items() if name != "way"}  # fmt: skip
+
+
+def test_cuda_graphs_have_rows_of_their_own() -> None:
+    """Over what is a graph too, at their own segment length; none where there is none."""
+    shape = {"tokens": 131072, "heads": 16, "value_heads": 32, "width": 128, "decay": "-1e-4"}
+    captured = {
+        "one process": {"ms": 4.0, "graph_ms": 3.0}, "local shard": {"ms": 2.4, "graph_ms": 2.0},
+        "local shards at once": {"ms": 3.0, "graph_ms": 2.5}, "way": {"graph_ms": 3.3, "graph_segment_tokens": 2048},
+    }  # fmt: skip
+
+    def rows(sharing: int, **figures: dict[str, Any]) -> list[list[str]]:
+        columns = table(world_of(sharing, **figures), shape).columns
+        return [[cell for cell in row if cell] for row in zip(*(column.cells for column in columns), strict=True)]
+
+    assert rows(1, **captured) == [
+        ["one process", "512", "4.000"],
+        ["one process, as a CUDA graph", "512", "3.000"],
+        ["local shard", "512", "2.400", "100.0%"],
+        ["local shard, as a CUDA graph", "512", "2.000", "100.0%"],
+        ["local shards at once", "512", "3.000", "80.0%"],
+        ["local shards at once, as a CUDA graph", "512", "2.500", "80.0%"],
+        ["zigzag, peer", "1,024", "3.200", "75.0%", "7.4"],
+        ["zigzag, peer, as a CUDA graph", "2,048", "3.300", "60.6%"],
+    ]
+    shared = {row[0]: row[1:] for row in rows(8, **captured)}
+    assert shared["one process, as a CUDA graph"] == ["512", "3.000", "1.000"]
+    assert shared["local shard, as a CUDA graph"] == ["512", "2.000"]
+    assert shared["zigzag, peer, as a CUDA graph"] == ["2,048", "3.300", "1.100"]
+    assert not any("graph" in row[0] for row in rows(1))
+    alone = {row[0]: row[1:] for row in rows(1, way=captured["way"])}  # the local shard could not be captured
+    assert alone["zigzag, peer, as a CUDA graph"] == ["2,048", "3.300"]
+
+
+def test_a_way_is_told_at_its_fastest_segment_length() -> None:
+    """As a CUDA graph it may be another, where there is one."""
+    eager = {"zigzag, peer, segments of 1,024": [5.0, 3.0, 4.0], "zigzag, peer, segments of 512": [4.5]}
+    graphs = {f"{name}, as a CUDA graph": [ms] for name, ms in zip(eager, (3.5, 3.0), strict=True)}
+    way = {
+        "layout": "zigzag", "transport": "peer", "segment_tokens": 1024, "ms": 4.0,
+        "ms_by_segment_tokens": {1024: 4.0, 512: 4.5},
+    }  # fmt: skip
+    assert _way("zigzag", "peer", [1024, 512], eager) == way
+    assert _way("zigzag", "peer", [1024, 512], eager | graphs) == way | {"graph_ms": 3.0, "graph_segment_tokens": 512}
+
+
+def test_what_cannot_be_captured_is_left_out_with_its_reason() -> None:
+    """Each step runs before it is captured; a rank that only waits has none. torch's graphs are stood in for: where a
+    step fails, the end of its capture has words of its own."""
+    ran: list[str] = []
+
+    class FakeGraph:
+        def replay(self) -> None:
+            ran.append("replay")
+
+    @contextmanager
+    def capture(graph: FakeGraph, **options: Any) -> Iterator[None]:
+        assert options == {"pool": 7, "stream": None, "capture_error_mode": "thread_local"}
+        ran.append("capture")
+        try:
+            yield
+        finally:
+            if ran[-1] == "fails":
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    def fails() -> None:
+        ran.append("fails")
+        if ran[-2] == "capture":
+            raise RuntimeError("it is read by the host\nand more")
+
+    alone = Ranks(Grid(1, 0, 1), Transport(), torch.device("cpu"))
+    with (
+        patch("torch.cuda.Stream", lambda device: None), patch("torch.cuda.graph_pool_handle", lambda: 7),
+        patch("torch.cuda.CUDAGraph", FakeGraph), patch("torch.cuda.graph", capture),
+        patch.object(Ranks, "turn", lambda self, work, repeat: work and work()),
+    ):  # fmt: skip
+        steps = {"works": partial(ran.append, "works"), "waits": None, "fails": fails}
+        found, failures = graphs.as_graphs(steps, alone)
+    assert ran == ["works", "fails", "capture", "works", "capture", "fails"]
+    assert failures == {"fails": "RuntimeError: it is read by the host"}
+    assert list(found) == ["works", "waits"] and found["waits"] is None
+    replay = found["works"]
+    assert replay is not None and replay() is steps["works"] and ran[-1] == "replay"
+
+
+def relayed(
+    before: float,
+    forward: list[float],
+    beside_forward: float,
+    between: float,
+    reverse: list[float],
+    beside_reverse: float,
+    after: float,
+) -> Work:
+    """A rank's work, of whose folds nothing is done before their messages are there."""
+    return Work(before, forward, forward, beside_forward, between, reverse, reverse, beside_reverse, after)
+
+
 def test_what_a_step_is_made_of() -> None:
     """By rank the figures of steps whose times and waits are made by hand, and their least and most in the table."""
     ranks = [Account(step=3.5, waits=[0.2, 0.05], host=1.0), Account(step=3.6, waits=[0.1, 0.0], host=1.2)]
-    works = [vars(Work(0.5, [0.1, 0.1], 0.0, 0.6, [0.1, 0.1], 0.2, left)) for left in (1.5, 1.6)]
+    works = [vars(relayed(0.5, [0.1, 0.1], 0.0, 0.6, [0.1, 0.1], 0.2, left)) for left in (1.5, 1.6)]
     way = {"layout": "zigzag", "transport": "peer", "segment_tokens": 64, "replays": {"64": {"work_ms": works}}}
     told = {"local shard": [ranks[0]._asdict()], "zigzag, peer": [rank._asdict() for rank in ranks]}
     rows = accounts({"accounts": told, "ways": [way]})
@@ -171,8 +281,8 @@ def test_what_a_step_is_made_of() -> None:
 
 def test_the_shortest_of_several_segment_lengths_counts() -> None:
     layout = Layout("contiguous", 2, 512)
-    fast = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0) for _ in range(2)]
-    full = [Work(9.0, [4.0], 0.0, 19.0, [8.0], 0.0, 4.0) for _ in range(2)]  # more segments, a longer chain
+    fast = [relayed(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0) for _ in range(2)]
+    full = [relayed(9.0, [4.0], 0.0, 19.0, [8.0], 0.0, 4.0) for _ in range(2)]  # more segments, a longer chain
     assert _shortest(layout, {64: full, 256: fast}, 1000.0) == (43.0, 256)
 
 
@@ -189,24 +299,59 @@ def test_hops_by_one_timer_and_by_several() -> None:
     assert hops_and_back(there, back) == [8.0, 8.0]
 
 
+def test_stamps_of_a_fold() -> None:
+    """When the wait began and ended, then each tile's flag; the last one counts. What sends nothing raised none."""
+    sent = Stamps.of(torch.tensor([1_000, 5_000, 11_500, 12_000, 11_000]))
+    assert sent == Stamps(1_000, 5_000, 12_000) and sent.relay_ms == 0.007
+    assert Stamps.of(torch.tensor([1_000, 5_000, 0, 0])).relay_ms is None
+
+
+def test_works_have_the_medians_of_steps() -> None:
+    steps = [Work(n, [n, 2 * n], [3 * n, 4 * n], 5 * n, 6 * n, [7 * n], [8 * n], 9 * n, 10 * n) for n in (9, 1, 2)]
+    assert Work.median_of(steps) == steps[2]
+
+
 def test_the_makespan_is_that_of_a_chain() -> None:
     """Two ranks, hand-made times: the state is waited for where it comes late, and costs nothing where it is early."""
-    even = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0) for _ in range(2)]
+    even = [relayed(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0) for _ in range(2)]
     contiguous = Layout("contiguous", 2, 128)
     # forward: rank 0 leaves at 11, rank 1 at max(10, 12) + 1 = 13; reverse: rank 1 at 13 + 20 + 2 = 35, rank 0 at
     # max(31, 36) + 2 = 38
     assert makespan(contiguous, even, 1.0) == 38 + 5
-    early = [Work(1.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0), Work(10.0, [1.0], 0.0, 5.0, [2.0], 0.0, 5.0)]
+    early = [relayed(1.0, [1.0], 0.0, 20.0, [2.0], 0.0, 5.0), relayed(10.0, [1.0], 0.0, 5.0, [2.0], 0.0, 5.0)]
     assert makespan(contiguous, early, 1.0) == max(11 + 5 + 2 + 5, max(22, 19) + 2 + 5)
     # zigzag: rank 0 holds intervals 0 and 3, rank 1 holds 1 and 2; two hops there, two back
-    both = [Work(10.0, [1.0, 1.0], 0.0, 20.0, [2.0, 2.0], 0.0, 5.0) for _ in range(2)]
+    both = [relayed(10.0, [1.0, 1.0], 0.0, 20.0, [2.0, 2.0], 0.0, 5.0) for _ in range(2)]
     there = [10 + 1, 11 + 1 + 1, 13 + 1, 14 + 1 + 1]  # intervals 0, 1, 2, 3
     back3 = there[3] + 20 + 2
     back2 = max(there[2] + 20, back3 + 1) + 2
     assert makespan(Layout("zigzag", 2, 256), both, 1.0) == back2 + 2 + 1 + 2 + 5
     # eight ranks, seven hops there and back, hidden where there is as much to do beside them
     layout, chain = Layout("contiguous", 8, 512), 10 + 8 * 1.0 + 7 * 1.0
-    waits = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 25.0)] * 8
+    waits = [relayed(10.0, [1.0], 0.0, 20.0, [2.0], 0.0, 25.0)] * 8
     assert makespan(layout, waits, 1.0) == chain + 20 + 8 * 2 + 7 + 25
-    hides = [Work(10.0, [1.0], 0.0, 20.0, [2.0], 22.0, 3.0)] * 8
+    hides = [relayed(10.0, [1.0], 0.0, 20.0, [2.0], 22.0, 3.0)] * 8
     assert makespan(layout, hides, 1.0) == max(chain + 20 + 22 + 2, chain + 20 + 8 * 2 + 7) + 3
+
+
+def test_a_fold_that_waits_has_only_its_relay_before_it() -> None:
+    """By hand: a fold keeps its rank for 3 forward and 5 backward, 1 and 2 of it between its message and the next
+    one's flag, where there is a next one. A hop takes 1."""
+
+    def work(before: float, relay_forward: list[float], relay_reverse: list[float]) -> Work:
+        n = len(relay_forward)
+        return Work(before, [3.0] * n, relay_forward, 0.0, 20.0, [5.0] * n, relay_reverse, 0.0, 5.0)
+
+    first, last = work(10.0, [1.0], [5.0]), work(10.0, [3.0], [2.0])
+    contiguous = Layout("contiguous", 3, 192)
+    # forward: rank 0 leaves at 13, rank 1 sees that at 14 and leaves at 15, rank 2 has it at 16 and ends at 19;
+    # backward: rank 2 leaves at 19 + 20 + 5 = 44, rank 1 at 45 + 2 = 47, rank 0 ends at 48 + 5 = 53
+    assert makespan(contiguous, [first, work(10.0, [1.0], [2.0]), last], 1.0) == 53 + 5
+    # Rank 1 is at its wait 2 after it is there: in time at 11, for the message comes at 14, and late by 0.5 at 12.5.
+    assert makespan(contiguous, [first, work(11.0, [1.0], [2.0]), last], 1.0) == 53 + 5
+    assert makespan(contiguous, [first, work(12.5, [1.0], [2.0]), last], 1.0) == 53.5 + 5
+    # zigzag: rank 0 holds intervals 0 and 3, rank 1 holds 1 and 2. What stays on a rank is not sent.
+    # forward: 10 + 3 = 13; 14 + 3 = 17; 17 + 3 = 20, though it was there at 17; 21 + 3 = 24
+    # backward: 24 + 20 + 5 = 49; 50 + 5 = 55; 55 + 5 = 60; 61 + 5 = 66
+    both = [work(10.0, [1.0, 3.0], [2.0, 5.0]), work(10.0, [3.0, 1.0], [5.0, 2.0])]
+    assert makespan(Layout("zigzag", 2, 256), both, 1.0) == 66 + 5
