@@ -218,7 +218,9 @@ def prefill_rank(folder: Path) -> None:
     if not holds:
         return
     figures = memory(decoder, states) | decode(decoder, states, hidden[:, -1], context, asked["tokens"])
-    whole, own = decoder.prefill(prompt, _plan(config, Layout("contiguous", 1, context), Grid(1, 0, 1), device))
+    # With segments of the same length, which fix the delta rule's bits.
+    by_one = _plan(config, Layout("contiguous", 1, context), Grid(1, 0, 1), device, plan.segments.tokens)
+    whole, own = decoder.prefill(prompt, by_one)
     figures["error"] = float((hidden[:, -1] - whole[:, -1]).double().norm() / whole[:, -1].double().norm())
     said = decode(decoder, own, whole[:, -1], context, asked["tokens"])["said"]
     pairs = list(zip(figures.pop("said"), said, strict=True))
@@ -266,11 +268,13 @@ def _model(asked: dict[str, Any]) -> tuple[Config, Decoder, torch.device]:
     return config, decoder.to(torch.bfloat16 if on_gpu else torch.float32).eval(), device
 
 
-def _plan(config: Config, layout: Layout, grid: Grid, device: torch.device) -> Plan:
+def _plan(
+    config: Config, layout: Layout, grid: Grid, device: torch.device, segment_tokens: int | None = None
+) -> Plan:
+    """``segment_tokens`` None: for speed alone."""
     choices, _ = make_choices(config)
-    return make_plan(
-        [[0]], layout, grid, choices.segment_tokens(config, layout), attention_backend=choices.attention_backend
-    ).to(device)
+    tokens = segment_tokens or choices.segment_tokens(config, layout)
+    return make_plan([[0]], layout, grid, tokens, attention_backend=choices.attention_backend).to(device)
 
 
 def _prompt(config: Config, context: int, device: torch.device) -> Tensor:
