@@ -290,11 +290,10 @@ def _distinct(bits: np.random.Philox, rows: int, bound: int, count: int) -> np.n
     raw = bits.random_raw(rows * count).reshape(count, rows).T
     found = (raw % np.arange(bound - count + 1, bound + 1, dtype=np.uint64)).astype(np.int64)
     ordered = np.sort(found, axis=1)
-    for row in np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1)):  # of the others nothing is replaced
-        drawn, taken = found[row].tolist(), set()
-        for n, last in enumerate(range(bound - count, bound)):
-            if drawn[n] in taken:
-                drawn[n] = last
-            taken.add(drawn[n])
-        found[row] = drawn
+    again = np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1))  # of the others nothing is replaced
+    drawn = found[again]
+    for n in range(1, count):
+        met = (drawn[:, :n] == drawn[:, n : n + 1]).any(axis=1)
+        drawn[met, n] = bound - count + n
+    found[again] = drawn
     return np.take_along_axis(found, np.argsort(_uniform(bits, (rows, count)), axis=1, kind="stable"), axis=1)
