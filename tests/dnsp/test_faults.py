@@ -344,6 +344,7 @@ def test_killed_at_any_moment_it_resumes_exactly(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_a_rank_that_hangs_is_given_up(workplace: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
     """The second run starts while the first is on its way to its end."""
     hung = [hang_in(workplace, start, world, sequence) for world, sequence in ((2, 2), (3, 1))]
