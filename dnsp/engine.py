@@ -15,6 +15,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,7 @@ os.environ.setdefault("DS_LOG_LEVEL", "warning")
 
 import deepspeed  # noqa: E402 - DeepSpeed looks for accelerators and compilers while it is imported
 from deepspeed.accelerator import get_accelerator  # noqa: E402
+from deepspeed.runtime import compiler  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfigError  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     logger,
@@ -44,6 +46,11 @@ from deepspeed.utils import (  # noqa: E402
     safe_get_full_grad,
     set_z3_leaf_modules,
 )
+
+# From ZeRO 1 on DeepSpeed asks whether AdamW is its Muon, whose functions are for torch.compile: it would import all of
+# Inductor for them, a second of every start.
+with suppress(ImportError), patch.object(compiler, "compile", lambda: lambda fn: fn):
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,9 @@ class Engine:
         logger.setLevel(logging.ERROR)
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         if not torch.cuda.is_available():
-            # DeepSpeed would compile a shared-memory all-reduce with the machine's C++ compiler; gloo does the same
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            # DeepSpeed would compile a shared-memory all-reduce with the machine's C++ compiler; gloo does the same.
+            # What is not there yet is not asked for: it would try all its operators, some with that compiler.
+            vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists; a single process has no launcher to set it
         settings = config.train
         self.model, self.grid, self.stage = model, grid, config.engine.zero_stage

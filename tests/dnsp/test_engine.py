@@ -78,12 +78,12 @@ def settings(stage: int, host: bool = False, away: bool = False, recompute: bool
     )
 
 
-def make(config: Any, sequence: int) -> Any:
+def make(config: Any, sequence: int, timeout: float = 30.0) -> Any:
     from dnsp.engine import Engine
     from dnsp.model.decoder import Decoder
     from dnsp.parallel.grid import make_grid
 
-    grid = make_grid(sequence)
+    grid = make_grid(sequence, timeout)
     torch.manual_seed(0)
     model = Decoder(config.model, config.engine.activation_checkpointing, hollow=config.engine.zero_stage == 3)
     return Engine(model, config, grid, ROWS // grid.data_size)
@@ -287,7 +287,8 @@ def broken(stage: int, options: dict[str, Any]) -> str:
 
     config = settings(stage, deepspeed=options)
     try:
-        return f"passed: {probe(make(config, 2), config)}"
+        # where one rank alone cannot read its gradients, the other waits for it in vain
+        return f"passed: {probe(make(config, 2, timeout=5.0), config)}"
     except UsageError as error:
         return str(error)
 

@@ -344,10 +344,35 @@ def test_killed_at_any_moment_it_resumes_exactly(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "sequence"), [(2, 2), (3, 1)])
-def test_a_rank_that_hangs_is_given_up(
-    world: int, sequence: int, workplace: Path, start: Callable[..., subprocess.Popen[str]]
-) -> None:
+@pytest.mark.timeout(240)
+def test_a_rank_that_hangs_is_given_up(workplace: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
+    """The second run starts while the first is on its way to its end."""
+    hung = [hang_in(workplace, start, world, sequence) for world, sequence in ((2, 2), (3, 1))]
+    for world, process, ranks in hung:
+        run = workplace / f"hung-{world}"
+        stacks = [run / "stacks" / f"rank-{rank:05d}.txt" for rank in range(0, world, 2)]
+        deadline = time.monotonic() + LATER
+        while not all(file.exists() for file in stacks) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        _, stderr = process.communicate(timeout=LATER)
+        assert process.returncode == 1
+        # who, where, in which step and layer, waiting for what; whose stack is there, and whose cannot be
+        lost = r"rank [02] lost ((rank 1|a rank of its group) during |a peer: )\S+"
+        assert is_one_message(stderr) and re.search(lost, stderr), stderr
+        place_of = r"rank [02] \(node \S+\) was at step \d+(, layer \d \(\w+\))?, in the \w+"
+        silent = r"rank (0, )?1(, 2)? left no stack: stopped or gone"  # a busy machine may be slow to tell
+        assert re.search(place_of, stderr) and re.search(silent, stderr), stderr
+        for file in stacks:
+            assert "dnsp/train.py" in file.read_text()
+            assert json.loads(file.with_suffix(".json").read_text())["entries"]  # torch's flight recorder
+        _, alive = psutil.wait_procs(ranks, timeout=5)
+        assert not alive
+
+
+def hang_in(
+    workplace: Path, start: Callable[..., subprocess.Popen[str]], world: int, sequence: int
+) -> tuple[int, subprocess.Popen[str], list[psutil.Process]]:
+    """A run of so many ranks, rank 1 of which is stopped behind the third step; its process and its ranks."""
     run = workplace / f"hung-{world}"
     place = (f"parallel.sequence={sequence}", f"train.global_batch={world // sequence}", f"run.dir={run.name}")
     settings = ("--ranks", world, *place, "train.steps=5000", "run.timeout=5")
@@ -356,23 +381,7 @@ def test_a_rank_that_hangs_is_given_up(
     ranks = psutil.Process(process.pid).children()
     victim = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
     victim.suspend()
-    stacks = [run / "stacks" / f"rank-{rank:05d}.txt" for rank in range(0, world, 2)]
-    deadline = time.monotonic() + LATER
-    while not all(file.exists() for file in stacks) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    _, stderr = process.communicate(timeout=LATER)
-    assert process.returncode == 1
-    # who, where, in which step and layer, waiting for what; whose stack is there, and whose cannot be
-    lost = r"rank [02] lost ((rank 1|a rank of its group) during |a peer: )\S+"
-    assert is_one_message(stderr) and re.search(lost, stderr), stderr
-    place_of = r"rank [02] \(node \S+\) was at step \d+(, layer \d \(\w+\))?, in the \w+"
-    silent = r"rank (0, )?1(, 2)? left no stack: stopped or gone"  # a busy machine may be slow to tell
-    assert re.search(place_of, stderr) and re.search(silent, stderr), stderr
-    for file in stacks:
-        assert "dnsp/train.py" in file.read_text()
-        assert json.loads(file.with_suffix(".json").read_text())["entries"]  # torch's flight recorder
-    _, alive = psutil.wait_procs(ranks, timeout=5)
-    assert not alive
+    return world, process, ranks
 
 
 @pytest.mark.parametrize(("first", "quiet"), [(True, False), (False, True)])

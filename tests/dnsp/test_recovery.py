@@ -147,10 +147,9 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 def done_by(process: subprocess.Popen[str], run: Path, steps: int) -> bool:
     """Whether this attempt has got to a step: rank 0 has metrics.jsonl open, earlier attempts' lines being gone."""
     path = run / "metrics.jsonl"
-    is_open = any(
-        file.path == str(path) for rank in psutil.Process(process.pid).children() for file in rank.open_files()
-    )
-    return is_open and path.read_bytes().count(b"\n") >= steps
+    if not path.exists() or path.read_bytes().count(b"\n") < steps:
+        return False  # and no core's time was taken from the ranks, as it is by looking at their files
+    return any(file.path == str(path) for rank in psutil.Process(process.pid).children() for file in rank.open_files())
 
 
 def wait_until(true: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 120) -> None:

@@ -76,7 +76,7 @@ def test_a_rank_never_holds_the_whole_model_and_begins_with_the_same_weights(mon
 
     # glibc gives back at once what it has mapped, from 32 MiB on at the latest: here, as for large models, all weights
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    first, *others = run_ranks(started, WORLD)
+    first, *others = run_ranks(started, WORLD, fresh=True)
     for tied in (True, False):
         settings = config(0, tied, layers=4, hidden=64)
         torch.manual_seed(7)

@@ -1,6 +1,7 @@
 """The peer scan without a GPU: real ranks whose memory is a shared file, the kernels under Triton's interpreter.
 
-Everything is as on a GPU but the device's timer (a wait has no end here) and the making of the memory.
+Everything is as on a GPU but the making of the memory and the device's timer: a wait has no end here, and sleeps a
+little where it would look at the time.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import random
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -33,14 +35,17 @@ from dnsp.parallel.halo import causal_conv1d
 from dnsp.parallel.layout import KINDS, Layout
 from dnsp.parallel.plan import local_plan, make_plan
 from dnsp.parallel.transport import Transport
+from tests.kernels.interpreter import hasten
 from tests.kernels.triton_compile import Compiled
 from tests.ranks import run_ranks
 
 SHAPES = [(1, 1, 16, 16), (2, 1, 16, 32)]  # B, HV, K, V
+PAUSE = 3e-3  # seconds that a wait sleeps each time it has looked: ranks share cores
 
 
 def share_through(folder: str, comm: Transport) -> None:
     """Replaces symmetric memory by files, and the question for a GPU by yes."""
+    hasten()
     from dnsp.parallel import plan, post, scan, symmetric
 
     class OnHost(symmetric.Symmetric):
@@ -67,6 +72,13 @@ def share_through(folder: str, comm: Transport) -> None:
             self.take([torch.from_file(file, True, words, dtype=torch.int32) for file in files])
             comm.barrier()
 
+    now = triton_scan._now
+
+    def lets_others_work(timed: bool) -> Any:
+        time.sleep(PAUSE)
+        return now(timed)
+
+    triton_scan._now = lets_others_work
     if comm.size == 1:  # alone on its host
         scan.on_gpu = kernels_scan.on_gpu = triton_scan.takes = lambda U: True
         return
@@ -78,18 +90,24 @@ def share_through(folder: str, comm: Transport) -> None:
     scan.on_gpu = kernels_scan.on_gpu = lambda U: True
 
 
-def on_every_rank(folder: str, a_host: int) -> tuple[int, list[str]]:
-    os.environ["DNSP_HOST"] = f"host {int(os.environ['RANK']) // a_host}"
-    grid = make_grid(timeout=60)
-    share_through(f"{folder}/{grid.rank // a_host}", grid.transport().nearby())
-    parallel_scan.MESSAGE = 1  # as many parts as there are rows, where there are several hosts
-    draw, mine = random.Random(grid.world), random.Random(grid.rank)
-    wrong, hops = [], 0
+class Drawn(NamedTuple):
+    """A layout with documents, summaries of all its segments, which of them forget, and an initial state."""
+
+    name: str
+    layout: Layout
+    starts: list[list[int]]
+    M: Tensor
+    U: Tensor
+    flags: Tensor
+    state: Tensor
+
+
+def drawn(world: int) -> Iterator[Drawn]:
+    draw = random.Random(world)
     for step, (kind, shape, each) in enumerate(itertools.product(KINDS, SHAPES, (1, 2))):
         B, HV, K, V = shape
-        layout = Layout(kind, grid.world, 64 * each * (2 if kind == "zigzag" else 1) * grid.world)
+        layout = Layout(kind, world, 64 * each * (2 if kind == "zigzag" else 1) * world)
         starts = [[0, *sorted(draw.sample(range(1, layout.tokens), step % 3))] for _ in range(B)]
-        plan, one = make_plan(starts, layout, grid, 64, transport="peer"), local_plan(starts, layout.tokens, 64)
         N = layout.tokens // 64
         generator = torch.Generator().manual_seed(step)
         M, U = (torch.randn(N, B, HV, K, width, generator=generator) for width in (K, V))
@@ -97,25 +115,52 @@ def on_every_rank(folder: str, a_host: int) -> tuple[int, list[str]]:
         M /= K**0.5
         flags = (torch.rand(N, B, HV, generator=generator) < (1.0 if step % 3 == 0 else 0.5)).int()
         M[flags != 0] = 0  # as strong decays leave it
+        yield Drawn(f"{kind} {shape} {each} {starts}", layout, starts, M, U, flags, state)
+
+
+ENDS = (False, False), (True, True)  # whether a state comes in, and goes out
+
+
+def by_one_process(case: Drawn) -> list[list[tuple[Tensor, Tensor | None]]]:
+    """For each of ``ENDS``: what a scan forward and one in reverse find."""
+    one = local_plan(case.starts, case.layout.tokens, 64)
+    given = case.M, case.U, one.segments.continues_NB, None
+    found = []
+    for has_initial, want_final in ENDS:
+        initial = case.state if has_initial else None
+        forward = one.scan.forward(*given, initial, want_final)()
+        found.append([forward, one.scan.reverse(*given, initial, has_initial, want_final)()])
+    return found
+
+
+def on_every_rank(folder: str, a_host: int) -> tuple[int, list[str]]:
+    os.environ["DNSP_HOST"] = f"host {int(os.environ['RANK']) // a_host}"
+    grid = make_grid(timeout=60)
+    share_through(f"{folder}/{grid.rank // a_host}", grid.transport().nearby())
+    parallel_scan.MESSAGE = 1  # as many parts as there are rows, where there are several hosts
+    cases = list(drawn(grid.world))
+    shared: list[Any] = [None] * grid.world  # every rank finds the truth of some cases, in one process, for all
+    torch.distributed.all_gather_object(shared, [by_one_process(case) for case in cases[grid.rank :: grid.world]])
+    mine, wrong, hops = random.Random(grid.rank), [], 0
+    for step, case in enumerate(cases):
+        M, U, flags = case.M, case.U, case.flags
+        plan = make_plan(case.starts, case.layout, grid, 64, transport="peer")
         told = M.masked_fill((flags != 0)[..., None, None], torch.nan)  # and nobody reads it who is told
         held = [start // 64 for start in plan.segments.starts]
-        for has_initial, want_final in ((False, False), (True, True)):
+        wanted = shared[step % grid.world][step // grid.world]
+        for (has_initial, want_final), truths in zip(ENDS, wanted, strict=True):
             if mine.random() < 0.3:
                 time.sleep(0.2 * mine.random())
-            initial = state if has_initial else None
+            initial = case.state if has_initial else None
             mine_M, forgets = (told, flags[held]) if has_initial == bool(step % 2) else (M, None)
-            wanted = [
-                one.scan.forward(M, U, one.segments.continues_NB, None, initial, want_final)(),
-                one.scan.reverse(M, U, one.segments.continues_NB, None, initial, has_initial, want_final)(),
-            ]
             own = mine_M[held], U[held], plan.segments.continues_NB, forgets, initial
             found = [plan.scan.forward(*own, want_final)(), plan.scan.reverse(*own, has_initial, want_final)()]
             ends = plan.holds_last, 0 in plan.intervals[0]
-            for way, (states, last), (all_states, truth), here in zip("><", found, wanted, ends, strict=True):
+            for way, (states, last), (all_states, truth), here in zip("><", found, truths, ends, strict=True):
                 same = torch.equal(states, all_states[held])
                 same &= (last is None) == (not (want_final and here)) and (last is None or torch.equal(last, truth))
                 if not same:
-                    wrong.append(f"{kind} {shape} {each} {way} {starts} {has_initial}")
+                    wrong.append(f"{case.name} {way} {has_initial}")
         hops += plan.comm.calls
     return hops, wrong
 
@@ -196,7 +241,7 @@ def test_a_larger_memory_leaves_a_captured_graph_its_own() -> None:
 
 def test_a_wait_in_vain_is_recorded_once_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    (found,) = run_ranks(in_vain, 1)
+    (found,) = run_ranks(in_vain, 1, fresh=True)
     assert found["in time"] == ([0], [0, 0, 0, 0])
     assert found["no room"] == ([5 * 4 + 2], [1, 3, 0, 0])
     assert found["after"] == ([5 * 4 + 2], [1, 3, 0, 0], True)  # nothing is waited for or delivered any more
@@ -240,7 +285,7 @@ def exchanging() -> list[tuple[str, bool, float]]:
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_exchanges_by_mail_are_those_of_the_ring(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for rank, found in enumerate(run_ranks(exchanging, size, timeout=280)):
+    for rank, found in enumerate(run_ranks(exchanging, size, timeout=280, fresh=True)):
         for case, same, error in found:
             assert same and error < (1e-2 if case.endswith(("y", "dx")) else 1e-6), (rank, case, same, error)
 
@@ -256,7 +301,7 @@ def test_scans_by_mail_have_one_processs_bits(size: int, a_host: int, monkeypatc
     with tempfile.TemporaryDirectory(prefix="mail-") as folder:
         for n in range(size):
             Path(folder, str(n)).mkdir()
-        for rank, (hops, wrong) in enumerate(run_ranks(on_every_rank, size, folder, a_host, timeout=280)):
+        for rank, (hops, wrong) in enumerate(run_ranks(on_every_rank, size, folder, a_host, timeout=280, fresh=True)):
             assert hops > 0 and not wrong, (rank, wrong)
 
 
