@@ -102,8 +102,8 @@ _fresh = itertools.count()
 
 
 def _encoded(x: TensorDescriptor, kind: Any, number: int) -> list[Any]:
-    """A descriptor as a kernel is given it, which follows from address, shape and strides alone."""
-    key = number, x.base.data_ptr(), *x.shape, *x.strides
+    """A descriptor as a kernel is given it, which follows from what decides a binary, address, shape and strides."""
+    key = number, _described(x), x.base.data_ptr(), *x.shape, *x.strides
     found = _encodings.get(key)
     if found is None:
         if len(_encodings) > 65536:

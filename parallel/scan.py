@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -257,7 +257,7 @@ class _Chain:
     def _parts(self) -> list[slice | None]:
         """What of a state's ``B * HV`` heads travels together, None for all; the same on every rank."""
         layout = self.scan.layout
-        hops = max(self._way_through().when)
+        hops = max(self.route.when)
         if self.scan.kind == "peer":  # by message from host to host
             hops = min(hops, (self.scan.comm.hosts - 1) * layout.count // layout.ranks)
         if hops < 2:
@@ -320,7 +320,7 @@ class _Chain:
         """Starts messages together: parts of what enters places."""
         sends: list[Message] = []
         receives: list[Message] = []
-        way = self._way_through()
+        way = self.route
         for place, part in messages:
             (source, target), state = way.ends(place) or (0, 0), self.into[place]
             assert state is not None
@@ -333,7 +333,8 @@ class _Chain:
     def _what(self, intervals: str) -> str:
         return f"the delta rule's hop at interval {intervals} ({self._way}){in_layer(self.scan.layer)}"
 
-    def _way_through(self) -> Route:
+    @cached_property
+    def route(self) -> Route:
         return route(self.scan.layout, self.scan.open, self.backward)
 
     def _state(self) -> Tensor:
@@ -357,7 +358,7 @@ class _Chain:
             coming = whole.forward(M, U, continues, None, start, self.want_end)
         states, end = coming()
         torch.cat([states[interval * each : (interval + 1) * each] for interval in mine], out=self.states)
-        return end if self._way_through().owners[-1] == self.scan.rank else None
+        return end if self.route.owners[-1] == self.scan.rank else None
 
     def _whole(self, by_rank_PN: Tensor) -> Tensor:
         """Summaries of all segments in global order: as they come in where a rank's segments are one interval."""
@@ -374,4 +375,4 @@ class _Chain:
     def _shared(self, start: Tensor | None, what: str) -> Tensor:
         """The state at the pass's start, which only the rank there has; zero where not even that one has it."""
         mine = torch.zeros_like(self.U[0]) if start is None else start
-        return self.scan.comm.all_gather(mine, what)[self._way_through().owners[0]]
+        return self.scan.comm.all_gather(mine, what)[self.route.owners[0]]

@@ -36,12 +36,17 @@ def as_graphs(steps: Mapping[str, Work | None], ranks: Ranks) -> tuple[dict[str,
 def _captured(step: Work, side: torch.cuda.Stream, pool: Any) -> Work:
     """A step that has run on this stream before."""
     graph = torch.cuda.CUDAGraph()
+    said: Exception | None = None
     try:
         # By default what any thread asks of CUDA meanwhile, as NCCL's do, would end the capture.
         with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            step()
+            try:
+                step()
+            except Exception as error:
+                said = error
+                raise
     except Exception as error:  # of a step that fails the end of its capture says only that it failed
-        raise error.__context__ or error from None
+        raise said or error from None
 
     def replay() -> Work:
         graph.replay()

@@ -20,6 +20,7 @@ from dnsp.bench.ranks import Ranks, new_table, publish
 from dnsp.bench.scan import Stamps, Work, _shortest, _way, accounts, hops_and_back, hops_there, makespan, table
 from dnsp.cli import main
 from dnsp.errors import UsageError
+from dnsp.parallel.errors import PeerLost
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.transport import Transport
@@ -236,6 +237,28 @@ def test_what_cannot_be_captured_is_left_out_with_its_reason() -> None:
     assert list(found) == ["works", "waits"] and found["waits"] is None
     replay = found["works"]
     assert replay is not None and replay() is steps["works"] and ran[-1] == "replay"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_that_fails_says_what_its_step_said(fails: bool) -> None:
+    """Whether or not its end fails too; and not what came before that in the step."""
+
+    def step() -> None:
+        try:
+            raise RuntimeError("connection closed")
+        except RuntimeError as error:
+            raise PeerLost(0, 1, "the hop", "connection closed") from error
+
+    @contextmanager
+    def capture(graph: Any, **options: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if fails:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    with patch("torch.cuda.CUDAGraph", object), patch("torch.cuda.graph", capture), pytest.raises(PeerLost):
+        graphs._captured(step, None, None)  # type: ignore[arg-type]
 
 
 def relayed(

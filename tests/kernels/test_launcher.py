@@ -89,6 +89,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
         kernel.device_caches.clear()
     monkeypatch.setattr(launcher, "_forms", {})
     monkeypatch.setattr(launcher, "_latest", {})
+    monkeypatch.setattr(launcher, "_encodings", {})
     yield made
     for kernel in (small_kernel, described_kernel):
         kernel.device_caches.clear()
@@ -297,6 +298,19 @@ def test_the_function_behind_a_launcher_is_given_what_the_launcher_gives_it(
         assert given[-1] == given[-2] and "function" in given[-1]
     if described:  # Triton's six, and of ours each address and shape once
         assert len(encoded) == 6 + 4
+
+
+def test_what_is_filled_in_beside_a_tensor_is_part_of_its_encoding(gpu: Driver) -> None:
+    """Descriptors of the same memory and tiles that differ in what is read beyond it, or in how it is rounded."""
+    gpu.fill_tma_descriptor = gpu.fill_tma_descriptor_tiled = lambda *args: args  # type: ignore[attr-defined]
+    kind = {"swizzle": 3, "elem_size": 4, "elem_type": 7, "block_size": [16, 32], "fp4_padded": False}
+    memory, layout = torch.zeros(128, 32), gl.NVMMASharedLayout(128, 32, 2)
+    ways: list[dict[str, Any]] = [{}, {"padding": "nan"}, {"round_f32_to_tf32": True}, {}]
+    if not hasattr(TensorDescriptor, "round_f32_to_tf32"):  # Triton 3.6
+        ways.pop(2)
+    for way in ways:
+        x = TensorDescriptor(memory, [128, 32], [32, 1], [16, 32], layout, **way)
+        assert launcher._encoded(x, kind, launcher._number(repr(kind))) == nvidia.make_tensordesc_arg(x, kind), way
 
 
 HASHES = """

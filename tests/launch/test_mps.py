@@ -16,6 +16,7 @@ import os, sys
 with open({log!r}, "a") as file:
     file.write(" ".join(sys.argv[1:]) + sys.stdin.read() * (len(sys.argv) == 1) + "\\n" * (len(sys.argv) > 1))
     assert os.path.isdir(os.environ["CUDA_MPS_PIPE_DIRECTORY"])
+assert sys.argv[1:] != ["-d"] or "CUDA_VISIBLE_DEVICES" not in os.environ, "it would count its clients' devices anew"
 if {fails!r}:
     sys.exit("no such GPU")
 """
@@ -35,8 +36,9 @@ def play(folder: Path, fails: bool = False) -> Path:
     return log
 
 
-def test_a_daemon_of_our_own_is_started_and_ended(tmp_path: Path) -> None:
+def test_a_daemon_of_our_own_is_started_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = play(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     with shared_gpu() as variables:
         folder = variables[NAMED]
         assert os.path.isdir(folder) and log.read_text() == "-d\n"

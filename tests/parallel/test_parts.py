@@ -44,7 +44,9 @@ class Problem:
         self.starts = [cuts[0]] * B if draw.random() < 0.7 else cuts
         self.M, self.U = (torch.randn(tokens // 64, B, HV, K, width, generator=generator) for width in (K, V))
         self.M /= K**0.5
-        self.state = torch.randn(B, HV, K, V, generator=generator) if draw.random() < 0.5 else None
+        state = torch.randn(B, HV, K, V, generator=generator)
+        # What comes in from the left, and from the right; where something does, the other pass has to say its gradient.
+        self.initial, self.final = (state if draw.random() < 0.5 else None for _ in range(2))
         one = make_plan(self.starts, Layout("contiguous", 1, tokens), Grid(1, 0, 1), 64)
         self.truth = [self.begin(one, backward, LocalScan())() for backward in (False, True)]
 
@@ -57,16 +59,19 @@ class Problem:
         return self.M[held], self.U[held]
 
     def begin(self, plan: Plan, backward: bool, way: Any = None) -> Coming:
-        want, way = self.state is not None, way or plan.scan
-        given = *self.summaries(plan), plan.segments.continues_NB, None, self.state
-        return way.reverse(*given, want, want) if backward else way.forward(*given, want)
+        has_initial, want_final, way = self.initial is not None, self.final is not None, way or plan.scan
+        given = *self.summaries(plan), plan.segments.continues_NB, None
+        if backward:
+            return way.reverse(*given, self.final, has_initial, want_final)
+        return way.forward(*given, self.initial, want_final)
 
     def wrong(self, plan: Plan, found: Sequence[tuple[Tensor, Tensor | None]]) -> list[str]:
         """The passes of a rank, forward and backward, that have other bits than one process's."""
-        held, ends = [start // 64 for start in plan.segments.starts], (plan.holds_last, 0 in plan.intervals[0])
+        held = [start // 64 for start in plan.segments.starts]
+        ends = plan.holds_last and self.final is not None, 0 in plan.intervals[0] and self.initial is not None
         wrong = []
         for way, (states, last), (all_states, truth), here in zip("><", found, self.truth, ends, strict=True):
-            same = torch.equal(states, all_states[held]) and (last is None) == (self.state is None or not here)
+            same = torch.equal(states, all_states[held]) and (last is None) == (not here)
             if not same or (last is not None and truth is not None and not torch.equal(last, truth)):
                 wrong.append(f"{self.layout} {self.starts} {way} on rank {plan.rank}")
         return wrong
