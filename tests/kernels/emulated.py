@@ -51,6 +51,13 @@ class Pointer:
         return Pointer(self.base.view(dtype), self.offset * self.base.element_size() // dtype.itemsize)
 
 
+class Whole(int):
+    """An integer among the arguments."""
+
+    def to(self, dtype: torch.dtype) -> int:
+        return self
+
+
 class Described:
     """What a descriptor describes: blocks of a tensor, zeros beyond its edge."""
 
@@ -228,7 +235,8 @@ def _language(program: Sequence[int]) -> SimpleNamespace:
         zeros=lambda shape, dtype, layout: tile(torch.zeros(shape, dtype=dtype)),
         expand_dims=lambda x, axis: x.unsqueeze(axis), where=_where, convert_layout=lambda x, layout: x,
         sum=lambda x, axis: x.sum(axis), max=lambda x, axis: x.amax(axis), min=lambda x, axis: x.amin(axis),
-        join=lambda a, b: torch.stack([a, b], -1), inline_asm_elementwise=_in_assembly,
+        join=lambda a, b: torch.stack([a, b], -1), split=lambda x: x.unbind(-1), trans=lambda x: x.mT,
+        inline_asm_elementwise=_in_assembly,
         maximum=_of_two(torch.maximum), minimum=_of_two(torch.minimum), static_range=range,
         associative_scan=_along, reduce=lambda x, axis, add: _along(x, axis, add, False),
         cumsum=lambda x, axis, reverse=False: x.flip(axis).cumsum(axis).flip(axis) if reverse else x.cumsum(axis),
@@ -254,10 +262,8 @@ def _rebound(kernel: Any, names: dict[str, Any], done: dict[int, FunctionType]) 
 
 def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) -> None:
     """Runs all programs of a kernel, one after another."""
-    given = [
-        Pointer(x) if isinstance(x, Tensor) else Described(x) if isinstance(x, TensorDescriptor) else x
-        for x in arguments
-    ]
+    kinds = (Tensor, Pointer), (TensorDescriptor, Described), (int, Whole)
+    given = [next((made(x) for kind, made in kinds if isinstance(x, kind)), x) for x in arguments]
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}  # no options
     for program in product(*(range(n) for n in grid)):
         under_way, language = UnderWay(), _language(program)
