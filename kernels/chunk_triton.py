@@ -15,9 +15,8 @@ Long because all passes are given what one class, Prepared, lays out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from .gluon_chunk import scales_of, tiles_of, tokens_of
 from .gluon_prepare import prepare_pairs_kernel
 from .gluon_reverse import whole_reverse_kernel
 from .gluon_states import whole_states_kernel
+from .launcher import Described
 from .launches import GATES, IN_GLUON, LAUNCHES, Launches, constants
 from .segments import CHUNK, Gradients, Inputs, held_whole
 from .signatures import Signature, stepped
@@ -65,6 +65,7 @@ class Kernels:
         # Whether a pass has its kernel for Hopper here.
         self.in_gluon = {use: fits and launches[use].warps == LAUNCHES[use].warps for use in IN_GLUON}
         self.in_gluon["backward"] &= self.in_gluon["whole_states"]  # the heads of its launches lie apart
+        self.some_in_gluon = any(self.in_gluon.values())
 
 
 @lru_cache
@@ -84,8 +85,18 @@ def _kernels_for(x: Inputs) -> Kernels:
     return found
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Fetched(NamedTuple):
+    """What the kernels for Hopper fetch, as they do it: chunks of the inputs, tiles, and scales of their rows."""
+
+    q: Described
+    k: Described
+    v: Described
+    A: Described
+    P: Described
+    scales: Described
+
+
+class Prepared(NamedTuple):
     """Pass 1's results, and the arguments that passes 2 to 4 share."""
 
     x: Inputs
@@ -99,16 +110,7 @@ class Prepared:
     strides_qk: tuple[int, ...]
     strides_v: tuple[int, ...]
     strides_o: tuple[int, ...]  # of outputs and their gradients, which lie without gaps
-
-    @cached_property
-    def fetched(self) -> tuple[Any, ...]:
-        """Chunks of q and k and the tiles A and P, as the kernels for Hopper fetch them."""
-        return tokens_of(self.x.q), tokens_of(self.x.k), tiles_of(self.A), tiles_of(self.P)
-
-    @cached_property
-    def fetched_v(self) -> Any:
-        """Chunks of v, which pass 1 does not need."""
-        return tokens_of(self.x.v)
+    fetched: Fetched | None  # where there are kernels for Hopper
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -168,38 +170,45 @@ def refuse(k: Tensor, v: Tensor) -> None:
         )
 
 
+def _to_prepare(v: Tensor, NC: int) -> tuple[Tensor, ...]:
+    """Room for the tensors that pass 1 makes."""
+    heads = v.shape[0] * v.shape[2]
+    A = v.new_empty((heads, NC, CHUNK, CHUNK))
+    rows = v.new_empty((heads, NC, len(ROWS), CHUNK), dtype=torch.float32)
+    through = v.new_empty((heads, NC), dtype=torch.float32)
+    return A, torch.empty_like(A), rows, through, torch.empty_like(through)
+
+
 def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
     """Pass 1 over all chunks, or its tensors from an earlier call; what the other functions start from."""
     q, k, v = stepped(x.q), stepped(x.k), stepped(x.v)
     if q is not x.q or k is not x.k or v is not x.v:
-        x = replace(x, q=q, k=k, v=v)
+        x = x._replace(q=q, k=k, v=v)
     kernels, segments = _kernels_for(x), x.segments
     s, (B, T, HV, V), device = kernels.signature, v.shape, v.device
     NC = -(-T // CHUNK)
-    shared = (
+    A, P, rows, through, bound = tensors or _to_prepare(v, NC)
+    by = None
+    if kernels.some_in_gluon:
+        by = Fetched(tokens_of(q), tokens_of(k), tokens_of(v), tiles_of(A), tiles_of(P), scales_of(rows, 256))
+    p = Prepared(
+        x, kernels, A, P, rows, through, bound,
         (T, NC, segments.tokens // CHUNK, B, len(segments.starts)),
         (q.stride(0), *s.q, k.stride(0), *s.k),
         (v.stride(0), *s.v),
         (T * HV * V, HV * V, V if HV > 1 else 0),
-    )
+        by,
+    )  # fmt: skip
     if tensors is not None:
-        A, P, rows, through, bound = tensors
-        return Prepared(x, kernels, A, P, rows, through, bound, *shared)
-    A = torch.empty((B * HV, NC, CHUNK, CHUNK), dtype=s.dtype, device=device)
-    P = torch.empty_like(A)
-    rows = torch.empty((B * HV, NC, len(ROWS), CHUNK), dtype=torch.float32, device=device)
-    through = torch.empty((B * HV, NC), dtype=torch.float32, device=device)
-    bound = torch.empty_like(through)
-    p = Prepared(x, kernels, A, P, rows, through, bound, *shared)
+        return p
     g, strides_g = (x.beta, s.beta) if x.g is None or s.g is None else (x.g, s.g)
     gates = g, x.beta, _documents(x), _on_device(segments.starts, torch.int64, device)
     sizes = T, NC, segments.tokens // CHUNK, x.scale
     strides = g.stride(0), *strides_g, x.beta.stride(0), *s.beta
-    if kernels.in_gluon["prepare_pairs"]:
-        q_chunks, k_chunks, A_tiles, P_tiles = p.fetched
+    if by and kernels.in_gluon["prepare_pairs"]:
         proof.launch(
             prepare_pairs_kernel, (B * s.H, NC),
-            q_chunks, k_chunks, v, P_tiles, A_tiles, *gates, rows, through, bound, *sizes, *p.strides_v, *strides,
+            by.q, by.k, v, by.P, by.A, *gates, rows, through, bound, *sizes, *p.strides_v, *strides,
             **kernels.constants["prepare_pairs"],
         )  # fmt: skip
         return p
@@ -216,21 +225,19 @@ def prepare(x: Inputs, tensors: tuple[Tensor, ...] | None = None) -> Prepared:
 
 def _forward(
     p: Prepared, use: str, heads: slice | None = None, *, need: Tensor | None = None, incoming: Tensor | None = None,
-    o: Tensor | None = None, states: Tensor | None = None, errors: Tensor | None = None,
+    o: Tensor | None = None, kept: tuple[Any, Any] | None = None,
     M: Tensor | None = None, U: Tensor | None = None, forgets: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Pass 2 over some value heads of all rows (all unless told), for one of its uses."""
-    x, v = p.x, p.x.v
+    """Pass 2 over some value heads of all rows (all unless told), for one of its uses. ``kept``: where states and
+    errors are kept, by descriptors for the kernel for Hopper."""
+    x, v, by = p.x, p.x.v, p.fetched
     B, _, HV, V = v.shape
     first, last, every = (heads or slice(None)).indices(B * HV)
-    if p.kernels.in_gluon["whole_states"]:
-        v_chunks = p.fetched_v
+    if by and p.kernels.in_gluon["whole_states"]:
         proof.launch(
             whole_states_kernel, (p.sizes[4], -(-(last - first) // every), 2 if use == "summarise" else 1),
-            *p.fetched[:2], v_chunks, *p.fetched[2:], scales_of(p.rows, 256),
-            v_chunks if o is None else tokens_of(o),
-            *(v_chunks if y is None else tiles_of(y) for y in (states, errors)), p.through, p.bound,
-            *(v if y is None else y for y in (need, incoming, M, U, forgets)), *p.sizes, first, every,
+            *by, by.v if o is None else tokens_of(o), *(kept or (by.v, by.v)), p.through, p.bound,
+            *[v if y is None else y for y in (need, incoming, M, U, forgets)], *p.sizes, first, every,
             **p.kernels.constants[f"whole {use}"],
         )  # fmt: skip
         return
@@ -239,7 +246,7 @@ def _forward(
     proof.launch(
         states_kernel, (blocks, p.sizes[4], last - first),
         x.q, x.k, v, p.A, p.P, p.rows, p.through, p.bound,
-        *(v if y is None else y for y in (need, incoming, o, states, errors, M, U, forgets)),
+        *[v if y is None else y for y in (need, incoming, o, *(kept or (None, None)), M, U, forgets)],
         *p.sizes, first, *p.strides_qk, *strides_v, *(strides_v if o is None else p.strides_o),
         **constants,
     )  # fmt: skip
@@ -256,7 +263,7 @@ def _reverse(
     proof.launch(
         reverse_kernel, (V // constants["BV"], p.sizes[4], last - first),
         x.q, x.k, do, p.A, p.P, p.rows, p.through, p.bound, _documents(x),
-        *(v if y is None else y for y in (need, outgoing, d_states, dv, D)),
+        *[v if y is None else y for y in (need, outgoing, d_states, dv, D)],
         *p.sizes, first, *p.strides_qk, *p.strides_o, *(p.strides_v if dv is None else p.strides_o),
         **constants,
     )  # fmt: skip
@@ -270,9 +277,8 @@ def summarise(p: Prepared, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -
         so strong that M has no normal number and is zero, else 0; unwritten where M is.
     """
     (N, B, HV, K, V), device = p.state_shape, p.rows.device
-    M = torch.empty((N, B, HV, K, K), dtype=torch.float32, device=device)
-    U = torch.empty((N, B, HV, K, V), dtype=torch.float32, device=device)
-    forgets = torch.empty((N, B, HV), dtype=torch.int32, device=device)
+    M, U = p.rows.new_empty((N, B, HV, K, K)), p.rows.new_empty((N, B, HV, K, V))
+    forgets = p.rows.new_empty((N, B, HV), dtype=torch.int32)
     if True in need_M or True in need_U:
         need = _on_device(tuple(zip(need_U, need_M, strict=True)), torch.int32, device)
         _forward(p, "summarise", need=need, M=M, U=U, forgets=forgets)
@@ -281,7 +287,7 @@ def summarise(p: Prepared, need_M: tuple[bool, ...], need_U: tuple[bool, ...]) -
 
 def apply(p: Prepared, incoming_NBHKV: Tensor) -> Tensor:
     """Outputs ``[B, T, HV, V]`` in v's dtype, from the state that enters each segment."""
-    o = torch.empty(p.x.v.shape, dtype=p.x.v.dtype, device=p.x.v.device)
+    o = p.x.v.new_empty(p.x.v.shape)
     _forward(p, "apply", incoming=incoming_NBHKV.contiguous(), o=o)
     return o
 
@@ -289,18 +295,17 @@ def apply(p: Prepared, incoming_NBHKV: Tensor) -> Tensor:
 def summarise_backward(p: Prepared, do_BTHV: Tensor, need_D: tuple[bool, ...]) -> Tensor:
     """``D [N, B, HV, K, V]``: the gradient of the state that enters each segment, were that of the state which
     leaves it zero."""
-    D = torch.empty(p.state_shape, dtype=torch.float32, device=p.rows.device)
+    D, by = p.rows.new_empty(p.state_shape), p.fetched
     if True not in need_D:
         return D
-    do, (_, B, HV, _, _) = _gradient(do_BTHV), p.state_shape
-    need = _on_device(need_D, torch.int32, p.rows.device)
-    if not p.kernels.in_gluon["whole_reverse"]:
+    do, (_, B, HV, _, _) = _gradient(do_BTHV), D.shape
+    need = _on_device(need_D, torch.int32, D.device)
+    if not by or not p.kernels.in_gluon["whole_reverse"]:
         _reverse(p, do, "reverse_summary", need=need, D=D)
         return D
-    q_chunks, k_chunks, A_tiles, P_tiles = p.fetched
     proof.launch(
         whole_reverse_kernel, (p.sizes[4], B * HV),
-        q_chunks, k_chunks, tokens_of(do), A_tiles, P_tiles, scales_of(p.rows, 256),
+        by.q, by.k, tokens_of(do), by.A, by.P, by.scales,
         p.rows, p.through, p.bound, _documents(p.x), need, D, *p.sizes, 0, **p.kernels.constants["whole_reverse"],
     )  # fmt: skip
     return D
@@ -338,14 +343,12 @@ def _reverse_and_gradients(
 
 
 def _fetched(
-    p: Prepared, do: Tensor, states: Tensor, errors: Tensor, grads: tuple[Tensor, Tensor, Tensor]
+    p: Prepared, by: Fetched, do: Tensor, kept: tuple[Any, Any], grads: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Any, ...]:
     """What the one kernel of passes 3 and 4 reads and writes by descriptors, the same for all heads."""
-    q_chunks, k_chunks, A_tiles, P_tiles = p.fetched
     dq, dk, dv = map(tokens_of, grads)
     return (
-        q_chunks, k_chunks, tokens_of(do), tiles_of(states), tiles_of(errors), A_tiles, P_tiles, dv, dq, dk,
-        scales_of(p.rows, 512), *grads[:2],
+        by.q, by.k, tokens_of(do), *kept, by.A, by.P, dv, dq, dk, scales_of(p.rows, 512), *grads[:2],
     )  # fmt: skip
 
 
@@ -368,11 +371,10 @@ def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, coming:
     incoming, outgoing = incoming_NBHKV.contiguous(), None
     B, T, H, K = x.k.shape
     HV, V = x.v.shape[2:]
-    G, device = HV // H, x.v.device
-    like: dict[str, Any] = {"dtype": x.v.dtype, "device": device}
-    dq, dk, dv = (torch.empty(shape, **like) for shape in ((B, T, H, K), (B, T, H, K), (B, T, HV, V)))
-    dg = None if x.g is None else torch.empty((B, T, HV), dtype=x.g.dtype, device=device)
-    dbeta = torch.empty((B, T, HV), dtype=x.beta.dtype, device=device)
+    G, room = HV // H, x.v.new_empty
+    dq, dk, dv = room((B, T, H, K)), room((B, T, H, K)), room((B, T, HV, V))
+    dg = None if x.g is None else x.g.new_empty((B, T, HV))
+    dbeta = x.beta.new_empty((B, T, HV))
 
     # The states kept of a chunk are K / 64 times the size of its v: for all heads together that would be the most of
     # the backward pass's memory. It takes the heads in groups: a value head of each key head, or all of as many key
@@ -382,16 +384,19 @@ def apply_backward(p: Prepared, incoming_NBHKV: Tensor, do_BTHV: Tensor, coming:
     if not one:
         groups = [slice(n * G, min(n + together, B * H) * G) for n in range(0, B * H, together)]
     rows = B * H if one else together * G
-    states, errors = torch.empty((rows, NC, V, K), **like), torch.empty((rows, NC, CHUNK, V), **like)
+    states, errors = room((rows, NC, V, K)), room((rows, NC, CHUNK, V))
     of_a_chunk = 4 + 2 * (len(PARTS) - 1) if one else len(PARTS)  # dbeta in quarters, the others in halves
-    parts = torch.empty((rows, NC, of_a_chunk, CHUNK), dtype=torch.float32, device=device)
+    parts = room((rows, NC, of_a_chunk, CHUNK), dtype=torch.float32)
+    kept: tuple[Any, Any] = states, errors
+    if p.kernels.in_gluon["whole_states"]:
+        kept = tiles_of(states), tiles_of(errors)
     fetched: tuple[Any, ...] = ()
-    if one:
-        fetched = _fetched(p, do, states, errors, (dq, dk, dv))
+    if one and p.fetched:
+        fetched = _fetched(p, p.fetched, do, kept, (dq, dk, dv))
     else:
-        between = torch.empty((rows, NC, V, K), **like), torch.empty((rows, NC, 2 * CHUNK, CHUNK), **like)
+        between = room((rows, NC, V, K)), room((rows, NC, 2 * CHUNK, CHUNK))
     for n, heads in enumerate(groups):
-        _forward(p, "keep", heads, incoming=incoming, states=states, errors=errors)
+        _forward(p, "keep", heads, incoming=incoming, kept=kept)
         outgoing = coming().contiguous() if outgoing is None else outgoing  # behind what does not need it
         if one:
             _backward(p, fetched, outgoing, n, parts)

@@ -7,13 +7,18 @@ included: each array has mbarriers of its own, and all arrivals are announced be
 
 from __future__ import annotations
 
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .helpers import hashed
+from .launcher import Described, laid_out
 from .segments import WHOLE
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # as Triton 3.7 and 3.6 call it
@@ -25,33 +30,40 @@ VALUES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 16]))  
 SCALES = gl.constexpr(gl.NVMMASharedLayout(0, 32, 2))  # of rows of scales, [1, 256] or [1, 512]
 
 
-class Described(TensorDescriptor):
-    """A descriptor of memory that is known to fit: its own checks take longer than all else about it."""
-
-    def __post_init__(self) -> None:
-        pass
-
-
 def tokens_of(x_BTHK: Tensor) -> Described:
     """By which a chunk of a head is fetched, with zeros behind the last token."""
-    B, T, H, width = shape = x_BTHK.shape
-    strides = x_BTHK.stride()
-    if 0 in strides and any(stride == 0 < size - 1 for stride, size in zip(strides, shape, strict=True)):
-        x_BTHK = x_BTHK.contiguous()
-        strides = x_BTHK.stride()
-    apart = [strides[0] if B > 1 else width, strides[1] if T > 1 else width, strides[2] if H > 1 else width, 1]
-    return Described(x_BTHK, [B, T, H, width], apart, [1, 64, 1, width], TOKENS.value)
+    how = _tokens(x_BTHK.dtype, x_BTHK.shape, x_BTHK.stride())
+    return tokens_of(x_BTHK.contiguous()) if how is None else Described(x_BTHK, how)
+
+
+@lru_cache(maxsize=4096)
+def _tokens(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> dict[str, Any] | None:
+    if any(stride == 0 < size - 1 for stride, size in zip(strides, shape, strict=True)):
+        return None
+    width = shape[3]
+    apart = [stride if size > 1 else width for stride, size in zip(strides[:3], shape[:3], strict=True)]
+    return laid_out(dtype, [*shape], [*apart, 1], [1, 64, 1, width], TOKENS.value)
 
 
 def tiles_of(x: Tensor) -> Described:
     """By which one of x's matrices, its last two axes, is fetched."""
-    *_, rows, columns = x.shape
-    return Described(x, [x.numel() // columns, columns], [columns, 1], [rows, columns], TILE.value)
+    return Described(x, _tiles(x.dtype, x.shape))
+
+
+@lru_cache(maxsize=4096)
+def _tiles(dtype: torch.dtype, shape: tuple[int, ...]) -> dict[str, Any]:
+    *_, rows, columns = shape
+    return laid_out(dtype, [prod(shape[:-1]), columns], [columns, 1], [rows, columns], TILE.value)
 
 
 def scales_of(rows: Tensor, count: int) -> Described:
     """By which the first ``count`` of a chunk's 512 scales are fetched."""
-    return Described(rows, [rows.numel() // 512, 512], [512, 1], [1, count], SCALES.value)
+    return Described(rows, _scales(rows.dtype, rows.numel() // 512, count))
+
+
+@lru_cache(maxsize=4096)
+def _scales(dtype: torch.dtype, chunks: int, count: int) -> dict[str, Any]:
+    return laid_out(dtype, [chunks, 512], [512, 1], [1, count], SCALES.value)
 
 
 @gluon.jit

@@ -10,7 +10,7 @@ was not, or that is out of the ordinary (an address that is no multiple of 16, h
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -96,14 +96,17 @@ class _Ready:
             self.function(*grid, stream, binary.function, *how, none, none, packed, none, none, none, *values)
 
 
-_encodings: dict[tuple[int, ...], list[Any]] = {}
+_encodings: dict[tuple[Any, ...], list[Any]] = {}
 _numbers: dict[Any, int] = {}
 _fresh = itertools.count()
 
 
 def _encoded(x: TensorDescriptor, kind: Any, number: int) -> list[Any]:
     """A descriptor as a kernel is given it, which follows from what decides a binary, address, shape and strides."""
-    key = number, _described(x), x.base.data_ptr(), *x.shape, *x.strides
+    laid = x.__dict__.get("laid")
+    if laid is None:
+        laid = _described(x), *x.shape, *x.strides
+    key = number, x.base.data_ptr(), laid
     found = _encodings.get(key)
     if found is None:
         if len(_encodings) > 65536:
@@ -218,5 +221,29 @@ def _described(x: TensorDescriptor) -> int:
         if layout is None:
             layout = _layouts[id(x.layout)] = x.layout, _number(x.layout)
         rounded = getattr(x, "round_f32_to_tf32", False)
-        found = x.decides = _number((x.base.dtype, x.padding, rounded, *x.block_shape, layout[1]))
+        found = x.decides = _decides(x.base.dtype, x.padding, rounded, x.block_shape, layout[1])
     return found
+
+
+def _decides(dtype: torch.dtype, padding: str, rounded: bool, block_shape: Sequence[int], layout: int) -> int:
+    return _number((dtype, padding, rounded, *block_shape, layout))
+
+
+class Described(TensorDescriptor):
+    """A descriptor of memory that is known to fit: its own checks take longer than all else about it."""
+
+    def __init__(self, base: Tensor, laid_out: dict[str, Any]) -> None:
+        """``laid_out``: by :func:`laid_out`, once for all that are alike."""
+        self.__dict__.update(laid_out)
+        self.base = base
+
+
+def laid_out(
+    dtype: torch.dtype, shape: list[int], strides: list[int], block_shape: list[int], layout: Any
+) -> dict[str, Any]:
+    """All of a descriptor but its memory; and numbers, for what decides a binary and for all of this together."""
+    return {
+        **{"shape": shape, "strides": strides, "block_shape": block_shape, "layout": layout},
+        "decides": _decides(dtype, "zero", False, block_shape, _number(layout)),
+        "laid": next(_fresh),
+    }

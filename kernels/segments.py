@@ -138,8 +138,7 @@ def filling_tokens(heads: Heads, multiprocessors: int, tokens: int, intervals: i
     return chunks // max(n for n in range(1, wanted + 1) if chunks % n == 0) * CHUNK
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """The local tokens: ``q, k [B, T, H, K]``, ``v [B, T, HV, V]``, ``g, beta [B, T, HV]``, g None for no decay.
 
     ``doc_start [B, T]`` holds the global index of each token's document's first token, None for one document.
@@ -170,8 +169,7 @@ class Inputs:
             yield (
                 n,
                 part,
-                replace(
-                    self,
+                self._replace(
                     q=self.q[:, part],
                     k=self.k[:, part],
                     v=self.v[:, part],
@@ -183,8 +181,7 @@ class Inputs:
             )
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """Of the inputs, in their shapes and dtypes; ``g`` is None where there was no decay."""
 
     q: Tensor

@@ -8,6 +8,7 @@ before they ask for a signature, and what is left open is one of its fields.
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -204,8 +205,12 @@ def aligned(x: Tensor) -> Tensor:
 
 def is_stepped(x: Tensor) -> bool:
     """Whether x's rows, numbers one after another, begin at multiples of 16 bytes and of 16 numbers from each other."""
-    strides, shape = x.stride(), x.shape
-    if (strides[-1] != 1 and shape[-1] != 1) or x.data_ptr() % 16:
+    return x.data_ptr() % 16 == 0 and _steps(x.shape, x.stride())
+
+
+@lru_cache(maxsize=4096)
+def _steps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    if strides[-1] != 1 and shape[-1] != 1:
         return False
     return all(stride % 16 == 0 or size <= 1 for stride, size in zip(strides, shape[:-1], strict=False))
 
