@@ -4,6 +4,7 @@ only where looking at them does not wait for a device, or was asked for."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,10 @@ def check_shapes(
 
 def check_floating(tensors: Mapping[str, Tensor], options: Mapping[str, Tensor | None]) -> None:
     """That tensors, and those of the options which are given, are tensors of real numbers."""
-    for name, x in (*tensors.items(), *((name, x) for name, x in options.items() if x is not None)):
+    given: dict[str, Any] = {**tensors, **options}
+    for name, x in given.items():
+        if x is None and name in options:
+            continue
         _check_tensor(name, x)
         if not x.is_floating_point():
             raise TypeError(f"{name} is {x.dtype}: it must be of a floating dtype; cast it")

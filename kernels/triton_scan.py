@@ -312,12 +312,11 @@ def fold(
     """
     N, B, HV, K, V = U_NBHKV.shape
     M_NBHKK, U_NBHKV = M_NBHKK.contiguous(), U_NBHKV.contiguous()
-    like, device = U_NBHKV.dtype, U_NBHKV.device
-    states = torch.empty((N, B, HV, K, V), dtype=like, device=device) if states_NBHKV is None else states_NBHKV
-    last = torch.empty((B, HV, K, V), dtype=like, device=device) if last_BHKV is None else last_BHKV
+    states = U_NBHKV.new_empty((N, B, HV, K, V)) if states_NBHKV is None else states_NBHKV
+    last = U_NBHKV.new_empty((B, HV, K, V)) if last_BHKV is None else last_BHKV
     first_row, end_row = (0, B * HV) if rows is None else (rows.start, rows.stop)
     proof.require_fold(U_NBHKV)
-    counts, times = _no_mail(device)
+    counts, times = _no_mail(U_NBHKV.device)
     mail = inbox or outbox
     proof.launch(
         fold_kernel, (V // COLUMNS, end_row - first_row),

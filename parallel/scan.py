@@ -22,8 +22,8 @@ Long because when a part comes, what is posted with it and what folds it are rea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -124,6 +124,21 @@ def _side(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
 
+@contextmanager
+def _current(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """A stream of the current device as the current one; None: nothing changes. torch.cuda.stream would look for the
+    device first, which takes several times as long."""
+    if stream is None:
+        yield
+        return
+    before = torch.cuda.current_stream(stream.device)
+    torch.cuda.set_stream(stream)
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(before)
+
+
 class _Steps:
     """A pass as far as it has gone; ``end``: what it returned."""
 
@@ -166,7 +181,7 @@ class _Chain:
         self.memory: Symmetric | None = None
         self.into: dict[int, Tensor | None] = {}
         # The compute stream's memory, given back in its order: it follows before this, M or U is used again.
-        self.states = torch.empty_like(U, memory_format=torch.contiguous_format)
+        self.states = self.whole = torch.empty_like(U, memory_format=torch.contiguous_format)
         self.shape = U.shape
 
     def start(self, start: Tensor | None) -> Coming:
@@ -180,7 +195,7 @@ class _Chain:
         steps = _Steps(self._gather(start) if self.scan.kind == "gather" else self._hops(on_host))
 
         def go(to_the_end: bool) -> None:
-            with torch.cuda.stream(side), nullcontext() if on_host else WAITS.aside():
+            with _current(side), nullcontext() if on_host else WAITS.aside():
                 steps.go(to_the_end)
 
         if side is not None:
@@ -199,7 +214,7 @@ class _Chain:
             # Summaries may go now, though the backward pass holds on to this call while it works.
             del self.M, self.U, self.forgets, self.held
             self.into.clear()
-            return self.states.view(self.shape), steps.end
+            return self.whole, steps.end
 
         return arrived
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Span = tuple[torch.cuda.Event, torch.cuda.Event]
+_NOTHING = nullcontext()
 
 
 class Waits:
@@ -28,12 +29,16 @@ class Waits:
         self._spans: list[Span] = []
         self._inside = False
 
-    @contextmanager
-    def counted(self) -> Iterator[None]:
+    def counted(self) -> AbstractContextManager[None]:
         """Around what may wait."""
-        if not self.on or self._inside:
-            yield
-            return
+        return self._counted() if self.on and not self._inside else _NOTHING
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Around waits of a stream that this rank's work does not stand still for; it awaits that stream later."""
+        return self._aside() if self.on else _NOTHING
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
         self._inside = True
         begin = self._now()
         try:
@@ -47,8 +52,7 @@ class Waits:
                 self._seconds += end - begin
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Around waits of a stream that this rank's work does not stand still for; it awaits that stream later."""
+    def _aside(self) -> Iterator[None]:
         was, self._inside = self._inside, True
         try:
             yield
