@@ -10,8 +10,8 @@ It is two nodes of autograd's graph, so that a state may travel while something 
     o, final = under_way.finish()
 
 Autograd runs what is ready from the last made to the first. So what lies between the two in the forward pass has its
-gradients computed between them in the backward pass, too, while dS travels. Where all segments are here (LocalScan) it
-is one node, which torch.compile can follow.
+gradients computed between them in the backward pass, too, while dS travels. Where all segments are here it is one node,
+which torch.compile can follow.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ParamSpec
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -30,14 +30,13 @@ from torch.autograd.function import once_differentiable
 from . import chunk_torch, kept, operators
 from .backend import Backend
 from .reference import Rule
-from .scan import Coming, LocalScan, Scan
+from .scan import Coming, Scan
 from .segments import Inputs, Needs, Segments
 
 P = ParamSpec("P")
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What a call needs beside tensors."""
 
     segments: Segments
@@ -114,7 +113,7 @@ def begin(
 ) -> UnderWay:
     """Everything up to the scan; ``width``: of the values before they were padded."""
     tensors = q, k, v, g, beta, initial, doc_start
-    if isinstance(call.scan, LocalScan):
+    if call.scan.here:
         results = _AtOnce.apply(*tensors, call)
         return UnderWay(lambda: results, width)
     between = _Between(call)
@@ -141,10 +140,10 @@ _NOTHING = nullcontext()
 def _as_given(like: Tensor) -> AbstractContextManager[None]:
     """Out of autocast, whose matrix products would be bf16, and on the tensor's device, since Triton launches on the
     current one; nothing is entered, and no time spent, where nothing is to change."""
-    device = like.device
-    if torch.is_autocast_enabled(device.type):
+    device, kind = like.device, like.device.type
+    if torch.is_autocast_enabled(kind) or (kind == "cuda" and device.index != torch.cuda.current_device()):
         return _entered(like)
-    return _entered(like) if device.type == "cuda" and device.index != torch.cuda.current_device() else _NOTHING
+    return _NOTHING
 
 
 @contextmanager
@@ -270,7 +269,8 @@ class _Finish(torch.autograd.Function):
 
 def _start_scan(chunks: ModuleType, x: Any, initial: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None, Coming]:
     """M, where it is zero, and the scan under way."""
-    M, U, forgets = chunks.summarise(x, call.needs().M, call.needs().U)
+    needs = call.needs()
+    M, U, forgets = chunks.summarise(x, needs.M, needs.U)
     start = None if initial is None else initial.to(U.dtype)
     return M, forgets, call.scan.forward(M, U, call.segments.continues_NB, forgets, start, call.want_final)
 

@@ -34,6 +34,11 @@ class Scan(Protocol):
     Entries of M, U, D and of those flags that :class:`~dnsp.kernels.delta_rule.Segments` calls unneeded are never read.
     """
 
+    @property
+    def here(self) -> bool:
+        """Whether all segments of the sequence are held here, and nothing travels."""
+        ...
+
     def forward(
         self,
         M_NBHKK: Tensor,
@@ -102,6 +107,8 @@ def stack_states(states: list[Tensor | None], like_NBHKV: Tensor) -> Tensor:
 
 class LocalScan:
     """The scan where every segment is here: one rank. Nothing travels, and a pass is done when it was started."""
+
+    here = True
 
     def forward(
         self,

@@ -62,6 +62,10 @@ class ParallelScan:
     continues_all_NB: Tensor
     layer: int | None = None  # of a model, for messages
 
+    @property
+    def here(self) -> bool:
+        return self.layout.ranks == 1
+
     def forward(
         self,
         M_NBHKK: Tensor,
@@ -72,7 +76,7 @@ class ParallelScan:
         want_final: bool,
     ) -> Coming:
         """``(incoming_NBHKV, final_BHKV)``; the final state on the rank with the last interval, elsewhere None."""
-        if self.layout.ranks == 1:  # the same bits in one launch
+        if self.here:  # the same bits in one launch
             return LocalScan().forward(M_NBHKK, U_NBHKV, continues_NB, forgets_NBH, initial_BHKV, want_final)
         has_initial = initial_BHKV is not None
         chain = _Chain(self, M_NBHKK, U_NBHKV, continues_NB, forgets_NBH, fold, has_initial, want_final, backward=False)
@@ -89,7 +93,7 @@ class ParallelScan:
         want_final: bool,
     ) -> Coming:
         """``(outgoing_NBHKV, initial_grad_BHKV)``; the initial state's gradient on the rank that holds interval 0."""
-        if self.layout.ranks == 1:
+        if self.here:
             return LocalScan().reverse(
                 M_NBHKK, D_NBHKV, continues_NB, forgets_NBH, final_grad_BHKV, has_initial, want_final
             )

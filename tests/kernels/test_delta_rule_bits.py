@@ -43,6 +43,7 @@ class Mail:
 class PieceScan:
     """The scan of a run of segments that lies between two others; None at the ends of the sequence."""
 
+    here = False
     left: Mail | None
     right: Mail | None
 

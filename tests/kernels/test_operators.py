@@ -194,6 +194,8 @@ def check_decoding() -> None:
 class Elsewhere:
     """A scan that is not local, as parallel's: what it does is no operator's."""
 
+    here = False
+
     def __init__(self) -> None:
         self.compiling: list[bool] = []
 

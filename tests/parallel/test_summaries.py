@@ -39,6 +39,7 @@ OTHERS: dict[str, tuple[str, int, dict[str, Any], list[str]]] = {
 class NoScan:
     """Zero states, and as many of them as there are segments."""
 
+    here = False
     asked: list[str] = field(default_factory=list)
 
     def forward(self, M: Tensor, U: Tensor, *_: object) -> Coming:
