@@ -18,7 +18,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,13 @@ class Request:
 
 
 def train_job(cell: Cell, lr: float, seed: int, scale: Scale, ranks: int = 1) -> dict[str, Any]:
-    """A run as its worker is told of it."""
+    """A run as its worker is told of it; one of a shortened search is asked for what chooses alone."""
+    tree, tests = cell.tree, cell.tests
+    if cell.search_part is not None and seed == SEARCH_SEED:
+        steps = max(1, round(cell.search_part * tree["train"]["steps"]))
+        warmup = min(tree["train"]["warmup_steps"], max(2, steps // 20))
+        tree = {**tree, "train": {**tree["train"], "steps": steps, "warmup_steps": warmup}}
+        tests = {VALIDATION: tests[VALIDATION]}
     return {
         "kind": "train",
         "task": cell.task,
@@ -69,9 +75,9 @@ def train_job(cell: Cell, lr: float, seed: int, scale: Scale, ranks: int = 1) ->
         "lr": lr,
         "seed": seed,
         # text is held out by the data's seed: the same documents for all runs
-        "data_seed": seed if all("task:" in s["path"] for s in cell.tree["data"]["sources"]) else 0,
-        "config": cell.tree,
-        "tests": cell.tests,
+        "data_seed": seed if all("task:" in s["path"] for s in tree["data"]["sources"]) else 0,
+        "config": tree,
+        "tests": tests,
         "checkpoint_every": 500 if scale == "full" else 0,
         "ranks": ranks,
     }
@@ -108,7 +114,7 @@ def with_overrides(cell: Cell, overrides: Sequence[str]) -> Cell:
         was = cell.tree["data"]["sequence_length"]
         changed = {"sources": tree["data"]["sources"]} if same else {}
         tests[name] = {**test, **changed, **({"length": length} if test["length"] == was else {})}
-    return Cell(cell.task, cell.name, tree, tests, cell.learning_rates, cell.choose, cell.labels)
+    return replace(cell, tree=tree, tests=tests)
 
 
 class Queue:
@@ -128,7 +134,8 @@ class Queue:
 
     @property
     def identity(self) -> dict[str, Any]:
-        whole = json.dumps([[asdict(cell) for cell in self.cells], self.measurements], sort_keys=True)
+        cells = [{name: x for name, x in asdict(cell).items() if x is not None} for cell in self.cells]
+        whole = json.dumps([cells, self.measurements], sort_keys=True)
         request = self.request
         return {
             "tasks": request.names,

@@ -43,7 +43,8 @@ class Cell:
 
     tree: the runs' configuration without learning rate, seed and folder. tests: what a trained model is asked, by name
     (``dnsp.tasks.measure``); ``validation`` is what the learning rate is chosen by: by accuracy, its loss where equal,
-    or, where ``choose`` is ``loss``, by the loss alone.
+    or, where ``choose`` is ``loss``, by the loss alone. search_part: the part of the steps that the search's runs have;
+    None for all of them.
     """
 
     task: str
@@ -53,6 +54,7 @@ class Cell:
     learning_rates: tuple[float, ...]
     choose: Literal["accuracy", "loss"] = "accuracy"
     labels: dict[str, Any] = field(default_factory=dict)  # model, width, variant, group: what a table sorts by
+    search_part: float | None = None
 
 
 @dataclass(frozen=True)
@@ -281,6 +283,7 @@ LM_SIZES: dict[Scale, dict[str, Any]] = {
     "full": dict(width=512, layers=8, lengths=(4096, 65536), tokens=65536, steps=600, sequences=16, longest=2**20),
     "smoke": dict(width=64, layers=2, lengths=(64, 128), tokens=256, steps=8, sequences=2, longest=512),
 }
+LM_SEARCH_PART = 1 / 3  # its runs are the longest of all, and so are its tests
 
 
 def lm_cells(scale: Scale, gpu: bool, models: tuple[str, ...], text: str | None) -> list[Cell]:
@@ -302,7 +305,8 @@ def lm_cells(scale: Scale, gpu: bool, models: tuple[str, ...], text: str | None)
             tree["data"]["holdout"] = 0.2  # enough of the library for the longest sequence
             labels = {"model": model, "length": length}
             rates = learning_rates("lm", scale)
-            cells.append(Cell("lm", f"{model}-{length}", tree, tests, rates, "loss", labels))
+            part = LM_SEARCH_PART if scale == "full" else None
+            cells.append(Cell("lm", f"{model}-{length}", tree, tests, rates, "loss", labels, part))
     return cells
 
 

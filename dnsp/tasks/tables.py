@@ -347,7 +347,21 @@ def search_table(cells: list[Summary]) -> Table:
 
     rows = [[cell.task, cell.cell, *(shown(cell, lr) for lr in rates), cell.lr] for cell in cells]
     columns = ["task", "run", *(f"{lr:g}" for lr in rates), "chosen"]
-    return Table("search", f"Search of the learning rate, validation on seed {SEARCH_SEED}", columns, rows)
+    title = f"Search of the learning rate, validation on seed {SEARCH_SEED}"
+    return Table("search", title, columns, rows, _shorter_searches(cells))
+
+
+def _shorter_searches(cells: Sequence[Summary]) -> str:
+    """Which tasks were searched in fewer steps than they were trained."""
+    found: dict[str, str] = {}
+    for cell in cells:
+        if cell.search and cell.finals:
+            searched, trained = (
+                max(run["training"].get("steps", 0) for run in runs) for runs in (cell.search.values(), cell.finals)
+            )
+            if searched < trained:
+                found[cell.task] = f"{cell.task} was searched in {searched:,} of its {trained:,} steps"
+    return "; ".join(found.values())
 
 
 def configuration_table(results: Iterable[Result]) -> Table:
@@ -359,7 +373,8 @@ def configuration_table(results: Iterable[Result]) -> Table:
             by_size[NAMES.index(result["task"]), width, *_lengths(result)].append(result)
     rows = []
     for (task, width, *lengths), runs in sorted(by_size.items(), key=lambda item: item[0]):
-        model, train = runs[0]["config"]["model"], runs[0]["config"]["train"]
+        longest = max(runs, key=lambda run: run["config"]["train"].get("steps") or 0)  # a search's may be shorter
+        model, train = runs[0]["config"]["model"], longest["config"]["train"]
         sources = [" ".join([s["path"], *(f"{k}={v}" for k, v in s.get("options", {}).items())])
                    for s in runs[0]["config"]["data"]["sources"]]  # fmt: skip
         rows.append([

@@ -100,6 +100,19 @@ def test_every_run_of_every_task_is_a_valid_configuration(scale: Any) -> None:
         assert [c.labels["model"] for c in cells] == list(MODELS)
 
 
+def test_a_search_may_be_shorter_than_what_it_is_for() -> None:
+    for cell in suite(["lm", "kv"], "full", gpu=True).cells:
+        search, final = (train_job(cell, 1e-3, seed, "full") for seed in (SEARCH_SEED, 1))
+        steps, whole = (run_config(job, Path("x")).train for job in (search, final))
+        assert (whole.steps, final["tests"].keys()) == (cell.tree["train"]["steps"], cell.tests.keys())
+        if cell.task == "lm":  # for every model
+            assert (steps.steps, steps.warmup_steps, whole.steps, whole.warmup_steps) == (200, 10, 600, 30)
+            assert search["tests"] == {VALIDATION: cell.tests[VALIDATION]}
+        else:
+            assert steps == whole.model_copy(update={"seed": SEARCH_SEED})
+            assert search["tests"] == final["tests"]
+
+
 def test_what_a_gpu_trains_and_times_has_kernels() -> None:
     whole = suite(["all"], "full", gpu=True)
     models = [cell.tree["model"] for cell in whole.cells]

@@ -15,8 +15,8 @@ import pytest
 from dnsp.errors import UsageError
 from dnsp.tasks import document
 from dnsp.tasks.report import report, shown
-from dnsp.tasks.suite import LEARNING_RATES, suite
-from dnsp.tasks.tables import configuration_table, order_verdict, spread, summaries
+from dnsp.tasks.suite import LEARNING_RATES, SEARCH_SEED, suite
+from dnsp.tasks.tables import configuration_table, order_verdict, search_table, spread, summaries
 
 VERSIONS = {"torch": "2.13.0"}
 RATES = LEARNING_RATES["full"]
@@ -311,6 +311,16 @@ def test_what_was_trained_is_in_order_of_length() -> None:
     for run, length in zip(runs, (65536, 8192), strict=True):
         run["config"]["data"]["sequence_length"] = length
     assert [row[5] for row in configuration_table(runs).rows] == ["8192", "65536"]
+
+
+def test_a_search_in_fewer_steps_is_said() -> None:
+    runs = recall_runs()
+    for run in runs:
+        run["training"] = {"steps": 2500}
+    assert search_table(summaries(runs, "full")).note == ""
+    for run in runs:
+        run["training"] = {"steps": 500 if run["seed"] == SEARCH_SEED else 2500}
+    assert search_table(summaries(runs, "full")).note == "kv was searched in 500 of its 2,500 steps"
 
 
 def test_half_a_queue(tmp_path: Path) -> None:
