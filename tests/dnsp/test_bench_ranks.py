@@ -17,7 +17,8 @@ import torch
 from dnsp.bench import graphs, scan
 from dnsp.bench.account import Account, account
 from dnsp.bench.ranks import Ranks, new_table, publish
-from dnsp.bench.scan import Stamps, Work, _shortest, _way, accounts, hops_and_back, hops_there, makespan, table
+from dnsp.bench.replay import Stamps, Work, hops_and_back, hops_there, makespan
+from dnsp.bench.scan import _shortest, _way, accounts, table
 from dnsp.cli import main
 from dnsp.errors import UsageError
 from dnsp.parallel.errors import PeerLost
