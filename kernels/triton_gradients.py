@@ -18,6 +18,8 @@ that share it in turn and sum their dq and dk in registers. Each leaves ``parts`
 In a chunk with several documents the spoilt ones are those of pass 3, which its dV tells, and the one that comes from
 before where S is not finite. *pairs* leaves them out and makes their dbeta and dg NaN, where *queries* and *keys* find
 them: *gates* adds the other parts over all tokens of a chunk.
+
+Long because the parts that *gates* adds are what the three others write.
 """
 
 from __future__ import annotations
