@@ -2,8 +2,7 @@
 
 The mathematics is that of :mod:`.triton_prepare`. There N goes through memory between two kernels, and each value head
 fetches its key head's q and k and multiplies them anew; here one program takes a chunk of a key head, multiplies once,
-and goes through its value heads. Where they are two, as in most models, through both at once: an inverse is a chain of
-small steps that wait for one another, and two chains hide in each other's waits.
+and goes through its value heads.
 
 (I + N)^-1: the four diagonal blocks of 16 x 16 by forward substitution, row by row, a warp each; then twice, for blocks
 of 16 and of 32, what lies below two of them, ``-D2 N21 D1``, by products of tf32. No power of N is formed, so that
@@ -106,63 +105,6 @@ def _side_by_side(left, right, columns: gl.constexpr):
     return gl.reshape(gl.permute(gl.join(left, right), (0, 2, 1)), [64, 2 * columns])
 
 
-@gluon.jit
-def _tiles_of_head(
-    products, grams, scales, scale, doc, P_at, N_at, own_at, below_at,
-    HAS_G: gl.constexpr, HAS_DOC: gl.constexpr, pair: gl.constexpr,
-):  # fmt: skip
-    """P, and of N what its inverse is made of: the diagonal blocks of 16 by row; those below two of them, and below the
-    two of 32, transposed."""
-    i = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, pair)), 1)
-    j = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(0, pair)), 0)
-    keep = kept_pairs(i, j, doc, HAS_DOC, pair)
-    decay = gl.where(keep, 1.0, 0.0)
-    if HAS_G:
-        decay = decays_of(scales, keep, pair)
-    decay = decay * row_of(scales, 448, pair)
-    weights = gl.where(keep, products * (column_of(scales, 384, pair) * scale) * decay, 0.0)
-    P_at.store(weights.to(P_at.dtype))
-    decay = decay * row_of(scales, 192, pair) * column_of(scales, 448, pair)
-    N = gl.where(keep & (i > j), grams * decay, 0.0)
-    own = gl.reshape(_one_block(N, i // 16 == j // 16, 16), [4, 16, 16])
-    own_at.store(gl.permute(own, (1, 0, 2)))
-    below_at.store(_transposed(_one_block(N, (i // 16 == j // 16 + 1) & (i // 16 != 2), 16), 16))
-    N_at.store(_transposed(_one_block(N, (i >= 32) & (j < 32), 32), 32))
-
-
-@gluon.jit
-def _substituted(own_at, small_at, cube: gl.constexpr):
-    """The inverses of the diagonal blocks of 16, side by side with their transposes in memory."""
-    m = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, cube))), 0), 2)
-    col = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(1, cube))), 0), 1)
-    D = gl.where(m == col, 1.0, 0.0) + gl.zeros([4, 16, 16], gl.float32, cube)
-    for i in gl.static_range(1, 16):
-        above = gl.expand_dims(own_at.index(i).load(gl.SliceLayout(2, cube)), 2)
-        D = gl.where(m == i, D - gl.expand_dims(gl.sum(above * D, 1), 1), D)
-    D = gl.reshape(D, [64, 16])
-    small_at.index(0).store(D)
-    small_at.index(1).store(_transposed(D, 16))
-
-
-@gluon.jit
-def _upper(x, wide: gl.constexpr):
-    """The first 32 rows of x [64, 32] in shared memory."""
-    return x._reinterpret(gl.float32, [2, 32, 32], wide).index(0)
-
-
-@gluon.jit
-def _lower(x, wide: gl.constexpr):
-    """The others."""
-    return x._reinterpret(gl.float32, [2, 32, 32], wide).index(1)
-
-
-@gluon.jit
-def _with_blocks_of_32(Z, D):
-    """The inverses of the diagonal blocks of 32, [64, 32], from those of 16 and what is below two of them, in Z."""
-    odd = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, Z.type.layout)) // 16 % 2 == 1, 1)
-    return _side_by_side(gl.where(odd, -Z, D), gl.where(odd, D, 0.0), 16)
-
-
 @gluon.jit(
     do_not_specialize=["T", "NC", "segment_chunks", "svb", "sgb", "sbb"],
     do_not_specialize_on_alignment=["g", "beta", "doc", "starts"],
@@ -189,7 +131,6 @@ def prepare_pairs_kernel(
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     square: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     solid: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    COUNT: gl.constexpr = 2 if G == 2 else 1  # value heads at a time; with more to come two would spill registers
     tile: gl.constexpr = TILE
     tokens: gl.constexpr = TOKENS
     narrow: gl.constexpr = NARROW
@@ -201,13 +142,18 @@ def prepare_pairs_kernel(
     ih = local % H
     q_at = gl.allocate_shared_memory(dtype, [64, W], tile)
     k_at = gl.allocate_shared_memory(dtype, [64, W], tile)
-    # The multiplied q and k make room for value heads' tiles. (Not by slices of them: a row lies in two panels.)
-    P_at = q_at._reinterpret(dtype, [2, 64, 64], tile)  # and A, once P is on its way
-    N_at = k_at._reinterpret(gl.float32, [2, 64, 32], wide)  # N's part below its two blocks of 32, transposed
-    # The inverse's diagonal blocks of 16, and transposed; then those of 32.
-    D_at = gl.allocate_shared_memory(gl.float32, [COUNT, 64, 32], wide)
-    # N's parts that these come from; then the blocks of 32 transposed.
-    E_at = gl.allocate_shared_memory(gl.float32, [COUNT, 64, 32], wide)
+    # The multiplied q and k make room for a value head's tiles. (Not by slices of them: a row lies in two panels.)
+    tiles = q_at._reinterpret(dtype, [2, 64, 64], tile)
+    P_at = tiles.index(0)
+    A_at = tiles.index(1)
+    halves = k_at._reinterpret(gl.float32, [2, 64, 32], wide)
+    D_at = halves.index(0)  # the inverse's diagonal blocks of 32
+    N_at = halves.index(1)._reinterpret(gl.float32, [2, 32, 32], wide)  # N's below them, transposed: the second
+    D_turned = gl.allocate_shared_memory(gl.float32, [2, 32, 32], wide)
+    small_at = gl.allocate_shared_memory(gl.float32, [64, 16], narrow)  # the diagonal blocks of 16
+    small_turned = gl.allocate_shared_memory(gl.float32, [64, 16], narrow)
+    below_at = gl.allocate_shared_memory(gl.float32, [64, 16], narrow)  # N's blocks below them, transposed
+    diagonal_at = gl.allocate_shared_memory(gl.float32, [16, 4, 16], square)  # N's own, by row
     rows_at = gl.allocate_shared_memory(gl.float32, [HEADS, 512], line)
     norms_at = gl.allocate_shared_memory(gl.float32, [2, 64], line)
     doc_at = gl.allocate_shared_memory(gl.int32, [64], line)
@@ -346,108 +292,73 @@ def prepare_pairs_kernel(
     products, grams = warpgroup_mma_wait(0, deps=[products, grams])
     barrier()
 
+    ri = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, pair)), 1)
+    rj = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(0, pair)), 0)
     bi = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, blocks)), 1) // 16
     bj = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(0, blocks)), 0) // 16
     lower = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, half)), 1) >= 32
+    m = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, cube))), 0), 2)
+    col = gl.expand_dims(gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(1, cube))), 0), 1)
+    eye = gl.where(m == col, 1.0, 0.0) + gl.zeros([4, 16, 16], gl.float32, cube)
     zero_blocks = gl.zeros([64, 64], gl.float32, blocks)
     zero_half = gl.zeros([64, 32], gl.float32, half)
-    small_0 = D_at.index(0)._reinterpret(gl.float32, [2, 64, 16], narrow)
-    small_1 = D_at.index(COUNT - 1)._reinterpret(gl.float32, [2, 64, 16], narrow)
-    below_0 = E_at.index(0)._reinterpret(gl.float32, [2, 64, 16], narrow)
-    below_1 = E_at.index(COUNT - 1)._reinterpret(gl.float32, [2, 64, 16], narrow)
-    own_0 = below_0.index(1)
-    own_1 = below_1.index(1)
-    for j in range(0, G, COUNT):
+    for j in range(0, G):
         chunk = ((ib * H + ih) * G + j) * NC + c
-        if G > COUNT:
-            tma.store_wait(0)  # of the value heads before these
-            barrier()
-        _tiles_of_head(
-            products, grams, rows_at.index(j), scale, doc_at, P_at.index(0), N_at.index(0),
-            own_0._reinterpret(gl.float32, [16, 4, 16], solid), below_0.index(0), HAS_G, HAS_DOC, pair,
-        )  # fmt: skip
-        if COUNT == 2:
-            _tiles_of_head(
-                products, grams, rows_at.index(j + 1), scale, doc_at, P_at.index(1), N_at.index(1),
-                own_1._reinterpret(gl.float32, [16, 4, 16], solid), below_1.index(0), HAS_G, HAS_DOC, pair,
-            )  # fmt: skip
+        scales = rows_at.index(j)
+        keep = kept_pairs(ri, rj, doc_at, HAS_DOC, pair)
+        decay = gl.where(keep, 1.0, 0.0)
+        if HAS_G:
+            decay = decays_of(scales, keep, pair)
+        decay = decay * row_of(scales, 448, pair)
+        weights = gl.where(keep, products * (column_of(scales, 384, pair) * scale) * decay, 0.0).to(dtype)
+        decay = decay * row_of(scales, 192, pair) * column_of(scales, 448, pair)
+        N = gl.where(keep & (ri > rj), grams * decay, 0.0)
+        tma.store_wait(0)  # of the value head before this one
+        barrier()
+        P_at.store(weights)
+        own = gl.reshape(_one_block(N, ri // 16 == rj // 16, 16), [4, 16, 16])
+        diagonal_at._reinterpret(gl.float32, [16, 4, 16], solid).store(gl.permute(own, (1, 0, 2)))
+        below_at.store(_transposed(_one_block(N, (ri // 16 == rj // 16 + 1) & (ri // 16 != 2), 16), 16))
+        N_at._reinterpret(gl.float32, [64, 32], wide).store(
+            _transposed(_one_block(N, (ri >= 32) & (rj < 32), 32), 32)
+        )
         fence_async_shared()
         barrier()
-        tma.async_copy_shared_to_global(P, [chunk * 64, 0], P_at.index(0))
-        if COUNT == 2:
-            tma.async_copy_shared_to_global(P, [(chunk + NC) * 64, 0], P_at.index(1))
+        tma.async_copy_shared_to_global(P, [chunk * 64, 0], P_at)
 
-        _substituted(own_0._reinterpret(gl.float32, [16, 4, 16], square), small_0, cube)
-        if COUNT == 2:
-            _substituted(own_1._reinterpret(gl.float32, [16, 4, 16], square), small_1, cube)
+        D = eye
+        for i in gl.static_range(1, 16):
+            above = gl.expand_dims(diagonal_at.index(i).load(gl.SliceLayout(2, cube)), 2)
+            D = gl.where(m == i, D - gl.expand_dims(gl.sum(above * D, 1), 1), D)
+        D = gl.reshape(D, [64, 16])
+        small_at.store(D)
+        small_turned.store(_transposed(D, 16))
         fence_async_shared()
         barrier()
-        Z = warpgroup_mma(
-            small_0.index(0), below_0.index(0).permute((1, 0)), zero_blocks, use_acc=False, is_async=True
-        )
-        if COUNT == 2:
-            Y = warpgroup_mma(
-                small_1.index(0), below_1.index(0).permute((1, 0)), zero_blocks, use_acc=False, is_async=True
-            )
-            Z, Y = warpgroup_mma_wait(0, deps=[Z, Y])
-        else:
-            Z = warpgroup_mma_wait(0, deps=[Z])
+        Z = warpgroup_mma(small_at, below_at.permute((1, 0)), zero_blocks, use_acc=False, is_async=True)
+        Z = warpgroup_mma_wait(0, deps=[Z])
         Z = _one_block(Z, bi == bj, 16)
-        D = small_0.index(0).load(Z.type.layout)
+        D = small_at.load(Z.type.layout)
         Z = warpgroup_mma(
-            gl.convert_layout(Z, of_blocks), small_0.index(1).permute((1, 0)), zero_blocks, use_acc=False, is_async=True
+            gl.convert_layout(Z, of_blocks), small_turned.permute((1, 0)), zero_blocks, use_acc=False, is_async=True
         )
-        if COUNT == 2:
-            Y = _one_block(Y, bi == bj, 16)
-            E = small_1.index(0).load(Y.type.layout)
-            Y = warpgroup_mma(
-                gl.convert_layout(Y, of_blocks), small_1.index(1).permute((1, 0)), zero_blocks, use_acc=False,
-                is_async=True,
-            )  # fmt: skip
-            Z, Y = warpgroup_mma_wait(0, deps=[Z, Y])
-        else:
-            Z = warpgroup_mma_wait(0, deps=[Z])
-        tma.store_wait(0)  # of P, whose place A takes
-        barrier()  # all have read the small blocks
-        D = _with_blocks_of_32(_one_block(Z, bi == bj + 1, 16), D)
-        D_at.index(0).store(D)
-        E_at.index(0).store(_transposed(D, 32))
-        if COUNT == 2:
-            E = _with_blocks_of_32(_one_block(Y, bi == bj + 1, 16), E)
-            D_at.index(1).store(E)
-            E_at.index(1).store(_transposed(E, 32))
+        Z = warpgroup_mma_wait(0, deps=[Z])
+        Z = _one_block(Z, bi == bj + 1, 16)
+        odd = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, Z.type.layout)) // 16 % 2 == 1, 1)
+        D = _side_by_side(gl.where(odd, -Z, D), gl.where(odd, D, 0.0), 16)
+        D_at.store(D)
+        D_turned._reinterpret(gl.float32, [64, 32], wide).store(_transposed(D, 32))
         fence_async_shared()
         barrier()
+        left = warpgroup_mma(D_at, N_at.index(1).permute((1, 0)), zero_half, use_acc=False, is_async=True)
+        D = D_at.load(half)
+        left = warpgroup_mma_wait(0, deps=[left])
         left = warpgroup_mma(
-            D_at.index(0), _lower(N_at.index(0), wide).permute((1, 0)), zero_half, use_acc=False, is_async=True
+            gl.convert_layout(left, of_half), D_turned.index(0).permute((1, 0)), zero_half, use_acc=False, is_async=True
         )
-        D = D_at.index(0).load(half)
-        if COUNT == 2:
-            other = warpgroup_mma(
-                D_at.index(1), _lower(N_at.index(1), wide).permute((1, 0)), zero_half, use_acc=False, is_async=True
-            )
-            E = D_at.index(1).load(half)
-            left, other = warpgroup_mma_wait(0, deps=[left, other])
-        else:
-            left = warpgroup_mma_wait(0, deps=[left])
-        left = warpgroup_mma(
-            gl.convert_layout(left, of_half), _upper(E_at.index(0), wide).permute((1, 0)), zero_half, use_acc=False,
-            is_async=True,
-        )  # fmt: skip
-        if COUNT == 2:
-            other = warpgroup_mma(
-                gl.convert_layout(other, of_half), _upper(E_at.index(1), wide).permute((1, 0)), zero_half,
-                use_acc=False, is_async=True,
-            )  # fmt: skip
-            left, other = warpgroup_mma_wait(0, deps=[left, other])
-        else:
-            left = warpgroup_mma_wait(0, deps=[left])
-        P_at.index(0).store(_side_by_side(gl.where(lower, -left, D), gl.where(lower, D, 0.0), 32).to(dtype))
-        if COUNT == 2:
-            P_at.index(1).store(_side_by_side(gl.where(lower, -other, E), gl.where(lower, E, 0.0), 32).to(dtype))
+        left = warpgroup_mma_wait(0, deps=[left])
+        A_at.store(_side_by_side(gl.where(lower, -left, D), gl.where(lower, D, 0.0), 32).to(dtype))
         fence_async_shared()
         barrier()
-        tma.async_copy_shared_to_global(A, [chunk * 64, 0], P_at.index(0))
-        if COUNT == 2:
-            tma.async_copy_shared_to_global(A, [(chunk + NC) * 64, 0], P_at.index(1))
+        tma.async_copy_shared_to_global(A, [chunk * 64, 0], A_at)
     tma.store_wait(0)
