@@ -4,6 +4,8 @@ Those of the delta rule are here, those of what stands around it in :mod:`.proof
 shorter, tails of chunks, initial and final states, documents that begin inside a segment and at none of its edges,
 decays that are mild and strong: whatever a binary does in training it does here, twice, and the bits of both times are
 the same. :mod:`.proof` runs this in a process of its own.
+
+Long because what is drawn, run and compared is one proof.
 """
 
 from __future__ import annotations
