@@ -141,12 +141,19 @@ class Engine:
         if found is not None:
             self.load(found, weights=hollow)
 
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, plan: Plan, step_targets: float) -> Tensor:
+    def backward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        plan: Plan,
+        step_targets: float,
+        asked_N: Tensor | None = None,
+    ) -> Tensor:
         """Add one micro-batch's share of the step's gradient; the last one of a step starts the reduction.
 
-        Returns the loss summed over the local targets, fp32, detached.
+        ``asked_N``: as :meth:`dnsp.model.decoder.Decoder.forward` takes it. Returns the loss summed over the local targets, fp32, detached.
         """
-        loss_sum = self.deepspeed(tokens_BT, targets_BT, plan)
+        loss_sum = self.deepspeed(tokens_BT, targets_BT, plan, asked_N=asked_N)
         if self.on_loss is not None:
             self.on_loss(loss_sum)
         self.deepspeed.backward(loss_sum * (self.divisor / step_targets), scale_wrt_gas=False)

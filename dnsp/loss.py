@@ -22,15 +22,19 @@ CHUNK_LOGITS = 2**23  # logits that exist at once: 32 MiB in fp32
 GPU_CHUNK_LOGITS = 2**27  # 256 MiB in bf16: the weight's gradient is read and written once a chunk
 
 
-def cross_entropy_sum(hidden: Tensor, weight_VD: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+def cross_entropy_sum(
+    hidden: Tensor, weight_VD: Tensor, targets: Tensor, chunk: int | None = None, asked_N: Tensor | None = None
+) -> Tensor:
     """``sum_t -log softmax(W h_t)[target_t]`` over the targets that are not -100, a scalar, fp32 (fp64 for fp64).
 
     hidden ``[..., D]``, weight ``[V, D]``, targets ``[...]`` int64. ``chunk`` tokens at a time; None chooses from V.
+    ``asked_N``: indices of all tokens with a target, where few have one: the others then cost nothing.
     Differentiable once, in hidden and weight. Under autocast the products run in its dtype, the softmax in fp32; the
     weight's gradient is summed in fp32, and rounded once, to the weight's dtype.
     """
     chunk = chunk or _chunk_tokens(weight_VD)
-    return _CrossEntropySum.apply(hidden.flatten(0, -2), weight_VD, targets.flatten(), chunk, torch.is_grad_enabled())
+    flat_hidden, flat_targets = hidden.flatten(0, -2), targets.flatten()
+    return _CrossEntropySum.apply(flat_hidden, weight_VD, flat_targets, asked_N, chunk, torch.is_grad_enabled())
 
 
 @torch.no_grad()
@@ -51,8 +55,19 @@ def token_losses(hidden: Tensor, weight_VD: Tensor, targets: Tensor, chunk: int 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, with_grad: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        asked: Tensor | None,
+        chunk: int,
+        with_grad: bool,
+    ) -> Tensor:
         need_h, need_w = (with_grad and needed for needed in ctx.needs_input_grad[:2])
+        whole = hidden
+        if asked is not None:
+            hidden, targets = hidden[asked], targets[asked]
         h, w = _operands(hidden, weight)
         exact = torch.promote_types(h.dtype, torch.float32)
         dh = torch.empty_like(h) if need_h else None
@@ -66,6 +81,8 @@ class _CrossEntropySum(torch.autograd.Function):
                     torch.mm(dlogits, w, out=dh[part])
                 if dw is not None:
                     add_product(dw, dlogits.T, h[part])
+        if asked is not None and dh is not None:
+            dh = torch.zeros_like(whole, dtype=dh.dtype).index_copy_(0, asked, dh)
         ctx.save_for_backward(dh, dw)
         ctx.dtypes = hidden.dtype, weight.dtype
         return total.to(exact)
@@ -77,9 +94,7 @@ class _CrossEntropySum(torch.autograd.Function):
         return (
             None if dh is None else (dh * grad).to(ctx.dtypes[0]),
             None if dw is None else (dw * grad).to(ctx.dtypes[1]),
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 

@@ -211,8 +211,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             nonlocal plan
             rows, made = _micro_batch(config, grid, work, micro, stage, choices, plan)
             plan = made.agreed().to(engine.device)
-            tokens_BT, targets_BT = rows.to(engine.device)
-            return engine.backward(tokens_BT, targets_BT, plan, work.targets)
+            tokens_BT, targets_BT, asked_N = rows.to(engine.device)
+            return engine.backward(tokens_BT, targets_BT, plan, work.targets, asked_N)
 
         local_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
         with explained_memory(engine, config, stage.sequence_length):

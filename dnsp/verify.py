@@ -322,8 +322,8 @@ def _check_case(
     loss = torch.zeros((), dtype=torch.float64)
     for micro in range(engine.accumulation):
         part, plan = _micro_batch(request, grid, step, micro, layout, transport)
-        tokens, targets = part.tokens_BT.to(engine.device), part.targets_BT.to(engine.device)
-        loss += engine.backward(tokens, targets, plan, step.targets).double().cpu() / step.targets
+        tokens, targets, asked = part.to(engine.device)
+        loss += engine.backward(tokens, targets, plan, step.targets, asked).double().cpu() / step.targets
         if micro + 1 < engine.accumulation:
             engine.advance()
     errors = [relative_error(engine.gradient(name).cpu(), want) for name, want in truth.gradients.items()]

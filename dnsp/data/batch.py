@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dnsp.data.mix import Step
-from dnsp.data.pack import check_ids
+from dnsp.data.pack import IGNORE, check_ids
 from dnsp.errors import UsageError
 from dnsp.parallel.plan import to_device
 
@@ -23,9 +23,23 @@ class Batch:
     targets_BT: Tensor  # int64, -100 where nothing is predicted
     doc_starts: list[list[int]]  # of each row, over the whole sequence: index of each document's first token
 
-    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Tokens and targets on a device; the host does not wait for the copies."""
-        return to_device(self.tokens_BT, device), to_device(self.targets_BT, device)
+    @property
+    def asked_N(self) -> Tensor | None:
+        """Indices, of the B times T tokens, of those with a target, where they are at most half; else None.
+
+        Found on the host: the loss then does without the others' logits, and nobody waits for a number of the GPU's.
+        """
+        asked = (self.targets_BT != IGNORE).flatten()
+        return asked.nonzero().flatten() if 2 * int(asked.count_nonzero()) <= len(asked) else None
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens, targets and ``asked_N`` on a device; the host does not wait for the copies."""
+        asked_N = self.asked_N
+        return (
+            to_device(self.tokens_BT, device),
+            to_device(self.targets_BT, device),
+            None if asked_N is None else to_device(asked_N, device),
+        )
 
 
 def micro_batches(global_batch: int, micro_batch: int, data_size: int) -> int:

@@ -202,15 +202,24 @@ class Decoder(nn.Module):
         """The base of the rotary frequencies, which longer contexts raise; no parameter depends on it."""
         self.rope_theta = theta
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, plan: Plan, by_token: bool = False) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        plan: Plan,
+        by_token: bool = False,
+        asked_N: Tensor | None = None,
+    ) -> Tensor:
         """The loss in fp32, summed over local targets that are not -100; the caller divides by all of the step's.
 
-        ``by_token``: each target's own instead, ``[B, T]``.
+        ``by_token``: each target's own instead, ``[B, T]``. ``asked_N``: where few tokens have a target, the indices of
+        these, of B times T (:attr:`dnsp.data.batch.Batch.asked_N`).
         """
         with nullcontext() if self.autocast is None else torch.autocast(tokens_BT.device.type, self.autocast):
             if by_token:
                 return token_losses(self.hidden(tokens_BT, plan), self.lm_head.weight, targets_BT)
-            return cross_entropy_sum(self.hidden(tokens_BT, plan), self.lm_head.weight, targets_BT)
+            hidden = self.hidden(tokens_BT, plan)
+            return cross_entropy_sum(hidden, self.lm_head.weight, targets_BT, asked_N=asked_N)
 
     def hidden(self, tokens_BT: Tensor, plan: Plan, states: list[LayerState] | None = None) -> Tensor:
         """What the output projection reads, ``[B, T, D]``. Fresh ``states`` are filled with what each layer keeps."""

@@ -256,10 +256,7 @@ def power_law_gaps(uniform_RN: np.ndarray, count: int) -> np.ndarray:
     By exponential races (the first of N clocks of these rates, the next, ...), one uniform number in (0, 1) a gap.
     """
     rates = np.arange(1, uniform_RN.shape[1] + 1, dtype=np.float64) ** (GAP_POWER - 1)
-    times = -np.log(uniform_RN) / rates
-    last = np.partition(times, count - 1, axis=1)[:, count - 1 : count]  # the rest need not be sorted
-    first = [np.flatnonzero(row) for row in times <= last]
-    return np.stack([at[np.argsort(row[at], kind="stable")[:count]] for row, at in zip(times, first, strict=True)])
+    return _lowest(-np.log(uniform_RN) / rates, count)
 
 
 def draw_copy(bits: np.random.Philox, options: _Options, rows: int, length: int) -> Block:
@@ -285,15 +282,24 @@ def _uniform(bits: np.random.Philox, shape: Sequence[int]) -> np.ndarray:
 
 
 def _distinct(bits: np.random.Philox, rows: int, bound: int, count: int) -> np.ndarray:
-    """``count`` different integers below ``bound`` in random order, ``[rows, count]``: Floyd's way (Bentley and Floyd,
-    1987), whose work does not grow with the bound, then a shuffle, for the order it finds them in is not random."""
-    raw = bits.random_raw(rows * count).reshape(count, rows).T
-    found = (raw % np.arange(bound - count + 1, bound + 1, dtype=np.uint64)).astype(np.int64)
-    ordered = np.sort(found, axis=1)
-    again = np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1))  # of the others nothing is replaced
-    drawn = found[again]
-    for n in range(1, count):
-        met = (drawn[:, :n] == drawn[:, n : n + 1]).any(axis=1)
-        drawn[met, n] = bound - count + n
-    found[again] = drawn
-    return np.take_along_axis(found, np.argsort(_uniform(bits, (rows, count)), axis=1, kind="stable"), axis=1)
+    """``count`` different integers below ``bound`` in random order, ``[rows, count]``.
+
+    Where a good part of all draws has none twice a row is drawn until that is so, which favours no row; elsewhere all
+    integers are put in random order, and the first taken.
+    """
+    if count * count > 2 * bound:
+        return _lowest(_uniform(bits, (rows, bound)), count)
+    found = np.empty((rows, count), dtype=np.int64)
+    wanted = np.arange(rows)
+    while len(wanted):
+        found[wanted] = _below(bits, (len(wanted), count), bound)
+        ordered = np.sort(found[wanted], axis=1)
+        wanted = wanted[(ordered[:, 1:] == ordered[:, :-1]).any(axis=1)]
+    return found
+
+
+def _lowest(values_RN: np.ndarray, count: int) -> np.ndarray:
+    """Where each row has its ``count`` lowest values, from the lowest up, ``[R, count]``; the rest is not sorted."""
+    first = np.argpartition(values_RN, count - 1, axis=1)[:, :count]
+    order = np.argsort(np.take_along_axis(values_RN, first, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(first, order, axis=1)

@@ -46,6 +46,20 @@ def test_loss_and_gradients(dtype: torch.dtype, chunk: int | None) -> None:
         assert relative(ours, wanted) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("share", [0.3, 0.0], ids=["some", "none"])
+def test_only_the_asked_tokens_have_logits(dtype: torch.dtype, share: float) -> None:
+    hidden, weight, targets = inputs(dtype)
+    targets[torch.rand(B, T) >= share] = -100
+    asked = (targets.flatten() != -100).nonzero().flatten()
+    wanted = torch.autograd.grad(cross_entropy_sum(hidden, weight, targets) * 0.125, (hidden, weight))
+    loss = cross_entropy_sum(hidden, weight, targets, 7, asked)
+    found = torch.autograd.grad(loss * 0.125, (hidden, weight))
+    assert loss.item() == pytest.approx(cross_entropy_sum(hidden, weight, targets).item(), rel=TOLERANCE[dtype])
+    for ours, truth in zip(found, wanted, strict=True):
+        assert ours.dtype == dtype and (ours.double() - truth).norm() <= TOLERANCE[dtype] * truth.double().norm()
+
+
 def test_ignored_tokens_and_none_at_all() -> None:
     hidden, weight, targets = inputs(torch.float32)
     loss = cross_entropy_sum(hidden, weight, torch.full_like(targets, -100))
