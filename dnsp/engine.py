@@ -151,7 +151,9 @@ class Engine:
     ) -> Tensor:
         """Add one micro-batch's share of the step's gradient; the last one of a step starts the reduction.
 
-        ``asked_N``: as :meth:`dnsp.model.decoder.Decoder.forward` takes it. Returns the loss summed over the local targets, fp32, detached.
+        ``asked_N``: as :meth:`dnsp.model.decoder.Decoder.forward` takes it.
+
+        Returns the loss summed over the local targets, fp32, detached.
         """
         loss_sum = self.deepspeed(tokens_BT, targets_BT, plan, asked_N=asked_N)
         if self.on_loss is not None:

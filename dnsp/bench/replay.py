@@ -23,7 +23,7 @@ from dnsp.bench.account import Alone
 from dnsp.bench.delta_shapes import Shape, make_inputs
 from dnsp.bench.ranks import middle
 from dnsp.kernels.delta_rule import delta_rule
-from dnsp.kernels.scan import Coming
+from dnsp.kernels.scan import Coming, Scan
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import Plan
 
@@ -37,7 +37,7 @@ class Step:
     plan: Plan
     inputs: dict[str, Tensor]
     do: Tensor
-    scan: Any = None  # instead of the plan's
+    scan: Scan | None = None  # instead of the plan's
 
     def __call__(self) -> None:
         o, _ = self.forward()
@@ -65,6 +65,8 @@ class Replay:
     """A rank's scan alone: the launches of the real one, on mail that has come and room that there is, in one stream.
     ``folds``: events around each interval's launches, of a forward scan and of the reverse one after it;
     ``awaited``: when each was; ``clocks``: the stamps of each interval's last launches, in the order of ``folds``."""
+
+    here = False
 
     def __init__(self, plan: Plan, U_shape: Sequence[int], device: torch.device) -> None:
         from dnsp.kernels import triton_scan

@@ -200,7 +200,7 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
             replays[kind] = _replays(layout, request, ranks, step)
             if ranks.sharing == 1:
                 lengths = [segment := _shortest(layout, replays[kind], HOP_US)[1]]
-                works[f"{kind}, {UNWAITED}"] = _replay(layout, segment, request, ranks, step)
+                works[f"{kind}, {UNWAITED}"] = _replay(layout, segment, request, ranks, step)[0]
                 alone[f"{kind}, {UNWAITED}"] = {"segment_tokens": segment}
         for transport in transports:
             tried[kind, transport] = {}
@@ -336,23 +336,23 @@ def _replays(layout: Layout, request: dict[str, Any], ranks: Ranks, like: Step) 
     tried = [filling] if request["segment_tokens"] else [n * filling for n in (1, 2, 4)]
     found = {}
     for segment in (n for n in tried if layout.interval_tokens % n == 0):
-        step = _replay(layout, segment, request, ranks, like)
+        step, replay = _replay(layout, segment, request, ranks, like)
         mine: Work | None = None
         for rank in range(ranks.grid.world):
             ranks.wait()
             if rank == ranks.grid.rank:
-                mine = Work.of(step, step.scan, request["steps"])
+                mine = Work.of(step, replay, request["steps"])
         ranks.wait()
         found[segment] = ranks.comm.from_all(mine)
     return found
 
 
-def _replay(layout: Layout, segment: int, request: dict[str, Any], ranks: Ranks, like: Step) -> Step:
+def _replay(layout: Layout, segment: int, request: dict[str, Any], ranks: Ranks, like: Step) -> tuple[Step, Replay]:
     """This rank's step, its messages in its inbox."""
     plan = make_plan([[0]], layout, ranks.grid, segment, transport="peer")
     step = make_step(plan, request, ranks.device, like)
-    step.scan = Replay(plan, (1, request["value_heads"], request["width"], request["width"]), ranks.device)
-    return step
+    step.scan = replay = Replay(plan, (1, request["value_heads"], request["width"], request["width"]), ranks.device)
+    return step, replay
 
 
 def _shortest(layout: Layout, replays: dict[int, list[Work]], hop_us: float) -> tuple[float, int]:

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,8 @@ from dnsp.model.state import LayerState, conv_tail
 from dnsp.parallel.delta_rule import begin_delta_rule
 from dnsp.parallel.halo import causal_conv1d
 from dnsp.parallel.plan import Plan
+
+TIME_STEPS = 1e-3, 1e-1  # of which a token's is drawn at first, evenly by its log; its decay is exp(-A dt)
 
 
 class GatedDelta(nn.Module):
@@ -47,9 +51,12 @@ class GatedDelta(nn.Module):
         for module in self.children():
             if isinstance(module, nn.Linear | nn.Conv1d):
                 nn.init.normal_(module.weight, std=std)
-        nn.init.ones_(self.dt_bias)
         with torch.no_grad():
-            self.A_log.uniform_(0.01, 16).log_()  # decays of all time scales; above zero, so that its log is finite
+            # Both as the layer's authors draw them: a state is halved in a token, or in a thousand. A dt_bias of ones,
+            # which transformers and Megatron-LM begin with, forgets within a token at almost every A.
+            self.A_log.uniform_(0.01, 16).log_()  # above zero, so that its log is finite
+            dt = self.dt_bias.uniform_(*map(math.log, TIME_STEPS)).exp_()
+            dt.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
         self.norm.reset_parameters()
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

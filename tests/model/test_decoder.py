@@ -175,7 +175,7 @@ def test_checkpointing_keeps_two_inputs_a_layer_and_what_passes_through_kept(pat
     model = decoder(pattern, activation_checkpointing=True)
     ids, plan = tokens_and_plan([[0, 40], [0]], 100)
     held: list[torch.Tensor] = []
-    monkeypatch.setattr("dnsp.model.decoder.cross_entropy_sum", lambda hidden, *rest: hidden.sum())
+    monkeypatch.setattr("dnsp.model.decoder.cross_entropy_sum", lambda hidden, *rest, **more: hidden.sum())
     monkeypatch.setattr(model.model, "norm", torch.nn.Identity())
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (held.append(x), x)[1], lambda x: x):
         model(ids, ids, plan)

@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_initial_weights_have_the_same_spread() -> None:
-    """Standard deviations as transformers draws them; ``A_log`` and ``dt_bias`` in the same range."""
+    """Standard deviations as transformers draws them, ``A_log`` in the same range; ``dt_bias`` as the authors do."""
     from transformers import Qwen3_5ForCausalLM
 
     from dnsp.model.hf import to_hf_config
@@ -174,6 +174,9 @@ def test_initial_weights_have_the_same_spread() -> None:
         if name.endswith("A_log"):
             rate = parameter.exp()
             assert rate.min() >= 0.01 and rate.max() <= 16 and rate.std() > 0
+        elif name.endswith("dt_bias"):
+            step = torch.nn.functional.softplus(parameter.double())
+            assert step.min() >= 0.999e-3 and step.max() <= 0.1001 and step.std() > 0
         elif parameter.dim() == 1:
             assert torch.equal(parameter, theirs[name]), name
         else:
