@@ -184,16 +184,16 @@ def fold_kernel(
     tile = row * tl.num_programs(0) + tl.program_id(0)
     # In a slot as in memory, not as here: of two orders the compiler would take one for both, and convert.
     in_tile = ck[None, :] * BV + tl.arange(0, BV)[:, None]
+    # The next rank waits: what its message does not need is written behind it, and what it needs is read at once.
+    alive = (sends != 0) & (tl.load(status, volatile=True) == 0)
+    gone = tl.load(sent + tile, mask=sends != 0, other=0)
+    come = tl.load(taken + tile, mask=start == 2, other=0)
+    arrived = in_slots + ((come & (DEPTH - 1)).to(tl.int64) * capacity + tile) * TILE
     S = tl.zeros((BV, K), tl.float32)
     if start == 1:
         S = tl.load(first + at)
     if start == 2:
-        count = tl.load(taken + tile)
-        slot = (count & (DEPTH - 1)).to(tl.int64) * capacity + tile
-        S = tl.load(in_slots + slot * TILE + in_tile, volatile=True)
-        tl.debug_barrier()  # every thread has read, now one says so
-        tl.store(taken + tile, count + 1)
-        tl.atomic_xchg(in_free + tile, count + 1, sem="release", scope="sys")
+        S = tl.load(arrived + in_tile, volatile=True)
     multiplied = N  # segments folded with M: none, where all that are crossed forget
     if HAS_FORGETS:
         kept = 0
@@ -206,7 +206,7 @@ def fold_kernel(
         lost = tl.sum(tl.abs(S) * 0.0, axis=1)  # what comes through of each column: zero, or that it is not finite
         for i in tl.range(0, N - multiplied, num_stages=4):  # U is fetched ahead
             n = N - 1 - i if REVERSE else i
-            tl.store(states + n * rows * K * V + at, S)
+            tl.store(states + n * rows * K * V + at, S, mask=i > 0)
             through = _crosses(continues, i, n * B + batch, steps, start, HAS_CONTINUES)
             added = tl.load(U + n * rows * K * V + at, mask=i < steps, other=0.0)
             S = tl.where(through, lost[:, None] + added, added)
@@ -215,7 +215,7 @@ def fold_kernel(
     cw = tl.arange(0, WIDTH)
     for i in tl.range(0, multiplied, num_stages=2):  # M is fetched ahead
         n = N - 1 - i if REVERSE else i
-        tl.store(states + n * rows * K * V + at, S)
+        tl.store(states + n * rows * K * V + at, S, mask=i > 0)
         through = _crosses(continues, i, n * B + batch, steps, start, HAS_CONTINUES)
         is_read = through
         if HAS_FORGETS:
@@ -231,19 +231,27 @@ def fold_kernel(
                 M_T = tl.load(summary + ck[None, :] * K + (j * WIDTH + cw)[:, None], mask=is_read, other=0.0)
             crossed = tl.dot(parts[j], M_T, acc=crossed, input_precision="tf32x3")
         S = tl.where(through, crossed + added, added)  # select: 0 * inf must not leak
-    tl.store(last + at, S)
     if sends != 0:
-        alive = tl.load(status, volatile=True) == 0
-        count = tl.load(sent + tile)
-        slot = (count & (DEPTH - 1)).to(tl.int64) * capacity + tile
+        slot = (gone & (DEPTH - 1)).to(tl.int64) * capacity + tile
         tl.store(out_slots + slot * TILE + in_tile, S, mask=alive)
         tl.debug_barrier()  # every thread has written, now one says so
-        tl.store(sent + tile, count + 1)
+        tl.store(sent + tile, gone + 1)
         if TIMED:
             tl.store(stamps + 2 + tile, tl.inline_asm_elementwise(
                 "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
             ))  # fmt: skip
-        tl.atomic_xchg(out_ready + tile, count + 1, mask=alive, sem="release", scope="sys")
+        tl.atomic_xchg(out_ready + tile, gone + 1, mask=alive, sem="release", scope="sys")
+    entered = tl.zeros((BV, K), tl.float32)  # read again rather than kept, for which there are no registers
+    if start == 1:
+        entered = tl.load(first + at)
+    if start == 2:
+        entered = tl.load(arrived + in_tile, volatile=True)
+    tl.store(states + (N - 1 if REVERSE else 0) * rows * K * V + at, entered)
+    tl.store(last + at, S)
+    if start == 2:
+        tl.debug_barrier()  # every thread has read, now one says so
+        tl.store(taken + tile, come + 1)
+        tl.atomic_xchg(in_free + tile, come + 1, sem="release", scope="sys")
 
 
 def takes(U: Tensor) -> bool:

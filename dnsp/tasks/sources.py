@@ -1,7 +1,7 @@
 """Recall tasks as data sources: ``data.sources: [{path: "task:mqar", options: {vocab: 8192, pairs: [4, 64]}}]``.
 
-A source gives any number of sequences, each one document as long as ``data.sequence_length``, and the target of a token
-is -100 except where something is to be recalled. A sequence is a function of the seed, the split and its index alone,
+A source gives any number of sequences, each one document as long as ``data.sequence_length`` (or several, ``packed``), and
+the target of a token is -100 except where something is to be recalled. A sequence is a function of the seed, the split and its index alone,
 so that a run is taken up again, and a rank reads its own part, as with text.
 
     kv     k1 v1 ... kN vN, then every key once in random order, each followed by its value
@@ -40,9 +40,12 @@ class _Options(BaseModel):
 
 class _PairOptions(_Options):
     """``pairs``: of a sequence; of several numbers each sequence takes one at random. ``[low, high]`` with high at
-    least twice low is all doublings of low up to high."""
+    least twice low is all doublings of low up to high. ``packed``: of several numbers sequences take one in turn, and
+    are filled with documents of so many pairs, no longer than these need; unless a sequence has room for a document of
+    every number's, and is one document, whose gaps are then long."""
 
     pairs: tuple[int, ...] = (64,)
+    packed: bool = False
 
     @field_validator("pairs", mode="before")
     @classmethod
@@ -74,6 +77,7 @@ class Block:
 
     tokens: np.ndarray
     targets: np.ndarray  # -100 where nothing is asked
+    doc_starts: list[list[int]] | None = None  # of each row; None: each is one document
 
 
 @dataclass(frozen=True)
@@ -110,10 +114,7 @@ class TaskSequence:
     length: int
     tokens_T: np.ndarray
     targets_T: np.ndarray
-
-    @property
-    def doc_starts(self) -> list[int]:
-        return [0]
+    doc_starts: list[int]
 
     @property
     def targets_count(self) -> int:
@@ -164,14 +165,19 @@ class TaskPacker:
         self.check_length(length)
         block, row = divmod(position // length, BLOCK)
         drawn = self._block(block, length)
-        return TaskSequence(self.source, length, drawn.tokens[row], drawn.targets[row])
+        starts = [0] if drawn.doc_starts is None else drawn.doc_starts[row]
+        return TaskSequence(self.source, length, drawn.tokens[row], drawn.targets[row], starts)
 
     def _make_block(self, block: int, length: int) -> Block:
         # Philox's raw output is the same in every version of numpy; the distributions of its generators are not
         key = hash64(self._seed, _SPLITS[self.split], block, length)
-        drawn = _DRAWS[self.source.task](np.random.Philox(key=int(key[0])), self.source.options, BLOCK, length)
-        first = self.source.options.first_id
-        return Block(drawn.tokens + first, np.where(drawn.targets == IGNORE, IGNORE, drawn.targets + first))
+        bits, task, options = np.random.Philox(key=int(key[0])), self.source.task, self.source.options
+        if isinstance(options, _PairOptions) and options.packed and length <= PACKED[task] * max(options.pairs):
+            drawn = draw_packed(bits, task, options, block * BLOCK, length)
+        else:
+            drawn = _DRAWS[task](bits, options, BLOCK, length)
+        targets = np.where(drawn.targets == IGNORE, IGNORE, drawn.targets + options.first_id)
+        return Block(drawn.tokens + options.first_id, targets, drawn.doc_starts)
 
 
 def is_task(path: str) -> bool:
@@ -244,6 +250,24 @@ def draw_mqar(bits: np.random.Philox, options: _Options, rows: int, length: int)
     return Block(tokens, targets)
 
 
+def draw_packed(bits: np.random.Philox, task: str, options: _PairOptions, first: int, length: int) -> Block:
+    """A block of sequences, the first of them the stream's ``first``-th. What is left at a sequence's end is a document
+    of tokens drawn at random. Sequences that are as many steps apart as there are numbers have their documents alike."""
+    tokens, targets = _below(bits, (BLOCK, length), options.vocab), np.full((BLOCK, length), IGNORE, dtype=np.int64)
+    turn = (first + np.arange(BLOCK)) % len(options.pairs)
+    starts: list[list[int]] = [[0]] * BLOCK
+    for count, which in _alike(np.asarray(options.pairs)[turn]):
+        each = min(PACKED[task] * count, length)
+        documents = length // each
+        alone = options.model_copy(update={"pairs": (count,)})
+        drawn = _DRAWS[task](bits, alone, len(which) * documents, each)
+        tokens[which, : documents * each] = drawn.tokens.reshape(len(which), -1)
+        targets[which, : documents * each] = drawn.targets.reshape(len(which), -1)
+        for row in which:
+            starts[row] = list(range(0, length, each))
+    return Block(tokens, targets, starts)
+
+
 def _alike(counts: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """Each number of pairs, and the rows that have it: they are drawn at once."""
     return [(int(count), np.flatnonzero(counts == count)) for count in np.unique(counts)]
@@ -268,6 +292,7 @@ def draw_copy(bits: np.random.Philox, options: _Options, rows: int, length: int)
 
 
 _DRAWS = {"kv": draw_kv, "copy": draw_copy, "mqar": draw_mqar}
+PACKED = {"kv": 4, "mqar": 16}  # tokens a pair of a packed document: none too many; as MQAR is published, 64 for 4 pairs
 
 
 def _below(bits: np.random.Philox, shape: Sequence[int], bound: int) -> np.ndarray:

@@ -352,9 +352,10 @@ def test_the_fold_releases_what_it_has_written(reverse: bool, forgets: bool) -> 
     }
     how = triton_scan.options(128)
     ptx, binary = compiled(triton_scan.fold_kernel, constants | {"WIDTH": how.pop("WIDTH")}, **how)
-    freed, raised = (found.start() for found in re.finditer(r"atom\.global\.sys\.release\.exch", ptx))
-    read, written = ptx.index("ld.volatile.global.v4"), ptx.rindex("st.global.v4")
-    assert read < ptx.index("bar.sync", read) < freed  # all threads have read the slot before it is given back
+    raised, freed = (found.start() for found in re.finditer(r"atom\.global\.sys\.release\.exch", ptx))
+    written, read = ptx.rindex("st.global.v4", 0, raised), ptx.rindex("ld.volatile.global.v4", 0, freed)
     assert written < ptx.index("bar.sync", written) < raised  # all have written the state before its flag is raised
+    assert raised < read < ptx.index("bar.sync", read) < freed  # all have read the slot before it is given back
+    assert "st.global.v4" in ptx[raised:]  # what the message does not need comes behind it
     assert binary.matrix and binary.spilled == 0
     assert "cp.async" in ptx  # the next summary is on its way while one is multiplied

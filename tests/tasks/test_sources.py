@@ -74,6 +74,31 @@ def test_pairs_and_questions(task: str) -> None:
             assert positions == list(range(80 - 2 * pairs, 80, 2))
 
 
+PACKED = {"kv": (52, [0, 16, 32, 48]), "mqar": (80, [0, 64])}  # a length, where documents of 4 pairs begin in it
+
+
+@pytest.mark.parametrize("task", PACKED)
+def test_packed_sequences_are_documents_in_turn(task: str) -> None:
+    """Each document answers from itself alone; sequences that are a turn apart have the same documents."""
+    packer = open_task(f"task:{task}", {"vocab": 128, "pairs": [4, 4, 13], "packed": True}, seed=0, split="train")
+    length, of_4 = PACKED[task]
+    drawn = [packer.sequence(n * length, length) for n in range(SEQUENCES)]
+    for n, sequence in enumerate(drawn):
+        pairs = (4, 4, 13)[n % 3]
+        assert sequence.doc_starts == (of_4 if pairs == 4 else [0])
+        for start, end in zip(sequence.doc_starts, [*sequence.doc_starts[1:], length], strict=True):
+            tokens = sequence.tokens_T[start:end].tolist()
+            positions = [at - start for at in asked(sequence) if start <= at < end]
+            assert len(positions) == (0 if start == of_4[-1] else pairs)  # no room for one more: nothing is asked
+            answers = [lookup(task, tokens, at, pairs) for at in positions]
+            assert answers == [sequence.targets_T[start + at] for at in positions]
+            assert len({tokens[at] for at in positions}) == len(positions)
+    first, again = drawn[0], drawn[3]
+    assert first.doc_starts == again.doc_starts and not np.array_equal(first.tokens_T, again.tokens_T)
+    long = packer.sequence(0, 512)  # room for a document of every number's: one, with long gaps
+    assert long.doc_starts == [0] and len(asked(long)) in (4, 13)
+
+
 def test_gaps_follow_the_power_law() -> None:
     """The first gap drawn has the law itself; all of them are different."""
     places, draws = 32, 20_000
