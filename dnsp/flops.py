@@ -11,8 +11,8 @@ A multiplication and an addition are two operations. Forward, for a row of T tok
 
 and twice that backward. This is the work of the recurrence: what a chunked algorithm does beyond it to have matrix
 products, what recomputation does again and what runs over masked pairs is not the model's and does not count. Norms,
-gates, activations, softmax and the convolution's sums over a document's start are left out; they are below 1 %. The output
-projection counts for every token, also where few have a target and the others get no logits.
+gates, activations, softmax and the convolution's sums over a document's start are left out; they are below 1 %. The
+output projection counts for every token, also where few have a target and the others get no logits.
 
 MFU is these operations a second over what the devices' bf16 matrix products reach.
 """

@@ -1,8 +1,8 @@
 """Recall tasks as data sources: ``data.sources: [{path: "task:mqar", options: {vocab: 8192, pairs: [4, 64]}}]``.
 
-A source gives any number of sequences, each one document as long as ``data.sequence_length`` (or several, ``packed``), and
-the target of a token is -100 except where something is to be recalled. A sequence is a function of the seed, the split and its index alone,
-so that a run is taken up again, and a rank reads its own part, as with text.
+A source gives any number of sequences, each one document as long as ``data.sequence_length`` (or several, ``packed``),
+and the target of a token is -100 except where something is to be recalled. A sequence is a function of the seed, the
+split and its index alone, so that a run is taken up again, and a rank reads its own part, as with text.
 
     kv     k1 v1 ... kN vN, then every key once in random order, each followed by its value
     copy   x1 ... xN, a separator, x1 ... xN again
@@ -252,7 +252,7 @@ def draw_mqar(bits: np.random.Philox, options: _Options, rows: int, length: int)
 
 def draw_packed(bits: np.random.Philox, task: str, options: _PairOptions, first: int, length: int) -> Block:
     """A block of sequences, the first of them the stream's ``first``-th. What is left at a sequence's end is a document
-    of tokens drawn at random. Sequences that are as many steps apart as there are numbers have their documents alike."""
+    of tokens drawn at random. Sequences have their documents where those a turn before them had theirs."""
     tokens, targets = _below(bits, (BLOCK, length), options.vocab), np.full((BLOCK, length), IGNORE, dtype=np.int64)
     turn = (first + np.arange(BLOCK)) % len(options.pairs)
     starts: list[list[int]] = [[0]] * BLOCK
@@ -292,7 +292,8 @@ def draw_copy(bits: np.random.Philox, options: _Options, rows: int, length: int)
 
 
 _DRAWS = {"kv": draw_kv, "copy": draw_copy, "mqar": draw_mqar}
-PACKED = {"kv": 4, "mqar": 16}  # tokens a pair of a packed document: none too many; as MQAR is published, 64 for 4 pairs
+# Tokens of a packed document for each of its pairs: none too many in kv; in mqar as it is published, 64 for 4 pairs.
+PACKED = {"kv": 4, "mqar": 16}
 
 
 def _below(bits: np.random.Philox, shape: Sequence[int], bound: int) -> np.ndarray:
