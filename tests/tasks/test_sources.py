@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dnsp.config import parse_config
 from dnsp.data.batch import batch
 from dnsp.data.mix import open_data
 from dnsp.data.pack import IGNORE
 from dnsp.errors import UsageError
+from dnsp.model.decoder import Decoder
+from dnsp.parallel.plan import local_plan
 from dnsp.tasks.sources import GAP_POWER, TaskPacker, TaskSequence, open_task, power_law_gaps
 
 SEQUENCES = 150  # over two blocks
@@ -158,6 +162,29 @@ def test_a_rank_reads_its_part_alone() -> None:
     assert whole.tokens_BT[:, :16].equal(parts[0].tokens_BT[:, :16])
     assert whole.targets_BT[:, 16:48].equal(parts[1].targets_BT)
     assert whole.doc_starts == [[0]] * 4
+
+
+def test_the_loss_of_what_is_asked_is_the_same_without_the_other_logits() -> None:
+    source = {"path": "task:mqar", "options": {"vocab": 64, "pairs": [4, 8], "packed": True}}
+    settings = parse_config(
+        {
+            "data": {"sources": [source], "sequence_length": 64},
+            "model": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "pattern": ["deltanet"]},
+        },
+        "test",
+    )
+    data = open_data(settings.data, vocab_size=64)
+    step = data.step(data.start, 64, 4)
+    part = batch(step, 0, micro_batch=4, data_rank=0, data_size=1, intervals=[(0, 64)], vocab_size=64)
+    tokens, targets, asked_N = part.to(torch.device("cpu"))
+    assert asked_N is not None and asked_N.tolist() == np.flatnonzero(targets != IGNORE).tolist()
+    torch.manual_seed(0)
+    model, plan = Decoder(settings.model).double(), local_plan(part.doc_starts, 64)
+    whole = torch.autograd.grad(model(tokens, targets, plan), list(model.parameters()))
+    alone = torch.autograd.grad(model(tokens, targets, plan, asked_N=asked_N), list(model.parameters()))
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-13) for a, b in zip(whole, alone, strict=True))
+    text = replace(part, targets_BT=torch.where(torch.arange(64) % 64 == 63, IGNORE, tokens))
+    assert text.asked_N is None  # all but a few: nothing would be saved
 
 
 def test_text_and_recall_mix_by_weight(tmp_path: Any) -> None:
