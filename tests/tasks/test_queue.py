@@ -227,7 +227,7 @@ def test_a_queue_fills_one_table_after_another(tmp_path: Path) -> None:
     taken = [queue.next_job(0, False)["name"] for _ in range(25)]  # type: ignore[index]
     assert taken[:20] == searches and all(name.startswith("mqar/") for name in taken[20:])
     queue.results = {name: result(float(name.split("lr-")[1].split("-seed")[0]), 50, 1.0) for name in searches}
-    best = {name.split("/")[1]: "0.0003" for name in searches}  # of equal ones the lowest
+    best = {name.split("/")[1]: "0.001" for name in searches}  # of equal ones the lowest
     finals = [queue.next_job(0, False)["name"] for _ in range(15)]  # type: ignore[index]
     assert sorted(finals) == sorted(f"kv/{c}/lr-{lr}-seed-{seed}" for c, lr in best.items() for seed in (1, 2, 3))
     assert queue.planned["kv"] == dict.fromkeys(best, 7) and queue.total == 7 * (5 + 15 + 5 + 12) + 3
