@@ -25,6 +25,7 @@ PATTERNS: dict[str, list[str]] = {
 MODELS = tuple(PATTERNS)
 SEARCH_SEED = 0
 FINAL_SEEDS: dict[Scale, tuple[int, ...]] = {"smoke": (0,), "full": (1, 2, 3)}
+# Of the full scale as in the work that MQAR comes from, half a decade apart.
 LEARNING_RATES: dict[Scale, tuple[float, ...]] = {"smoke": (1e-3, 3e-3), "full": (1e-3, 3e-3, 1e-2, 3e-2)}
 LM_LEARNING_RATES: dict[Scale, tuple[float, ...]] = {"smoke": (3e-3,), "full": (5e-4, 1e-3, 2e-3, 4e-3)}
 VALIDATION = "validation"  # the test that a learning rate is chosen by
