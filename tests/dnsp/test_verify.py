@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 import yaml
 
 from dnsp import verify
@@ -192,9 +193,9 @@ def loss_averaged_over_local_targets() -> Iterator[None]:
 
     original = Engine.backward
 
-    def backward(self: Engine, tokens: torch.Tensor, targets: torch.Tensor, plan: Any, _: int) -> torch.Tensor:
+    def backward(self: Engine, tokens: Tensor, targets: Tensor, plan: Any, _: int, asked: Any = None) -> Tensor:
         local = int((targets != -100).sum()) * self.grid.sequence_size
-        return original(self, tokens, targets, plan, local)
+        return original(self, tokens, targets, plan, local, asked)
 
     with patch.object(Engine, "backward", backward):
         yield
