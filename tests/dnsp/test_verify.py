@@ -14,8 +14,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor
 import yaml
+from torch import Tensor
 
 from dnsp import verify
 from dnsp.cli import main
