@@ -72,6 +72,22 @@ def test_figures_of_every_way(what: str, tmp_path: Path) -> None:
         assert all(way["both_ms"] > way["forward_ms"] * 0.5 > 0 for way in figures["ways"])
 
 
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_ranks_on_a_gpu_are_replayed_captured_and_their_hops_timed(tmp_path: Path) -> None:
+    report = tmp_path / "figures.json"
+    sizes = ["--tokens", "8192", "--heads", "2", "--value-heads", "4", "--ranks", "2", "--steps", "1"]
+    assert main(["bench", "scan", *sizes, "--transports", "peer", "--json", str(report)]) == 0
+    (world,) = json.loads(report.read_text())["worlds"]
+    assert not any(words in note for note in world["notes"] for words in ("not by peer", "CUDA graph")), world["notes"]
+    assert {way["layout"]: way["transport"] for way in world["ways"]} == dict.fromkeys(("contiguous", "zigzag"), "peer")
+    for way in world["ways"]:
+        assert way["graph_ms"] > 0 and way["makespan_ms"] > 0 and way["replays"]
+        works = [work for replayed in way["replays"].values() for work in replayed["work_ms"]]
+        assert all(min(work["relay_forward"]) > 0 and min(work["relay_reverse"]) > 0 for work in works)
+    assert next(way["hop_us"] for way in world["ways"] if way["layout"] == "contiguous") > 0
+
+
 REQUEST = {
     **{"tokens": 4096, "heads": 1, "value_heads": 4, "width": 16, "decay": "-1e-4", "segment_tokens": None, "steps": 1},
     **{"layouts": ["contiguous"], "transports": ["p2p", "gather"]},
