@@ -167,7 +167,8 @@ def test_full_disk(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["big.txt"]
 
 
-def test_progress_on_a_terminal_alone(tmp_path: Path) -> None:
+def test_progress_on_a_terminal_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")  # on one that can do nothing there is no live line
     (tmp_path / "a.txt").write_text("text")
     for terminal in (True, False):
         shown = io.StringIO()
