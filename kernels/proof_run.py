@@ -241,6 +241,7 @@ def _folded(K: int, V: int, device: torch.device, how: Folding, dtype: torch.dty
         flags = flags[:, None].expand(N, B, HV).contiguous()
         M[flags != 0] = 0
     last: Tensor | None
+    mailed: tuple[Tensor, Tensor] | None = None
     if dtype == torch.float32:
         states, last = triton_scan.fold(M, U, start, passes, flags, N, how.reverse)
         mailed = _by_mail(M, U, start, passes, flags, how.reverse)
@@ -249,20 +250,24 @@ def _folded(K: int, V: int, device: torch.device, how: Folding, dtype: torch.dty
     else:
         states, last = LocalScan().forward(M, U, passes, flags, start, True)()
     assert last is not None
-    # The state before the first segment is a copy: rows of zeros would have no relative error.
-    inner = states[:-1] if how.reverse else states[1:]
-    found = torch.cat([inner.transpose(0, 1).flatten(1), last.flatten(1)], 1)
-    return {"fold": found, "fold by mail": mailed.flatten(1) if dtype == torch.float32 else last.flatten(1)}
+
+    def row_by_row(states: Tensor, last: Tensor) -> Tensor:
+        # The state before the first segment is a copy: rows of zeros would have no relative error.
+        inner = states[:-1] if how.reverse else states[1:]
+        return torch.cat([inner.transpose(0, 1).flatten(1), last.flatten(1)], 1)
+
+    found = row_by_row(states, last)
+    return {"fold": found, "fold by mail": found if mailed is None else row_by_row(*mailed)}
 
 
 def _by_mail(
     M: Tensor, U: Tensor, start: Tensor | None, passes: Tensor | None, flags: Tensor | None, reverse: bool
-) -> Tensor:
-    """The last state where every segment's goes through an outbox into the next one's inbox, in two parts, more often
-    than the inbox has slots."""
+) -> tuple[Tensor, Tensor]:
+    """The state before each segment and the last one where every segment's goes through an outbox into the next one's
+    inbox, in two parts, more often than the inbox has slots."""
     tiles, heads = triton_scan.tiles_of(U), U.shape[1] * U.shape[2]
     inbox, outbox, clock = triton_scan.loopback(tiles, U.device)
-    last, N, each = torch.empty_like(U[0]), len(U), tiles // heads
+    states, last, N, each = torch.empty_like(U), torch.empty_like(U[0]), len(U), tiles // heads
     for _ in range(3):
         for i in range(N):
             n = N - 1 - i if reverse else i
@@ -272,9 +277,9 @@ def _by_mail(
                 triton_scan.fold(
                     M[n : n + 1], U[n : n + 1], None if come else start, None if passes is None else passes[n : n + 1],
                     None if flags is None else flags[n : n + 1], 1, reverse,
-                    inbox=come, outbox=go, clock=clock, last_BHKV=last, rows=part,
+                    inbox=come, outbox=go, clock=clock, states_NBHKV=states[n : n + 1], last_BHKV=last, rows=part,
                 )  # fmt: skip
-    return last
+    return states, last
 
 
 def make_inputs(signature: Signature, case: Case, device: torch.device) -> dict[str, Tensor]:

@@ -314,9 +314,10 @@ def fold(
 
     In reverse: the gradient of the state that leaves each, and of the one that enters the last of them. With an
     ``inbox`` the first state is the next message there, which :func:`wait` has waited for; with an ``outbox`` the last
-    one goes there too. Mail needs a ``clock``. ``states_NBHKV``, ``last_BHKV``: where the results are written.
-    ``forgets_NBH``: int32, as a :class:`~dnsp.kernels.scan.Scan` is given it, the same bits with and without;
-    ``rows``: of the ``B * HV`` states these alone are folded, and nothing of the others is read or written.
+    one goes there too, not to the slot that the first one lies in. Mail needs a ``clock``. ``states_NBHKV``,
+    ``last_BHKV``: where the results are written. ``forgets_NBH``: int32, as a :class:`~dnsp.kernels.scan.Scan` is given
+    it, the same bits with and without; ``rows``: of the ``B * HV`` states these alone are folded, and nothing of the
+    others is read or written.
     """
     N, B, HV, K, V = U_NBHKV.shape
     M_NBHKK, U_NBHKV = M_NBHKK.contiguous(), U_NBHKV.contiguous()

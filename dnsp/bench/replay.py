@@ -7,7 +7,8 @@
 
                   busy: what an interval's launches keep its rank's stream for. relay: of that, from the message's sight
                   to the raising of the next flag, by the device's timer; the rest is done while the message is still on
-                  its way. While states travel, a rank does what needs none of them, and then waits
+                  its way (also what it writes when it has sent: a few microseconds, and none of them in the chain).
+                  While states travel, a rank does what needs none of them, and then waits
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class Replay:
         inbox, outbox, clock = triton_scan.loopback(tiles, device)
         far = torch.full_like(inbox.ready_C, 2**30)
         self.inbox = inbox._replace(ready_C=far, free_C=torch.zeros_like(far))
-        self.outbox = outbox._replace(free_C=far, ready_C=torch.zeros_like(far))
+        elsewhere = torch.zeros_like(outbox.slots_DCN)  # a fold reads its message again when it has sent its own
+        self.outbox = outbox._replace(slots_DCN=elsewhere, free_C=far, ready_C=torch.zeros_like(far))
         mine = self.scan.layout.indices(self.scan.rank)
         self.clocks = [[clock._replace(stamps=torch.zeros_like(clock.stamps)) for _ in mine] for _ in range(2)]
         self.folds: list[list[torch.cuda.Event]] = []

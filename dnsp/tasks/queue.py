@@ -100,7 +100,8 @@ def chosen_rate(results: Sequence[dict[str, Any]], choose: str) -> float:
 
 
 def with_overrides(cell: Cell, overrides: Sequence[str]) -> Cell:
-    """A cell whose runs' configuration has some values replaced; tests that ask the task as it is trained follow it."""
+    """A cell whose runs' configuration has some values replaced. Its tests follow, but for what they ask otherwise than
+    it is trained: their own lengths, and options of a task."""
     if not overrides:
         return cell
     for override in overrides:
@@ -109,12 +110,27 @@ def with_overrides(cell: Cell, overrides: Sequence[str]) -> Cell:
     tree = override_tree(cell.tree, overrides)
     tests = {}
     for name, test in cell.tests.items():
-        same = test["sources"] == cell.tree["data"]["sources"]
-        length = tree["data"]["sequence_length"]
-        was = cell.tree["data"]["sequence_length"]
-        changed = {"sources": tree["data"]["sources"]} if same else {}
-        tests[name] = {**test, **changed, **({"length": length} if test["length"] == was else {})}
+        length = tree["data"]["sequence_length"] if test["length"] == cell.tree["data"]["sequence_length"] else None
+        sources = _following(test["sources"], cell.tree["data"]["sources"], tree["data"]["sources"])
+        tests[name] = {**test, "sources": sources, **({} if length is None else {"length": length})}
     return replace(cell, tree=tree, tests=tests)
+
+
+Sources = list[dict[str, Any]]
+
+
+def _following(asked: Sources, was: Sources, now: Sources) -> Sources:
+    """A test's sources where those of the training have changed. Those of other paths do not change."""
+    if asked == was:
+        return now
+    if [source["path"] for source in asked] != [source["path"] for source in was] or len(now) != len(was):
+        return asked
+    found = []
+    for test, before, after in zip(asked, was, now, strict=True):
+        trained = before.get("options", {})
+        own = {key: value for key, value in test.get("options", {}).items() if trained.get(key) != value}
+        found.append({**after, "options": {**after.get("options", {}), **own}} if own else after)
+    return found
 
 
 class Queue:

@@ -57,8 +57,8 @@ def other_bits() -> list[str]:
             if not same(triton_scan.fold(unread, U, start, passes, flags, steps, reverse), expected):
                 wrong.append(f"{N} {has_first} {documents} {reverse} {steps}")
         if N == 4 and has_first == documents:
-            expected = (proof_run._by_mail(M, U, start, passes, None, reverse),)
-            if not same((proof_run._by_mail(unread, U, start, passes, flags, reverse),), expected):
+            expected = proof_run._by_mail(M, U, start, passes, None, reverse)
+            if not same(proof_run._by_mail(unread, U, start, passes, flags, reverse), expected):
                 wrong.append(f"by mail: {has_first} {documents} {reverse}")
     return wrong
 

@@ -140,6 +140,15 @@ def test_overrides_reach_runs_and_their_tests() -> None:
     assert changed.tests["test"]["sources"][0]["options"]["pairs"] == 3 and changed.tests["test"]["length"] == 32
     assert changed.tests["4 pairs"]["sources"][0]["options"]["pairs"] == 4  # asks what it is named after
 
+def test_what_a_test_asks_otherwise_than_trained_stays_under_overrides() -> None:
+    (cell,) = suite(["kv"], "full", True, ("deltanet",)).cells
+    changed = with_overrides(cell, ["data.sources.0.options.vocab=512"])
+    (trained,), (asked,) = changed.tree["data"]["sources"], changed.tests["test"]["sources"]
+    assert asked["path"] == "task:kv" and asked["options"] == {"vocab": 512, "pairs": 64, "packed": False}
+    assert trained["options"]["vocab"] == 512 and trained["options"]["packed"]
+    (text,) = [c.tests["text"] for c in suite(["ablations"], "full", True).cells if c.labels["group"] == "base"]
+    assert text["sources"] == [{"path": "python-stdlib"}]  # of one of two sources: that of the task as it is
+
 
 REFUSED = (
     (["mqra"], "smoke", "cpu", {}, "unknown task 'mqra': the tasks are kv"),
