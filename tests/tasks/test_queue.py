@@ -140,6 +140,7 @@ def test_overrides_reach_runs_and_their_tests() -> None:
     assert changed.tests["test"]["sources"][0]["options"]["pairs"] == 3 and changed.tests["test"]["length"] == 32
     assert changed.tests["4 pairs"]["sources"][0]["options"]["pairs"] == 4  # asks what it is named after
 
+
 def test_what_a_test_asks_otherwise_than_trained_stays_under_overrides() -> None:
     (cell,) = suite(["kv"], "full", True, ("deltanet",)).cells
     changed = with_overrides(cell, ["data.sources.0.options.vocab=512"])
