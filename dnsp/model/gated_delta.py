@@ -52,7 +52,7 @@ class GatedDelta(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv1d):
                 nn.init.normal_(module.weight, std=std)
         with torch.no_grad():
-            # Both as the layer's authors draw them: a state is halved in a token, or in a thousand. A dt_bias of ones,
+            # Both as the layer's authors draw them: a state is halved in a token, or in thousands. A dt_bias of ones,
             # which transformers and Megatron-LM begin with, forgets within a token at almost every A.
             self.A_log.uniform_(0.01, 16).log_()  # above zero, so that its log is finite
             dt = self.dt_bias.uniform_(*map(math.log, TIME_STEPS)).exp_()

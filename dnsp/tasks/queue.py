@@ -38,6 +38,7 @@ from dnsp.tasks.worker import RESULT, parse_result, replace_json, run_config
 
 TRIES = 2  # of a job that fails
 OWN = ("train.lr", "train.seed", "data.seed", "run.dir", "run.tensorboard", "resume")  # what a queue sets in each run
+Sources = list[dict[str, Any]]  # as in data.sources
 
 
 @dataclass
@@ -114,9 +115,6 @@ def with_overrides(cell: Cell, overrides: Sequence[str]) -> Cell:
         sources = _following(test["sources"], cell.tree["data"]["sources"], tree["data"]["sources"])
         tests[name] = {**test, "sources": sources, **({} if length is None else {"length": length})}
     return replace(cell, tree=tree, tests=tests)
-
-
-Sources = list[dict[str, Any]]
 
 
 def _following(asked: Sources, was: Sources, now: Sources) -> Sources:

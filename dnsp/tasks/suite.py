@@ -157,8 +157,8 @@ def _tree(model: dict[str, Any], sources: list[dict[str, Any]], train: dict[str,
 # Recall. Sizes: (task options, length, rows a step, steps, tests by name: (pairs or None, length, sequences)). Pairs,
 # lengths and batches in training are those of the work that MQAR comes from: 100,000 sequences of 4 pairs, 20,000 of
 # each other number, in batches of 256 (here whole turns of the nine, and half as many in kv, where a document's second
-# half is all questions). With as many sequences of each number, 64 a step, no model but those with a convolution had
-# learned anything after 4,000 steps.
+# half is all questions). With as many sequences of each number, 64 a step, attention answered 0.7 % of kv after 2,500
+# steps, DeltaNet 0.3 %.
 
 IN_TRAINING = [4, 4, 4, 4, 4, 8, 16, 32, 64]
 

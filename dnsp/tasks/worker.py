@@ -76,7 +76,7 @@ def carry_out(job: dict[str, Any], folder: Path) -> dict[str, Any]:
                 whole.pop(place, None)
             replace_json(folder / RESULT, whole)
             make_small(folder)
-            # a process that has held several models makes tokens a tenth more slowly than one that has held one
+            # processes that had held several models were seen to make tokens a tenth more slowly, nobody knows why
             return {"status": "finished", "recycle": job["kind"] == "speed" or _leftover()}
         except Exception as error:
             traceback.print_exc()

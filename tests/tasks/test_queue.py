@@ -29,7 +29,7 @@ from dnsp.json_files import json_text
 from dnsp.kernels.chunk_triton import WIDTHS
 from dnsp.tasks import pool
 from dnsp.tasks.pool import Worker, devices_of, run
-from dnsp.tasks.queue import Queue, Request, chosen_rate, train_job, with_overrides
+from dnsp.tasks.queue import Queue, Request, chosen_rate, measurement_job, train_job, with_overrides
 from dnsp.tasks.suite import ABLATIONS, MODELS, NAMES, SEARCH_SEED, VALIDATION, Cell, suite, turn
 from dnsp.tasks.worker import (
     RESULT,
@@ -293,6 +293,13 @@ def test_a_worker_goes_on_behind_what_diverged_and_what_is_damaged(tmp_path: Pat
         kept = sum(path.stat().st_size for path in (tmp_path / name).rglob("*") if path.is_file())
         assert kept < KEPT, (name, kept)
         assert not (tmp_path / name / "tensorboard").exists()
+
+
+def test_each_speed_has_a_process_of_its_own(tmp_path: Path) -> None:
+    whole = suite(["speed", "ablations"], "smoke", False, ("deltanet",))
+    speed, chunk = (next(m for m in whole.measurements if m.kind == kind) for kind in ("speed", "chunk"))
+    answers = work([measurement_job(chunk), measurement_job(speed)], [tmp_path / "chunk", tmp_path / "speed"])
+    assert [(a["status"], a["recycle"]) for a in answers] == [("finished", False), ("finished", True)]
 
 
 def test_a_worker_without_a_run_leaves_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
