@@ -12,8 +12,6 @@ the merged o and lse, yields its share of dq, dk, dv; shares are summed in fp32,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from dnsp.kernels import kept
 
 from .attention_backends import Backend, Edges, Heads, choose
-from .blocks import Block, Range, Round
+from .blocks import Call, Range, Round
 from .plan import Plan
 from .transport import Exchange, Transport
 
@@ -80,24 +78,21 @@ def heads_of(q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor) -> Heads:
     return Heads(q_BTHD.device, q_BTHD.dtype, q_BTHD.shape[2], k_BTGD.shape[2], k_BTGD.shape[3], v_BTGD.shape[3])
 
 
-def _one_call(plan: Plan) -> bool:
-    """Whether all rows are one document on one rank: one causal square, nothing to merge or to sum."""
+def _one_call(plan: Plan) -> Edges:
+    """What it sees, where all of it is one call on one rank, with nothing to merge or to sum: rows of a document each,
+    a batch of them, or documents side by side over all rows. Otherwise ()."""
     (work, *others) = plan.rounds
     whole = (0, plan.local_tokens)
-    return not others and len(work.blocks) == plan.batch and all(block.query == whole for block in work.blocks)
+    if others:
+        return ()
+    if len(work.blocks) == plan.batch and all(block.query == whole for block in work.blocks):
+        return whole
+    return work.calls[0].edges if len(work.calls) == 1 else ()
 
 
-def _calls(work: Round) -> Iterator[tuple[Block, Edges]]:
-    """The blocks of a round as a backend takes them: squares that lie side by side are one call."""
-    for (causal, row, piece), group in groupby(work.blocks, lambda block: (block.causal, block.row, block.piece)):
-        blocks = list(group)
-        if not causal:
-            yield from ((block, ()) for block in blocks)
-            continue
-        first, last = blocks[0], blocks[-1]
-        edges = [block.query[0] - first.query[0] for block in blocks] + [last.query[1] - first.query[0]]
-        query, key = (first.query[0], last.query[1]), (first.key[0], last.key[1])
-        yield Block(row, query, piece, key, True), tuple(edges)
+def _in_one_call(x_BTHD: Tensor, edges: Edges) -> Tensor:
+    """As a backend takes it, ``[B, H, T, D]`` or, several documents, ``[1, H, B T, D]``."""
+    return (x_BTHD if len(edges) == 2 else x_BTHD.flatten(0, 1).unsqueeze(0)).transpose(1, 2)
 
 
 def _merges(plan: Plan) -> bool:
@@ -107,21 +102,24 @@ def _merges(plan: Plan) -> bool:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, backend: Backend) -> tuple[Tensor, Tensor]:
-    """Merged ``o_BTHD`` in q's dtype, and ``lse_BHT`` in fp32 (fp64 for fp64)."""
+    """Merged ``o_BTHD`` in q's dtype, and ``lse`` in fp32 (fp64 for fp64), ``[1, H, B T]`` (``[B, H, T]`` where one
+    call has a batch)."""
     _meet(q, k, v, plan, "forward")
-    wide = _wide(q)
-    if _one_call(plan):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        o, lse = backend.forward(q, k, v, (0, plan.local_tokens), scale)
-        return o.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format), lse.to(wide)
-    o = torch.empty(*q.shape[:3], v.shape[3], dtype=wide if _merges(plan) else q.dtype, device=q.device)
-    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide, device=q.device)
+    wide, edges = _wide(q), _one_call(plan)
+    shape = *q.shape[:3], v.shape[3]
+    if edges:
+        q, k, v = (_in_one_call(x, edges) for x in (q, k, v))
+        o, lse = backend.forward(q, k, v, edges, scale)
+        o = o.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format)
+        return o.view(shape), lse.to(wide)
+    o = torch.empty(shape, dtype=wide if _merges(plan) else q.dtype, device=q.device)
+    lse = torch.empty((1, q.shape[2], q.shape[0] * q.shape[1]), dtype=wide, device=q.device)
     keys = _Keys(k, v, plan, "forward")
     for work in plan.rounds:
         pieces = keys.next(work)
-        for block, edges in _calls(work):
-            part, part_lse = backend.forward(_tokens(q, block), *_keys_of(pieces, block), edges, scale)
-            _merge(_tokens(o, block), _sums(lse, block), part, part_lse.to(wide), first=block.causal)
+        for call in work.calls:
+            part, part_lse = backend.forward(_queries(q, call), *_keys_of(pieces, call), call.edges, scale)
+            _merge(_queries(o, call), _sums(lse, call), part, part_lse.to(wide), first=bool(call.edges))
     return o.to(q.dtype), lse
 
 
@@ -146,10 +144,12 @@ def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, plan: Plan, scale: float, backend: Backend
 ) -> tuple[Tensor, Tensor, Tensor]:
     _meet(q, k, v, plan, "backward")
-    if _one_call(plan):
-        do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
-        dq, dk, dv = backend.backward(do, q, k, v, o, lse, (0, plan.local_tokens), scale)
-        return dq.transpose(1, 2).to(q.dtype), dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
+    if edges := _one_call(plan):
+        shapes = q.shape, k.shape, v.shape
+        do, q, k, v, o = (_in_one_call(x, edges) for x in (do, q, k, v, o))
+        grads = backend.backward(do, q, k, v, o, lse, edges, scale)
+        dq, dk, dv = (dx.transpose(1, 2).reshape(shape).to(q.dtype) for dx, shape in zip(grads, shapes, strict=True))
+        return dq, dk, dv
     wide = _wide(q) if _merges(plan) else q.dtype
     dq, dk, dv = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (q, k, v))
     keys = _Keys(k, v, plan, "backward")
@@ -159,18 +159,18 @@ def _backward(
         own = work.owner == plan.rank
         buffer = k.new_zeros(0) if own else _buffer(work.pieces, k, v, wide).zero_()
         shares = _cut(dk, dv, work.pieces) if own else _split(buffer, work.pieces, k, v)
-        for block, edges in _calls(work):
+        for call in work.calls:
             dq_part, dk_part, dv_part = backend.backward(
-                _tokens(do, block),
-                _tokens(q, block),
-                *_keys_of(pieces, block),
-                _tokens(o, block),
-                _sums(lse, block),
-                edges,
+                _queries(do, call),
+                _queries(q, call),
+                *_keys_of(pieces, call),
+                _queries(o, call),
+                _sums(lse, call),
+                call.edges,
                 scale,
             )
-            _tokens(dq, block).add_(dq_part)
-            for share, part in zip(_keys_of(shares, block), (dk_part, dv_part), strict=True):
+            _queries(dq, call).add_(dq_part)
+            for share, part in zip(_keys_of(shares, call), (dk_part, dv_part), strict=True):
                 share.add_(part)
         if returning is not None:
             _add_returned(returning, dk, dv, k, v)
@@ -271,16 +271,18 @@ def _split(flat: Tensor, pieces: tuple[Range, ...], k: Tensor, v: Tensor) -> KV:
     return kv
 
 
-def _tokens(x_BTHD: Tensor, block: Block) -> Tensor:
-    """A block's queries as a view ``[1, H, S, D]``."""
-    return x_BTHD[block.row : block.row + 1, slice(*block.query)].transpose(1, 2)
+def _queries(x_BTHD: Tensor, call: Call) -> Tensor:
+    """A call's queries ``[1, H, S, D]``, a view where rows lie one behind the other in memory."""
+    return x_BTHD.flatten(0, 1)[slice(*call.query)].unsqueeze(0).transpose(1, 2)
 
 
-def _keys_of(pieces: KV, block: Block) -> tuple[Tensor, Tensor]:
-    k, v = pieces[block.piece]
-    rows, tokens = slice(block.row, block.row + 1), slice(*block.key)
-    return k[rows, tokens].transpose(1, 2), v[rows, tokens].transpose(1, 2)
+def _keys_of(pieces: KV, call: Call) -> tuple[Tensor, Tensor]:
+    k, v = pieces[call.piece]
+    if call.edges:  # this rank's own, of all rows
+        return _queries(k, call), _queries(v, call)
+    row, tokens = slice(call.row, call.row + 1), slice(*call.key)
+    return k[row, tokens].transpose(1, 2), v[row, tokens].transpose(1, 2)
 
 
-def _sums(lse_BHT: Tensor, block: Block) -> Tensor:
-    return lse_BHT[block.row : block.row + 1, :, slice(*block.query)]
+def _sums(lse_1HN: Tensor, call: Call) -> Tensor:
+    return lse_1HN[:, :, slice(*call.query)]

@@ -4,7 +4,8 @@ For each row, each local interval and each piece of a document in it: one square
 full rectangles over the document's earlier tokens, one for each interval that holds some of them. Blocks are grouped by
 the rank that holds the keys, in *rounds*: in round s a rank works on the keys of the rank s places before it, whose
 needed ranges alone travel. Rectangles that lie side by side in memory are one: under zigzag a document of the whole
-sequence has one rectangle in every round. All of it is Python integers, made once a micro-batch.
+sequence has one rectangle in every round. Squares that lie side by side, over rows too, are one call of a backend. All
+of it is Python integers, made once a micro-batch.
 """
 
 from __future__ import annotations
@@ -12,21 +13,35 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 from .layout import Layout
 
 Range = tuple[int, int]  # (start, stop)
+LONG = 4096  # tokens of an interval from which on one document in it is a call of its own: some backends are faster so
 
 
 class Block(NamedTuple):
-    """One call of a backend on row ``row``: queries in local tokens, keys in tokens of the round's key piece."""
+    """Queries in local tokens of row ``row``, keys in tokens of the round's key piece."""
 
     row: int
     query: Range
     piece: int
     key: Range
     causal: bool  # a square on the diagonal; otherwise a full rectangle
+
+
+class Call(NamedTuple):
+    """One call of a backend: queries in local tokens of all rows, one row after another. Squares have their bounds
+    among the queries, ``edges``, and the keys of the same tokens; a rectangle has none, and ``key`` of a piece."""
+
+    query: Range
+    edges: tuple[int, ...] = ()
+    row: int = 0
+    piece: int = 0
+    key: Range = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -38,23 +53,47 @@ class Round:
     blocks: tuple[Block, ...]
     reader: int  # the rank that reads this rank's keys in the same round
     sends: tuple[Range, ...]  # ranges of this rank's tokens that the reader needs
+    intervals: tuple[Range, ...]  # of this rank's tokens
+
+    @cached_property
+    def calls(self) -> tuple[Call, ...]:
+        """The blocks as a backend takes them, squares first."""
+        tokens = self.intervals[-1][1]
+        groups: list[list[int]] = []  # edges among the tokens of all rows
+        before = False  # whether the square before has a call of its own
+        for block in self.blocks:
+            if not block.causal:
+                continue
+            start, stop = (block.row * tokens + at for at in block.query)
+            alone = block.query in self.intervals and stop - start >= LONG
+            if alone or before or not groups:
+                groups.append([start])
+            groups[-1].append(stop)
+            before = alone
+        squares = [Call((edges[0], edges[-1]), tuple(edge - edges[0] for edge in edges)) for edges in groups]
+        return *squares, *(
+            Call((row * tokens + query[0], row * tokens + query[1]), (), row, piece, key)
+            for row, query, piece, key, causal in self.blocks
+            if not causal
+        )
 
 
 def make_rounds(starts: Sequence[Sequence[int]], layout: Layout, rank: int) -> tuple[Round, ...]:
     """The rounds of one rank; ``starts``: for each row, the sorted global document starts, the first of them 0."""
-    rounds = []
+    rounds, size = [], layout.interval_tokens
+    intervals = tuple((n * size, (n + 1) * size) for n in range(len(layout.indices(rank))))
     for shift in range(layout.ranks):
         owner, reader = (rank - shift) % layout.ranks, (rank + shift) % layout.ranks
+        pieces: tuple[Range, ...]
+        sends: tuple[Range, ...]
         if shift == 0:
-            size = layout.interval_tokens
-            pieces = tuple((n * size, (n + 1) * size) for n in range(len(layout.indices(rank))))
-            sends: tuple[Range, ...] = ()
+            pieces, sends = ((0, intervals[-1][1]),), ()
         else:
             pieces = _needed(starts, layout, owner, rank)
             sends = _needed(starts, layout, rank, reader)
         blocks = _squares(starts, layout, rank) if shift == 0 else []
         blocks += _rectangles(starts, layout, rank, owner, pieces)
-        rounds.append(Round(owner, pieces, tuple(blocks), reader, sends))
+        rounds.append(Round(owner, pieces, tuple(blocks), reader, sends, intervals))
     return tuple(rounds)
 
 
@@ -65,9 +104,9 @@ def _squares(starts: Sequence[Sequence[int]], layout: Layout, rank: int) -> list
             shift = n * layout.interval_tokens - start
             inner = row_starts[bisect_right(row_starts, start) : bisect_left(row_starts, stop)]
             edges = [start, *inner, stop]
-            for a, b in zip(edges, edges[1:], strict=False):
-                piece = (a - start, b - start)
-                blocks.append(Block(row, (a + shift, b + shift), n, piece, True))
+            for a, b in pairwise(edges):
+                tokens = (a + shift, b + shift)
+                blocks.append(Block(row, tokens, 0, tokens, True))
     return blocks
 
 

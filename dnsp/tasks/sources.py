@@ -25,7 +25,7 @@ from dnsp.data.pack import IGNORE, Split, hash64
 from dnsp.errors import UsageError
 
 PREFIX = "task:"
-BLOCK = 64  # sequences that are drawn at once
+DRAWN = 2**16  # tokens that are drawn at once: of each numpy call there are then few
 ENDLESS = 2**50  # tokens of a source that has no end, for who asks how many an epoch has
 GAP_POWER = 0.01  # of the gaps' density, as in the work that MQAR comes from
 _SPLITS: dict[Split, int] = {"train": 1, "heldout": 2}
@@ -163,7 +163,7 @@ class TaskPacker:
     def sequence(self, position: int, length: int) -> TaskSequence:
         """Sequence ``position // length`` of the stream."""
         self.check_length(length)
-        block, row = divmod(position // length, BLOCK)
+        block, row = divmod(position // length, rows_of_block(length))
         drawn = self._block(block, length)
         starts = [0] if drawn.doc_starts is None else drawn.doc_starts[row]
         return TaskSequence(self.source, length, drawn.tokens[row], drawn.targets[row], starts)
@@ -172,12 +172,18 @@ class TaskPacker:
         # Philox's raw output is the same in every version of numpy; the distributions of its generators are not
         key = hash64(self._seed, _SPLITS[self.split], block, length)
         bits, task, options = np.random.Philox(key=int(key[0])), self.source.task, self.source.options
+        rows = rows_of_block(length)
         if isinstance(options, _PairOptions) and options.packed and length <= PACKED[task] * max(options.pairs):
-            drawn = draw_packed(bits, task, options, block * BLOCK, length)
+            drawn = draw_packed(bits, task, options, block * rows, rows, length)
         else:
-            drawn = _DRAWS[task](bits, options, BLOCK, length)
+            drawn = _DRAWS[task](bits, options, rows, length)
         targets = np.where(drawn.targets == IGNORE, IGNORE, drawn.targets + options.first_id)
         return Block(drawn.tokens + options.first_id, targets, drawn.doc_starts)
+
+
+def rows_of_block(length: int) -> int:
+    """Sequences that are drawn at once."""
+    return max(1, DRAWN // length)
 
 
 def is_task(path: str) -> bool:
@@ -250,12 +256,12 @@ def draw_mqar(bits: np.random.Philox, options: _Options, rows: int, length: int)
     return Block(tokens, targets)
 
 
-def draw_packed(bits: np.random.Philox, task: str, options: _PairOptions, first: int, length: int) -> Block:
-    """A block of sequences, the first of them the stream's ``first``-th. What is left at a sequence's end is a document
-    of tokens drawn at random. Sequences have their documents where those a turn before them had theirs."""
-    tokens, targets = _below(bits, (BLOCK, length), options.vocab), np.full((BLOCK, length), IGNORE, dtype=np.int64)
-    turn = (first + np.arange(BLOCK)) % len(options.pairs)
-    starts: list[list[int]] = [[0]] * BLOCK
+def draw_packed(bits: np.random.Philox, task: str, options: _PairOptions, first: int, rows: int, length: int) -> Block:
+    """Sequences, the first of them the stream's ``first``-th. What is left at a sequence's end is a document of tokens
+    drawn at random. Sequences have their documents where those a turn before them had theirs."""
+    tokens, targets = _below(bits, (rows, length), options.vocab), np.full((rows, length), IGNORE, dtype=np.int64)
+    turn = (first + np.arange(rows)) % len(options.pairs)
+    starts: list[list[int]] = [[0]] * rows
     for count, which in _alike(np.asarray(options.pairs)[turn]):
         each = min(PACKED[task] * count, length)
         documents = length // each

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dnsp.parallel import attention_backends as backends
-from dnsp.parallel import flash
+from dnsp.parallel import blocks, flash
 from dnsp.parallel.attention import attention
 from dnsp.parallel.attention_backends import BACKENDS, Backend, Edges, Heads, choose, unusable
 from dnsp.parallel.errors import PlanError
@@ -272,9 +272,31 @@ def test_the_deterministic_backend_repeats_its_bits(block: str) -> None:
     assert torch.are_deterministic_algorithms_enabled() == asked
 
 
+@pytest.mark.parametrize("long", [4096, 48])
+@pytest.mark.parametrize("starts", [[[0]], [[0], [0]], [[0, 20, 21], [0], [0, 90]], [[0], [0], [0, 5]]], ids=str)
+def test_rows_of_documents_against_fp64(starts: list[list[int]], long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the public function: nothing reaches from one row into another, whichever share a call."""
+    monkeypatch.setattr(blocks, "LONG", long)
+    tokens, rows = 96, len(starts)
+    *leaves, do = (
+        torch.cat([draw(n, tokens, 16, 4 * row + seed) for row in range(rows)]) for seed, n in enumerate((4, 2, 2, 4))
+    )
+    exact = [x.clone().requires_grad_() for x in leaves]
+    mask = torch.stack([seen(tokens, tokens, (*row, tokens)) for row in starts]).unsqueeze(1)
+    want, _ = dense(*exact, mask, 0.25)
+    mine = [x.transpose(1, 2).clone().requires_grad_() for x in leaves]
+    got = attention(*mine, plan=local_plan(starts, tokens))
+    assert error(got.transpose(1, 2), want) < TOLERANCE[torch.float64]
+    truth, grads = torch.autograd.grad(want, exact, do), torch.autograd.grad(got, mine, do.transpose(1, 2))
+    for name, a, b in zip(("dq", "dk", "dv"), grads, truth, strict=True):
+        assert error(a.transpose(1, 2), b) < TOLERANCE[torch.float64], name
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["auto", "flash"])
-@pytest.mark.parametrize("starts", [[[0]], [[0, 1000, 1001, 3000]], [[0], [0]], [[0, 512], [0, 5]]], ids=str)
+@pytest.mark.parametrize(
+    "starts", [[[0]], [[0, 1000, 1001, 3000]], [[0], [0]], [[0, 512], [0, 5]], [[0, 9], [0]]], ids=str
+)
 def test_whole_sequences_on_a_gpu(name: str, starts: list[list[int]]) -> None:
     """Through the public function, rows and documents included, against the plain backend in fp32."""
     tokens, results = 4096, []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
+from dnsp.parallel import blocks
+from dnsp.parallel.blocks import Block, Round
 from dnsp.parallel.errors import LayoutError, PlanError
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
@@ -63,6 +66,7 @@ def test_blocks_cover_every_causal_pair_of_a_document_once(kind: str, ranks: int
                 keys = held[work.owner][slice(*work.pieces[block.piece])][slice(*block.key)]
                 assert not block.causal or (queries == keys).all()
                 pairs[block.row, queries[:, None], keys] += np.tri(len(queries), dtype=np.int64) if block.causal else 1
+            assert sorted(squares_and_rectangles(work, plan.local_tokens)) == sorted(work.blocks)
             sender = next(other for other in all_plans[work.owner].rounds if other.reader == plan.rank)
             assert work.owner == plan.rank or sender.sends == work.pieces
     t = np.arange(1024)
@@ -70,6 +74,39 @@ def test_blocks_cover_every_causal_pair_of_a_document_once(kind: str, ranks: int
         document = np.searchsorted(starts, t, side="right")
         allowed = (document[:, None] == document) & (t[:, None] >= t)
         assert (pairs[row] == allowed).all()
+
+
+def squares_and_rectangles(work: Round, tokens: int) -> list[Block]:
+    """What a round's calls are made of: blocks, as the plan has them."""
+    found = []
+    for call in work.calls:
+        start, stop = call.query
+        for a, b in pairwise(call.edges or (0, stop - start)):
+            row, at = divmod(start + a, tokens)
+            query = (at, at + b - a)
+            own = (0, query, True) if call.edges else (call.piece, call.key, False)
+            assert call.edges or row == call.row
+            found.append(Block(row, query, *own))
+    return found
+
+
+def test_documents_side_by_side_are_one_call_over_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for whole intervals of a document that are long: cuDNN takes those faster than many documents."""
+    rows = [[0, 5, 128], [0], [0, 200], [0]]
+
+    def calls(layout: Layout, rank: int) -> list[tuple[tuple[int, int], tuple[int, ...]]]:
+        own = make_plan(rows, layout, Grid(layout.ranks, rank, layout.ranks)).rounds[0]
+        return [call[:2] for call in own.calls if call.edges]
+
+    alone, zigzag = Layout("contiguous", 1, 256), Layout("zigzag", 2, 256)
+    assert calls(alone, 0) == [((0, 1024), (0, 5, 128, 256, 512, 712, 768, 1024))]
+    assert calls(zigzag, 0) == [((0, 512), (0, 5, 64, 128, 192, 256, 320, 328, 384, 448, 512))]
+    monkeypatch.setattr(blocks, "LONG", 256)
+    assert calls(alone, 0) == [
+        ((0, 256), (0, 5, 128, 256)), ((256, 512), (0, 256)), ((512, 768), (0, 200, 256)), ((768, 1024), (0, 256))
+    ]  # fmt: skip
+    monkeypatch.setattr(blocks, "LONG", 64)
+    assert calls(zigzag, 0)[:3] == [((0, 64), (0, 5, 64)), ((64, 128), (0, 64)), ((128, 192), (0, 64))]
 
 
 def test_only_needed_keys_travel() -> None:
