@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dnsp.bench import scan_peers
 from dnsp.errors import UsageError
 
 # who a bar is of, as a reader knows them, and its colour
@@ -18,9 +19,13 @@ SIDES = {
     "peer": ("peer", "#3b6fb6"),
     "p2p": ("p2p", "#2a9d72"),
     "gather": ("gather", "#c7a76c"),
+    scan_peers.NAMES["contiguous"]: ("fla, context parallel", "#9a9a9a"),
+    scan_peers.NAMES["zigzag"]: ("fla, context parallel", "#9a9a9a"),
+    scan_peers.ULYSSES: ("fla, heads exchanged", "#5c5c5c"),
 }
 OTHER = "#6b6b6b"
 GAP = 0.6  # between the rows, in bars
+NARROW = 0.2  # of the longest bar: a shorter one has its figure beside it
 
 
 class Bar(NamedTuple):
@@ -125,7 +130,8 @@ def _scan(found: dict[str, Any]) -> list[Bar]:
         ideal = world["local shard" if world["sharing"] == 1 else "one process"]["ms"]
         place = f"{found['tokens']:,}, {world['ranks']} {'GPUs' if world['sharing'] == 1 else 'ranks on one GPU'}"
         times = [(f"{place}, {way['layout']}", way["transport"], way["ms"]) for way in world["ways"]]
-        times += [(place, peer["name"], peer["ms"]) for peer in world["peers"]]
+        layout = {name: f", {kind}" for kind, name in scan_peers.NAMES.items()}  # the exchange of heads has none
+        times += [(place + layout.get(peer["name"], ""), peer["name"], peer["ms"]) for peer in world["peers"]]
         bars += [Bar(found["tokens"], row, side, 100 * ideal / ms) for row, side, ms in times]
     return bars
 
@@ -133,12 +139,15 @@ def _scan(found: dict[str, Any]) -> list[Bar]:
 def _draw(axes: Any, panel: Panel, height: float) -> None:
     """Horizontal bars, those of a row together, on an axis of ``height`` bars."""
     at, ticks, named = 0.0, {}, set()
+    longest = max(bar.value for bar in panel.bars)
     for row in dict.fromkeys(bar.row for bar in panel.bars):
         first = at
         for bar in (bar for bar in panel.bars if bar.row == row):
             name, colour = SIDES.get(bar.side, (bar.side, OTHER))
             axes.barh(at, bar.value, color=colour, label=None if name in named else name)
-            axes.text(bar.value, at, f"{bar.value:.3g} ", va="center", ha="right", fontsize=7, color="white")
+            beside = bar.value < NARROW * longest
+            side, ink = ("left", "#333333") if beside else ("right", "white")
+            axes.text(bar.value, at, f" {bar.value:.3g} ", va="center", ha=side, fontsize=7, color=ink)
             named.add(name)
             at += 1.0
         ticks[row] = (first + at - 1.0) / 2
@@ -150,4 +159,4 @@ def _draw(axes: Any, panel: Panel, height: float) -> None:
     axes.tick_params(axis="x", labelsize=8)
     axes.set_title(panel.title, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=len(named))
+    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=min(3, len(named)))

@@ -34,7 +34,11 @@ SCAN = {
     "value_heads": 2,
     "worlds": [
         {
-            "ranks": 2, "sharing": 1, **ONE, **LOCAL, "peers": [{"name": "fla's context parallelism", "ms": 12.0}],
+            "ranks": 2, "sharing": 1, **ONE, **LOCAL,
+            "peers": [
+                {"name": "fla's context parallelism, zigzag", "ms": 12.0},
+                {"name": "head all-to-all, fla's kernels", "ms": 6.0},
+            ],
             "ways": [{"layout": "zigzag", "transport": "peer", "ms": 4.0}],
         },
         {
@@ -58,7 +62,8 @@ def test_bars_are_the_files_figures(tmp_path: Path) -> None:
     assert train.bars == [Bar(64, "64 tokens", "dnsp", 4.0)]
     assert scan.bars == [
         Bar(128, "128, 2 GPUs, zigzag", "peer", 75.0),
-        Bar(128, "128, 2 GPUs", "fla's context parallelism", 25.0),
+        Bar(128, "128, 2 GPUs, zigzag", "fla's context parallelism, zigzag", 25.0),
+        Bar(128, "128, 2 GPUs", "head all-to-all, fla's kernels", 50.0),
         Bar(128, "128, 4 ranks on one GPU, contiguous", "p2p", 80.0),
     ]
     assert plot(files, tmp_path / "all.png") == 0
