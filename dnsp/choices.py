@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -172,11 +173,12 @@ def _heads(config: Config) -> Heads:
 
 
 def shared_sizes(
-    config: Config, transport: str, attention_transport: str, ranks: int, length: int
+    config: Config, transport: str, attention_transport: str, ranks: int, batches: Sequence[tuple[int, int]]
 ) -> tuple[int | None, int | None]:
-    """What crosses the ``ranks`` of a sequence group through symmetric memory, in sequences of at most ``length``
-    tokens: tiles of the largest state, and bytes of the largest message; None for what does not."""
-    shapes, model, rows = delta_shapes(config.model), config.model, config.train.micro_batch
+    """What crosses the ``ranks`` of a sequence group through symmetric memory, in ``batches`` of (rows, tokens a row):
+    tiles of the largest state, and bytes of the largest message; None for what does not."""
+    shapes, model = delta_shapes(config.model), config.model
+    rows, tokens = max(rows for rows, _ in batches), max(rows * (length // ranks) for rows, length in batches)
     by_peer = transport == "peer" and bool(shapes), attention_transport == "peer" and "attention" in model.layers
     if ranks == 1 or not any(by_peer):
         return None, None
@@ -188,17 +190,17 @@ def shared_sizes(
         channels = max(heads * (key + width) + heads * key for heads, key, width in shapes)
         message = 4 * rows * (model.linear_conv_kernel_dim - 1) * channels  # a halo
     if by_peer[1]:  # the gradients of all keys and values of a rank
-        message = max(message, 4 * rows * (length // ranks) * 2 * model.num_key_value_heads * model.head_dim)
+        message = max(message, 4 * tokens * 2 * model.num_key_value_heads * model.head_dim)
     return tiles, message
 
 
-def reserve(choices: Choices, config: Config, grid: Grid, length: int) -> int:
-    """Symmetric memory for the largest messages of a run of sequences of at most ``length`` tokens; its bytes.
+def reserve(choices: Choices, config: Config, grid: Grid, batches: Sequence[tuple[int, int]]) -> int:
+    """Symmetric memory for the largest messages of a run with ``batches`` of (rows, tokens a row); its bytes.
 
     Raises: PlanError where there is no room for it.
     """
     ways = choices.transport, choices.attention_transport
-    tiles, message = shared_sizes(config, *ways, grid.sequence_size, length)
+    tiles, message = shared_sizes(config, *ways, grid.sequence_size, batches)
     if message is None:
         return 0
     from dnsp.parallel import post, symmetric

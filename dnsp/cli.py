@@ -418,14 +418,14 @@ def check_ranks(config: Config, ranks: int) -> None:
             f"parallel.sequence={sequence} does not divide {ranks} ranks; "
             f"take a multiple of {sequence} ranks or another size"
         )
-    rows = config.train.micro_batch * (ranks // sequence)
-    if config.train.global_batch % rows:
-        raise UsageError(
-            f"train.global_batch={config.train.global_batch} is not a multiple of "
-            f"train.micro_batch={config.train.micro_batch} times {ranks // sequence} data-parallel ranks "
-            f"({ranks} ranks / parallel.sequence={sequence}): use a multiple of {rows}"
-        )
     for span in spans(config):
+        rows = span.micro_batch * (ranks // sequence)
+        if span.global_batch % rows:
+            raise UsageError(
+                f"{span.setting}.global_batch={span.global_batch} is not a multiple of "
+                f"{span.setting}.micro_batch={span.micro_batch} times {ranks // sequence} data-parallel ranks "
+                f"({ranks} ranks / parallel.sequence={sequence}): use a multiple of {rows}"
+            )
         Layout(config.parallel.layout, sequence, span.sequence_length)
 
 

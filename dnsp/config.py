@@ -203,11 +203,13 @@ class EngineConfig(Section):
 
 
 class Stage(Section):
-    """A part of the run at one context length."""
+    """A part of the run at one context length and batch."""
 
     sequence_length: int = Field(gt=0)
     tokens: int = Field(gt=0)  # trained on in this stage, rounded up to whole steps
     rope_theta: float | None = Field(None, gt=0)  # None: as before the stage
+    micro_batch: int | None = Field(None, gt=0)  # None: train.micro_batch, as in every stage that gives none
+    global_batch: int | None = Field(None, gt=0)  # None: train.global_batch, likewise
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -161,6 +161,17 @@ class Engine:
         self.deepspeed.backward(loss_sum * (self.divisor / step_targets), scale_wrt_gas=False)
         return loss_sum.detach()
 
+    def accumulate(self, micro_batches: int) -> None:
+        """From the next step on a step has so many; between steps."""
+        if micro_batches == self.accumulation:
+            return
+        # what its set_train_batch_size would set, which divides by a world size that it does not have here
+        self.deepspeed._config.gradient_accumulation_steps = micro_batches
+        if self.stage:
+            self.optimizer.gradient_accumulation_steps = micro_batches
+        self.accumulation = micro_batches
+        self.restart()
+
     def advance(self) -> None:
         """Between micro-batches: lets DeepSpeed count them. Not after the last one; that is :meth:`step`'s."""
         self.deepspeed.step()

@@ -133,7 +133,7 @@ def evaluate_run(run: Path, overrides: Sequence[str], environment: Environment) 
     with watchdog.agreed():
         confirm(choices, config)
     with watchdog.agreed():
-        reserve(choices, config, grid, grid_length)
+        reserve(choices, config, grid, [(1, grid_length)])
     figures = evaluate(model, data, load_tokenizer(config.data.tokenizer), config, grid, grid_length, choices)
     watchdog.leave()
     if environment.rank == 0:

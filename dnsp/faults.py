@@ -197,8 +197,9 @@ def _ways(grid: Grid, config: Config, tokens: int, gpu: bool, held: Parts) -> Wa
     if not settings.activation_checkpointing:
         yield "engine.activation_checkpointing=true", "keeps two tensors a layer; a third more arithmetic"
     if config.train.micro_batch > 1:
-        half = _saves(held["activations and the rest"] / 2)
-        yield f"train.micro_batch={config.train.micro_batch // 2}", f"fewer sequences at once; {half}"
+        half, fewer = _saves(held["activations and the rest"] / 2), f"micro_batch={config.train.micro_batch // 2}"
+        own = any(stage.micro_batch for stage in config.train.stages)
+        yield f"{fewer} in the stage" if own else f"train.{fewer}", f"fewer sequences at once; {half}"
     yield from _ways_of_zero(grid, config, gpu, held)
     if settings.activation_checkpointing and not settings.activation_offloading and gpu:
         yield "engine.activation_offloading=true", "what checkpointing keeps waits on the host"

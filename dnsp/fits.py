@@ -49,8 +49,9 @@ def examine(config: Config, ranks: int, here: bool) -> Iterator[Row]:
     yield _tried("data", lambda: _data(config))
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Decoder(config.model).parameters())
-    length = max(span.sequence_length for span in spans(config))
-    flops = step_flops(config.model, parameters, [length] * config.train.global_batch)
+    longest = max(spans(config), key=lambda span: span.sequence_length)
+    length = longest.sequence_length
+    flops = step_flops(config.model, parameters, [length] * longest.global_batch)
     yield "model", "ok", f"{parameters:,} parameters, {flops / 1e12:,.3g} TFLOP a step of {length:,} tokens a row", ""
     yield from _memory(config, parameters, ranks, here)
     yield from _symmetric_memory(config, ranks, here)
@@ -115,7 +116,7 @@ def _data(config: Config) -> str:
 def activation_bytes(config: Config, ranks: int) -> float:
     """The least that a rank keeps of a micro-batch's tokens for the backward: the residual stream, twice a layer."""
     group = config.parallel.sequence or ranks
-    tokens = max(span.sequence_length for span in spans(config)) * config.train.micro_batch / group
+    tokens = max(span.sequence_length * span.micro_batch for span in spans(config)) / group
     size = 2 if config.engine.dtype == "bf16" else 4
     return tokens * config.model.hidden_size * size * 2 * config.model.num_hidden_layers
 
@@ -163,7 +164,7 @@ def _symmetric_memory(config: Config, ranks: int, here: bool) -> Iterator[Row]:
     asked, group = config.parallel, config.parallel.sequence or ranks
     states = "peer" if asked.transport == "auto" and not unfit_for_peer(config.model) else asked.transport
     keys = "peer" if asked.attention_transport == "auto" else asked.attention_transport
-    tiles, message = shared_sizes(config, states, keys, group, max(span.sequence_length for span in spans(config)))
+    tiles, message = shared_sizes(config, states, keys, group, [span.shape for span in spans(config)])
     if message is None or (here and not torch.cuda.is_available()):
         return
     from dnsp.parallel import post, symmetric

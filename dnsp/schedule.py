@@ -1,4 +1,4 @@
-"""What changes over the steps of a run: the learning rate, and the length of the context."""
+"""What changes over the steps of a run: the learning rate, the length of the context, and how many sequences."""
 
 from __future__ import annotations
 
@@ -12,12 +12,30 @@ DEFAULT_STEPS = 100  # where neither train.steps nor train.stages says
 
 @dataclass(frozen=True)
 class Span:
-    """Steps ``start`` to ``stop`` at one context length."""
+    """Steps ``start`` to ``stop`` at one context length and batch, by ``setting`` (for messages)."""
 
     start: int
     stop: int
     sequence_length: int
     rope_theta: float
+    micro_batch: int
+    global_batch: int
+    setting: str = "train"
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.sequence_length * self.global_batch
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a micro-batch: rows and tokens."""
+        return self.micro_batch, self.sequence_length
+
+    def of(self, config: Config) -> Config:
+        """The configuration as it is in these steps: with their batches."""
+        batches = {"micro_batch": self.micro_batch, "global_batch": self.global_batch}
+        return config.model_copy(update={"train": config.train.model_copy(update=batches)})
 
 
 def spans(config: Config) -> list[Span]:
@@ -27,16 +45,18 @@ def spans(config: Config) -> list[Span]:
     it ends the run early.
     """
     settings, theta = config.train, config.model.rope_theta
+    batches = settings.micro_batch, settings.global_batch
     if not settings.stages:
-        return [
-            Span(0, DEFAULT_STEPS if settings.steps is None else settings.steps, config.data.sequence_length, theta)
-        ]
+        steps = DEFAULT_STEPS if settings.steps is None else settings.steps
+        return [Span(0, steps, config.data.sequence_length, theta, *batches)]
     found: list[Span] = []
-    for stage in settings.stages:
+    for n, stage in enumerate(settings.stages):
         start = found[-1].stop if found else 0
         theta = stage.rope_theta or theta
-        steps = math.ceil(stage.tokens / (stage.sequence_length * settings.global_batch))
-        found.append(Span(start, start + steps, stage.sequence_length, theta))
+        micro, whole = stage.micro_batch or settings.micro_batch, stage.global_batch or settings.global_batch
+        steps = math.ceil(stage.tokens / (stage.sequence_length * whole))
+        where = "train" if (micro, whole) == batches else f"train.stages[{n}]"
+        found.append(Span(start, start + steps, stage.sequence_length, theta, micro, whole, where))
     if settings.steps is None:
         return found
     last = found[-1]

@@ -90,15 +90,17 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         tokenizer = load_tokenizer(config.data.tokenizer)
         data = open_data(config.data, vocab_size=config.model.vocab_size)
         heldout = open_data(config.data, vocab_size=config.model.vocab_size, split="heldout")
-        accumulation = micro_batches(config.train.global_batch, config.train.micro_batch, grid.data_size)
         stages = spans(config)
+        accumulations = [
+            micro_batches(stage.global_batch, stage.micro_batch, grid.data_size, stage.setting) for stage in stages
+        ]
         for stage in stages:
             data.check_length(stage.sequence_length)
             heldout.check_length(stage.sequence_length)
             check_layout(config, grid, stage.sequence_length)
         identity = identity_of(config, tokenizer, data)
-        first_step = data.step(data.start, stages[0].sequence_length, config.train.global_batch)
-        _micro_batch(config, grid, first_step, 0, stages[0])
+        first_step = data.step(data.start, stages[0].sequence_length, stages[0].global_batch)
+        _micro_batch(stages[0].of(config), grid, first_step, 0, stages[0])
         torch.manual_seed(config.train.seed)
         check_kernels(config.model)
         model = Decoder(
@@ -135,18 +137,20 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     with watchdog.agreed():
         confirm(choices, config)
     with watchdog.agreed():  # one sequence group may have no room where others do
-        shared = reserve(choices, config, grid, max(stage.sequence_length for stage in stages))
+        shared = reserve(choices, config, grid, [stage.shape for stage in stages])
     folder = open_folder(config, identity, name, first)
     watch.folder = watch.stalls.folder = folder
     with explained_start(model, config, grid):
-        engine = Engine(model, config, grid, accumulation, found, weights)
+        begins = found.step if found else 0
+        now = next((n for n, stage in enumerate(stages) if begins < stage.stop), len(stages) - 1)
+        engine = Engine(model, stages[now].of(config), grid, accumulations[now], found, weights)
     del weights  # a whole model perhaps, or another run's open files
     if found:
         checkpoint.set_random_state(found.random(rank), engine.device)
         found.close()
     if config.engine.probe:
         with explained_start(model, config, grid):  # the first gradients
-            proven = probe(engine, config, choices)
+            proven = probe(engine, stages[now].of(config), choices)
     saver = Saver(folder, engine, config.checkpoint, lambda: watch.place.at("the writing of a checkpoint"))
     watch.settle = saver.settle
 
@@ -161,7 +165,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     count = sum(math.prod(shape) for shape in engine.shapes().values())
     telemetry.say(
         f"{count:,} parameters, {grid.data_size} x {grid.sequence_size} ranks (data x sequence), "
-        f"{accumulation} micro-batches a step, {steps} steps; {folder}"
+        f"{accumulations[now]} micro-batches a step, {steps} steps; {folder}"
     )
 
     places = watchdog.from_all((environment.node, environment.host, environment.local_rank))
@@ -188,38 +192,42 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     watch.place.follow(model.model.layers, list(config.model.layers))
     watch.look_after(folder, config.run.stall)
 
-    done, at = start, None
+    done, at, settings = start, None, config
     plan: Plan | None = None
     while done < steps:
         step_began = time.perf_counter()
         meter.begin()
         before, at = at, next(index for index, span in enumerate(stages) if done < span.stop)
         stage = stages[at]
-        model.set_rope_theta(stage.rope_theta)
-        if len(stages) > 1 and at != before:
-            telemetry.say(f"context of {stage.sequence_length:,} tokens from step {stage.start + 1}")
+        if at != before:
+            model.set_rope_theta(stage.rope_theta)
+            engine.accumulate(accumulations[at])
+            settings = stage.of(config)
+            if len(stages) > 1:
+                rows = f"{stage.global_batch} sequences a step, {stage.micro_batch} of them at once"
+                telemetry.say(f"context of {stage.sequence_length:,} tokens from step {stage.start + 1}; {rows}")
         watch.place.at("the data", step=done + 1)
         # NCCL ends a process whose collective is late without asking; the verdict comes before it, once all is compiled
         soon = engine.device.type == "cuda" and done > start
         watch.stalls.limit = min(config.run.stall, 0.9 * config.run.timeout) if soon else config.run.stall
-        work = data.step(cursor, stage.sequence_length, config.train.global_batch)
+        work = data.step(cursor, stage.sequence_length, stage.global_batch)
         while cursor.sequences in passed_over:
             cursor = work.cursor
-            work = data.step(cursor, stage.sequence_length, config.train.global_batch)
+            work = data.step(cursor, stage.sequence_length, stage.global_batch)
 
-        def backward(micro: int, work: Step = work, stage: Span = stage) -> Tensor:
+        def backward(micro: int, work: Step = work, stage: Span = stage, settings: Config = settings) -> Tensor:
             nonlocal plan
-            rows, made = _micro_batch(config, grid, work, micro, stage, choices, plan)
+            rows, made = _micro_batch(settings, grid, work, micro, stage, choices, plan)
             plan = made.agreed().to(engine.device)
             tokens_BT, targets_BT, asked_N = rows.to(engine.device)
             return engine.backward(tokens_BT, targets_BT, plan, work.targets, asked_N)
 
         local_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
-        with explained_memory(engine, config, stage.sequence_length):
-            for micro in range(accumulation):
+        with explained_memory(engine, settings, stage.sequence_length):
+            for micro in range(engine.accumulation):
                 meter.mark("data")
                 local_loss += backward(micro)
-                if micro + 1 < accumulation:
+                if micro + 1 < engine.accumulation:
                     engine.advance()
             watch.place.at("the sum of the losses")
             meter.mark("communication")
@@ -252,7 +260,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                 skipped.in_a_row = 0 if not trouble else skipped.in_a_row
                 spikes.losses.append(loss)
             if trouble:
-                cause = find_nonfinite(engine, backward, partial(sequences, config, grid, cursor))
+                cause = find_nonfinite(engine, backward, partial(sequences, settings, grid, cursor))
                 if skipped.bad():
                     often = f"{skipped.in_a_row} times in a row" if skipped.in_a_row > 1 else "once"
                     way = f"nothing was saved after it: lower train.lr or train.clip; {checkpoint.way_on(folder)}"
@@ -260,14 +268,14 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                 telemetry.say(f"{trouble}: {cause}; skipped ({skipped.total} so far)")
 
         cursor, done = work.cursor, done + 1
-        tokens += stage.sequence_length * config.train.global_batch
+        tokens += stage.tokens
         phases, seconds = meter.end(), time.perf_counter() - step_began
         record = {
             "step": done,
             "loss": loss,
             "grad_norm": grad_norm,
             "lr": lr,
-            "tokens_per_s": stage.sequence_length * config.train.global_batch / seconds,
+            "tokens_per_s": stage.tokens / seconds,
             "tokens": tokens,
             "sequence_length": stage.sequence_length,
             "step_s": seconds,

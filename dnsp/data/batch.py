@@ -42,15 +42,15 @@ class Batch:
         )
 
 
-def micro_batches(global_batch: int, micro_batch: int, data_size: int) -> int:
+def micro_batches(global_batch: int, micro_batch: int, data_size: int, setting: str = "train") -> int:
     """Micro-batches that every data rank runs in one optimizer step (gradient accumulation).
 
-    Raises UsageError where that is not a whole number.
+    Raises UsageError where that is not a whole number; ``setting`` has both.
     """
     rows = micro_batch * data_size
     if global_batch < 1 or micro_batch < 1 or global_batch % rows:
         raise UsageError(
-            f"train.global_batch={global_batch} is not a multiple of train.micro_batch={micro_batch} times "
+            f"{setting}.global_batch={global_batch} is not a multiple of {setting}.micro_batch={micro_batch} times "
             f"{data_size} data-parallel ranks: use a multiple of {max(rows, 1)}"
         )
     return global_batch // rows

@@ -186,12 +186,12 @@ RECALL: dict[str, dict[Scale, dict[str, Any]]] = {
                       tests={"test": (None, 16, 256), "2 pairs": (2, 16, 128), "4 pairs": (4, 16, 64)}),
     },
     "recall32k": {
-        # lengthened within one run; the steps are those of each length
-        "full": dict(options={"vocab": 8192, "pairs": IN_TRAINING, "packed": True}, length=32768, rows=72, micro=36,
-                     stages=((512, 4000), (4096, 250), (32768, 40)),
+        # lengthened within one run: tokens, rows a step, of them at once, steps
+        "full": dict(options={"vocab": 8192, "pairs": IN_TRAINING, "packed": True}, length=32768, rows=72,
+                     stages=((512, 72, 72, 4000), (4096, 36, 36, 500), (32768, 16, 4, 160)),
                      tests={"test": ([16, 64], 32768, 32), **{f"{n} tokens": (64, n, max(16, 2**17 // n))
                                                           for n in (512, 2048, 8192, 32768)}}),
-        "smoke": dict(options={"vocab": 64, "pairs": 2}, length=256, rows=8, stages=((32, 20), (256, 5)),
+        "smoke": dict(options={"vocab": 64, "pairs": 2}, length=256, rows=8, stages=((32, 8, 8, 20), (256, 4, 2, 5)),
                       tests={"test": (None, 256, 16), "512 tokens": (2, 512, 8)}),
     },
 }  # fmt: skip
@@ -202,10 +202,13 @@ def recall_cells(task: str, scale: Scale, gpu: bool, models: tuple[str, ...]) ->
     sizes = RECALL[task][scale]
     source = "mqar" if task == "recall32k" else task
     options, length, rows = sizes["options"], sizes["length"], sizes["rows"]
-    train: dict[str, Any] = {"micro_batch": sizes.get("micro", rows), "global_batch": rows}
+    train: dict[str, Any] = {"micro_batch": rows, "global_batch": rows}
     if "stages" in sizes:
-        train["stages"] = [{"sequence_length": n, "tokens": n * rows * steps} for n, steps in sizes["stages"]]
-        steps = sum(steps for _, steps in sizes["stages"])
+        train["stages"] = [
+            {"sequence_length": n, "tokens": n * whole * steps, "global_batch": whole, "micro_batch": micro}
+            for n, whole, micro, steps in sizes["stages"]
+        ]
+        steps = sum(steps for *_, steps in sizes["stages"])
     else:
         train["steps"] = steps = sizes["steps"]
     train["warmup_steps"] = max(5, steps // 20)

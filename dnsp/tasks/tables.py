@@ -379,7 +379,7 @@ def configuration_table(results: Iterable[Result]) -> Table:
                    for s in runs[0]["config"]["data"]["sources"]]  # fmt: skip
         rows.append([
             NAMES[task], width, model["num_hidden_layers"], model["vocab_size"], "; ".join(sources),
-            ", ".join(map(str, lengths)), train["global_batch"], max(run["training"]["steps"] for run in runs),
+            ", ".join(map(str, lengths)), _sequences(train), max(run["training"]["steps"] for run in runs),
             train["warmup_steps"], ", ".join(f"{lr:g}" for lr in sorted({run["lr"] for run in runs})),
             runs[0]["config"]["engine"]["dtype"],
         ])  # fmt: skip
@@ -387,6 +387,12 @@ def configuration_table(results: Iterable[Result]) -> Table:
                "learning rates", "dtype"]  # fmt: skip
     note = "every setting is in config.yaml of each run's folder"
     return Table("configuration", "What was trained", columns, rows, note)
+
+
+def _sequences(train: dict[str, Any]) -> str:
+    """Of a step, stage by stage where they differ."""
+    batches = [stage.get("global_batch") or train["global_batch"] for stage in train.get("stages") or [train]]
+    return ", ".join(map(str, batches if len(set(batches)) > 1 else batches[:1]))
 
 
 def _lengths(result: Result) -> list[int]:

@@ -178,12 +178,15 @@ def test_the_budget_of_symmetric_memory_is_worked_out_before_there_is_a_gpu() ->
     16,384 tokens, two heads of 256, in fp32 are 64 MiB, in four slots."""
     wide = {"linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "head_dim": 256}
     both = config(model={**wide, "num_key_value_heads": 2}, data={"sequence_length": 65536})
-    tiles, message = shared_sizes(both, "peer", "peer", 4, 65536)
+    tiles, message = shared_sizes(both, "peer", "peer", 4, [(1, 65536)])
     assert (tiles, message) == (256, 64 * MIB)
     assert symmetric.bytes_of(256) == 4 * (16 + 4 * 256 + 2 * 4 * 256 * 2048)
     assert post.bytes_of(4, message) == 4 * 64 * MIB + 4 * (16 + 4 * (4 + 8) + 4 * 4)
-    _, halo = shared_sizes(both, "peer", "ring", 4, 65536)
+    _, halo = shared_sizes(both, "peer", "ring", 4, [(1, 65536)])
     assert halo == 4 * 3 * (32 * 256 + 32 * 128)  # three tokens of all channels
-    assert shared_sizes(both, "p2p", "ring", 4, 65536) == shared_sizes(both, "peer", "peer", 1, 65536) == (None, None)
+    longer = [(8, 512), (1, 65536), (3, 32768)]  # stages: the most rows, and the most tokens at once
+    assert shared_sizes(both, "peer", "peer", 4, longer) == (8 * 256, 96 * MIB)
+    for none in (("p2p", "ring", 4), ("peer", "peer", 1)):
+        assert shared_sizes(both, *none, longer) == (None, None)
     ((name, status, found, _),) = fits._symmetric_memory(both, 4, here=False)
     assert (name, status) == ("symmetric memory", "info") and found.startswith("272 MiB a rank, 16 of them for states")

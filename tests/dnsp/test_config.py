@@ -113,6 +113,13 @@ def test_stages_become_steps(config_file: Path) -> None:
     whole = spans(load_config(config_file, [*stages, "train.steps=null"]))
     assert [(s.start, s.stop, s.sequence_length) for s in whole] == [(0, 5, 100), (5, 8, 400)]
     assert [s.rope_theta for s in whole] == [10_000.0, 5e5]
+    assert {(s.micro_batch, s.global_batch, s.setting) for s in whole} == {(1, 2, "train")}
+    batches = f"train.stages=[{{sequence_length: 100, tokens: 1000, global_batch: 4, micro_batch: 2}}, {second}]"
+    short, long = spans(load_config(config_file, [batches, "train.global_batch=1", "train.steps=null"]))
+    assert (short.stop, short.tokens, short.setting) == (3, 400, "train.stages[0]")
+    assert (long.stop, long.tokens, long.setting) == (3 + 5, 400, "train")
+    own = short.of(load_config(config_file, [batches])).train
+    assert (own.micro_batch, own.global_batch) == (2, 4)
     assert [s.stop for s in spans(load_config(config_file, [*stages, "train.steps=20"]))] == [5, 20]
     assert [s.stop for s in spans(load_config(config_file, [*stages, "train.steps=4"]))] == [4]
     assert [s.stop for s in spans(load_config(config_file, stages[:1]))] == [10]  # the file's, not the stages'

@@ -166,6 +166,41 @@ def test_context_grows_within_a_run_and_into_another(
     assert compared(sharded_losses, whole_losses) < TOLERANCE["zero 1"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_batches_change_with_the_context(
+    workplace: Path, dnsp: Dnsp, losses: Callable[[Path], list[float]], metrics: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    """Fewer of longer sequences: whatever the ranks and ZeRO's stage, as one process has it that holds each batch at
+    once; and a run that is resumed behind the border has the numbers of one that passed it."""
+
+    def stages(*micro_batches: int) -> str:
+        shapes = zip((256, 512, 1024), (8, 4, 2), micro_batches, strict=True)
+        return str([
+            f"{{sequence_length: {n}, tokens: {3 * n * rows}, global_batch: {rows}, micro_batch: {micro}}}"
+            for n, rows, micro in shapes
+        ]).replace("'", "")  # fmt: skip
+
+    def trained(name: str, ranks: int, batches: str, *options: str) -> list[float]:
+        settings = ("train", "tiny.yaml", "--ranks", ranks, f"run.dir=stages-{name}", f"train.stages={batches}")
+        done = dnsp(*settings, "train.steps=null", *options, cwd=workplace)
+        assert done.returncode == 0, (name, done.stderr)
+        assert "context of 1,024 tokens from step 7; 2 sequences a step" in done.stdout
+        return losses(workplace / f"stages-{name}")
+
+    at_once = trained("one", 1, stages(8, 4, 2))
+    records = metrics(workplace / "stages-one")
+    assert [record["tokens"] for record in records] == [2048 * n for n in range(1, 10)]
+    parts, found = stages(1, 2, 1), {}  # of two data ranks 4, 1 and 1 micro-batches a step
+    for stage, host in ((0, ()), (2, ("engine.offload_optimizer=true",)), (3, ())):
+        found[stage] = trained(f"zero-{stage}", 2, parts, "parallel.sequence=1", f"engine.zero_stage={stage}", *host)
+        assert compared(found[stage], at_once) < TOLERANCE["data parallel"], stage
+    halves = ("run.dir=stages-halves", f"train.stages={parts}", "parallel.sequence=1", "train.steps=4")
+    done = dnsp("train", "tiny.yaml", "--ranks", 2, *halves, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert trained("halves", 2, parts, "parallel.sequence=1", "resume=auto") == found[0]
+
+
 @pytest.mark.gpu
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
@@ -229,7 +264,7 @@ def test_a_plan_serves_where_documents_lie_alike(tmp_path: Path) -> None:
         plans[path] = []
         for length in (64, 64, 128):
             work = data.step(cursor, length, 3)
-            span = Span(0, 1, length, 1e4)
+            span = Span(0, 1, length, 1e4, 3, 3)
             rows, plan = _micro_batch(config, Grid(1, 0, 1), work, 0, span, before=plan)
             cursor = work.cursor
             plans[path].append(plan)

@@ -298,6 +298,7 @@ def test_what_was_trained_is_said(tmp_path: Path) -> None:
     assert report([folder]) == 0
     said = rows(folder / "tables" / "configuration.csv")["recall32k"]
     assert (said["width"], said["length"], said["steps"]) == ("128", "512, 4096, 32768", "2790")
+    assert said["sequences a step"] == "72, 36, 16"
     assert said["learning rates"] == "0.001, 0.003, 0.01, 0.03"
     assert said["data"] == "task:mqar vocab=8192 pairs=[4, 4, 4, 4, 4, 8, 16, 32, 64] packed=True"
 
