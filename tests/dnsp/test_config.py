@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from dnsp.begin import check_configuration, check_data
+from dnsp.cli import check_ranks
 from dnsp.config import Config, load_config, parse_config
 from dnsp.data.tokenizer import load_tokenizer
 from dnsp.errors import UsageError
@@ -179,3 +180,11 @@ def test_hosts_with_other_configurations_are_refused_on_every_rank() -> None:
     said = "the ranks disagree about {}; give every rank of a group the same"
     for told in run_ranks(told_apart, 3, timeout=60):
         assert told == [words and said.format(words) for _, words in OTHERS]
+
+
+def test_a_stage_whose_batch_does_not_go_up_is_named(config_file: Path) -> None:
+    stages = "train.stages=[{sequence_length: 256, tokens: 9}, {sequence_length: 512, tokens: 9, global_batch: 6}]"
+    config = load_config(config_file, [stages, "train.micro_batch=2", "train.global_batch=8", "parallel.sequence=1"])
+    check_ranks(config, 1)
+    with pytest.raises(UsageError, match=r"train.stages\[1\].global_batch=6 is not a multiple of .*: use a multiple of 8"):
+        check_ranks(config, 4)
