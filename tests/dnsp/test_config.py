@@ -186,5 +186,5 @@ def test_a_stage_whose_batch_does_not_go_up_is_named(config_file: Path) -> None:
     stages = "train.stages=[{sequence_length: 256, tokens: 9}, {sequence_length: 512, tokens: 9, global_batch: 6}]"
     config = load_config(config_file, [stages, "train.micro_batch=2", "train.global_batch=8", "parallel.sequence=1"])
     check_ranks(config, 1)
-    with pytest.raises(UsageError, match=r"train.stages\[1\].global_batch=6 is not a multiple of .*: use a multiple of 8"):
+    with pytest.raises(UsageError, match=r"train.stages\[1\].global_batch=6 is not .*: use a multiple of 8"):
         check_ranks(config, 4)
