@@ -62,6 +62,9 @@ def contradiction(config: Config) -> str | None:
     if not isinstance(zero, dict):
         return f"engine.deepspeed.zero_optimization={zero!r} must be keys and values, as {{overlap_comm: false}}"
     given = {**engine.deepspeed, **{f"zero_optimization.{key}": value for key, value in zero.items()}}
+    if any(stage.micro_batch or stage.global_batch for stage in train.stages):
+        for option in ("train_micro_batch_size_per_gpu", "train_batch_size"):
+            decided[option] = ("train.stages", "batches of their own")
     for option, value in given.items():
         if option in decided and (value != decided[option][1] or option == "gradient_accumulation_steps"):
             setting, ours = decided[option]

@@ -25,7 +25,7 @@ from dnsp.parallel.plan import Plan, make_plan
 
 BUCKETS = 61
 TOLERANCE = 5e-5  # |got - want| / |want| of a parameter's sketch
-MICRO_BATCHES = 2  # at most; accumulation is the same for more
+MICRO_BATCHES = 2  # at most: from two on accumulation is the same
 ROW_TARGETS = 7.0  # stands for the step's targets; any number will do
 
 
@@ -43,10 +43,16 @@ class Found:
         return self.error <= TOLERANCE
 
 
-def probe(engine: Engine, config: Config, choices: Choices = Choices()) -> Found:  # noqa: B008 (frozen)
+def probe(
+    engine: Engine,
+    config: Config,
+    choices: Choices = Choices(),  # noqa: B008 (frozen)
+    accumulation: int = 1,
+) -> Found:
     """Hold the live engine's gradients against the ranks' sum; every rank calls it, nothing of the engine changes.
 
-    ``choices``: of the run; what its layers and ranks will do is done here.
+    ``choices``: of the run; what its layers and ranks will do is done here. ``accumulation``: the most micro-batches of
+    a step that are to come, where these are more than the engine's.
 
     Raises:
         UsageError: on every rank, with the first parameter that differs and by how much.
@@ -66,7 +72,7 @@ def probe(engine: Engine, config: Config, choices: Choices = Choices()) -> Found
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     for name in engine.names:
         add(name)
-    count = min(engine.accumulation, MICRO_BATCHES)
+    count = min(max(engine.accumulation, accumulation), MICRO_BATCHES)
     # what the engine and DeepSpeed multiply a rank's loss by reaches the parameters' gradients: it is divided out again
     engine.on_loss = lambda loss: loss.register_hook(seed.append)
     try:

@@ -150,7 +150,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         found.close()
     if config.engine.probe:
         with explained_start(model, config, grid):  # the first gradients
-            proven = probe(engine, stages[now].of(config), choices)
+            proven = probe(engine, stages[now].of(config), choices, max(accumulations[now:]))
     saver = Saver(folder, engine, config.checkpoint, lambda: watch.place.at("the writing of a checkpoint"))
     watch.settle = saver.settle
 
@@ -192,6 +192,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     watch.place.follow(model.model.layers, list(config.model.layers))
     watch.look_after(folder, config.run.stall)
 
+    model.set_rope_theta(stages[now].rope_theta)  # where no step is left, too
     done, at, settings = start, None, config
     plan: Plan | None = None
     while done < steps:
@@ -203,12 +204,13 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
             model.set_rope_theta(stage.rope_theta)
             engine.accumulate(accumulations[at])
             settings = stage.of(config)
+            spikes.losses.clear()  # another length or batch has other losses
             if len(stages) > 1:
-                rows = f"{stage.global_batch} sequences a step, {stage.micro_batch} of them at once"
+                rows = f"{stage.global_batch} sequences a step, {stage.micro_batch} at once on a rank"
                 telemetry.say(f"context of {stage.sequence_length:,} tokens from step {stage.start + 1}; {rows}")
         watch.place.at("the data", step=done + 1)
         # NCCL ends a process whose collective is late without asking; the verdict comes before it, once all is compiled
-        soon = engine.device.type == "cuda" and done > start
+        soon = engine.device.type == "cuda" and done > max(start, stage.start)
         watch.stalls.limit = min(config.run.stall, 0.9 * config.run.timeout) if soon else config.run.stall
         work = data.step(cursor, stage.sequence_length, stage.global_batch)
         while cursor.sequences in passed_over:

@@ -1,8 +1,8 @@
 """Causal softmax attention inside documents, over a sequence group, by whole blocks merged by log-sum-exp.
 
-A query's keys lie in several blocks (see blocks.py). Each block is one call of a backend; outputs are merged as they
-come in, o = sum_i o_i exp(lse_i - lse) (Liu, Zaharia & Abbeel 2023, Ring Attention). The backward of each block, given
-the merged o and lse, yields its share of dq, dk, dv; shares are summed in fp32, always in the order of the rounds.
+A query's keys lie in several blocks (see blocks.py), each in one call of a backend. Outputs are merged as they come in,
+o = sum_i o_i exp(lse_i - lse) (Liu, Zaharia & Abbeel 2023, Ring Attention). The backward of each block, given the
+merged o and lse, yields its share of dq, dk, dv; shares are summed in fp32, always in the order of the rounds.
 
     ring    in round s each rank works on the keys of the rank s places before it, which arrive while it works on those
             of round s-1; only the ranges that documents and causality call for travel. P-1 rounds.

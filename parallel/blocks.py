@@ -4,8 +4,8 @@ For each row, each local interval and each piece of a document in it: one square
 full rectangles over the document's earlier tokens, one for each interval that holds some of them. Blocks are grouped by
 the rank that holds the keys, in *rounds*: in round s a rank works on the keys of the rank s places before it, whose
 needed ranges alone travel. Rectangles that lie side by side in memory are one: under zigzag a document of the whole
-sequence has one rectangle in every round. Squares that lie side by side, over rows too, are one call of a backend. All
-of it is Python integers, made once a micro-batch.
+sequence has one rectangle in every round. Squares that lie side by side, over rows too, are one call of a backend, but
+for intervals with a long one. All of it is Python integers, made once a micro-batch.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 from .layout import Layout
 
 Range = tuple[int, int]  # (start, stop)
-LONG = 4096  # tokens of an interval from which on one document in it is a call of its own: some backends are faster so
+LONG = 2048  # tokens of a document's part from which on its interval has a call of its own, as suits some backends
+JOINED = 2**16  # the most tokens of a call of several intervals
 
 
 class Block(NamedTuple):
@@ -53,23 +54,21 @@ class Round:
     blocks: tuple[Block, ...]
     reader: int  # the rank that reads this rank's keys in the same round
     sends: tuple[Range, ...]  # ranges of this rank's tokens that the reader needs
-    intervals: tuple[Range, ...]  # of this rank's tokens
+    local_tokens: int  # of this rank, a row
+    interval_tokens: int
 
     @cached_property
     def calls(self) -> tuple[Call, ...]:
         """The blocks as a backend takes them, squares first."""
-        tokens = self.intervals[-1][1]
+        tokens, size = self.local_tokens, self.interval_tokens
         groups: list[list[int]] = []  # edges among the tokens of all rows
-        before = False  # whether the square before has a call of its own
-        for block in self.blocks:
-            if not block.causal:
-                continue
-            start, stop = (block.row * tokens + at for at in block.query)
-            alone = block.query in self.intervals and stop - start >= LONG
-            if alone or before or not groups:
-                groups.append([start])
-            groups[-1].append(stop)
-            before = alone
+        own, alone = (block for block in self.blocks if block.causal), True
+        for (row, _), blocks in groupby(own, lambda block: (block.row, block.query[0] // size)):
+            parts = [(row * tokens + start, row * tokens + stop) for start, stop in (block.query for block in blocks)]
+            before, alone = alone, max(stop - start for start, stop in parts) >= LONG
+            if before or alone or parts[-1][1] - groups[-1][0] > JOINED:
+                groups.append([parts[0][0]])
+            groups[-1].extend(stop for _, stop in parts)
         squares = [Call((edges[0], edges[-1]), tuple(edge - edges[0] for edge in edges)) for edges in groups]
         return *squares, *(
             Call((row * tokens + query[0], row * tokens + query[1]), (), row, piece, key)
@@ -81,19 +80,19 @@ class Round:
 def make_rounds(starts: Sequence[Sequence[int]], layout: Layout, rank: int) -> tuple[Round, ...]:
     """The rounds of one rank; ``starts``: for each row, the sorted global document starts, the first of them 0."""
     rounds, size = [], layout.interval_tokens
-    intervals = tuple((n * size, (n + 1) * size) for n in range(len(layout.indices(rank))))
+    local = size * len(layout.indices(rank))
     for shift in range(layout.ranks):
         owner, reader = (rank - shift) % layout.ranks, (rank + shift) % layout.ranks
         pieces: tuple[Range, ...]
         sends: tuple[Range, ...]
         if shift == 0:
-            pieces, sends = ((0, intervals[-1][1]),), ()
+            pieces, sends = ((0, local),), ()
         else:
             pieces = _needed(starts, layout, owner, rank)
             sends = _needed(starts, layout, rank, reader)
         blocks = _squares(starts, layout, rank) if shift == 0 else []
         blocks += _rectangles(starts, layout, rank, owner, pieces)
-        rounds.append(Round(owner, pieces, tuple(blocks), reader, sends, intervals))
+        rounds.append(Round(owner, pieces, tuple(blocks), reader, sends, local, size))
     return tuple(rounds)
 
 

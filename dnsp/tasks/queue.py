@@ -33,6 +33,7 @@ from dnsp.errors import UsageError
 from dnsp.parallel.errors import LayoutError
 from dnsp.parallel.layout import Layout
 from dnsp.schedule import spans
+from dnsp.tasks.sources import VERSION
 from dnsp.tasks.suite import FINAL_SEEDS, SEARCH_SEED, VALIDATION, Cell, Measurement, Scale, Suite, turn
 from dnsp.tasks.worker import RESULT, parse_result, replace_json, run_config
 
@@ -149,7 +150,7 @@ class Queue:
     @property
     def identity(self) -> dict[str, Any]:
         cells = [{name: x for name, x in asdict(cell).items() if x is not None} for cell in self.cells]
-        whole = json.dumps([cells, self.measurements], sort_keys=True)
+        whole = json.dumps([cells, self.measurements, VERSION], sort_keys=True)
         request = self.request
         return {
             "tasks": request.names,

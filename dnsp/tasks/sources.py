@@ -26,6 +26,7 @@ from dnsp.errors import UsageError
 
 PREFIX = "task:"
 DRAWN = 2**16  # tokens that are drawn at once: of each numpy call there are then few
+VERSION = 2  # of what is drawn; with another a run does not go on, nor a queue
 ENDLESS = 2**50  # tokens of a source that has no end, for who asks how many an epoch has
 GAP_POWER = 0.01  # of the gaps' density, as in the work that MQAR comes from
 _SPLITS: dict[Split, int] = {"train": 1, "heldout": 2}
@@ -94,7 +95,7 @@ class TaskSource:
 
     @property
     def identity(self) -> str:
-        return f"{self.prefix} {json.dumps(self.options.model_dump(), sort_keys=True)}"
+        return f"{self.prefix}, version {VERSION}, {json.dumps(self.options.model_dump(), sort_keys=True)}"
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises UsageError where the model does not know all of the task's ids."""

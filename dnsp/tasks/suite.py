@@ -205,7 +205,8 @@ def recall_cells(task: str, scale: Scale, gpu: bool, models: tuple[str, ...]) ->
     train: dict[str, Any] = {"micro_batch": rows, "global_batch": rows}
     if "stages" in sizes:
         train["stages"] = [
-            {"sequence_length": n, "tokens": n * whole * steps, "global_batch": whole, "micro_batch": micro}
+            {"sequence_length": n, "tokens": n * whole * steps}
+            | ({} if micro == rows else {"global_batch": whole, "micro_batch": micro})
             for n, whole, micro, steps in sizes["stages"]
         ]
         steps = sum(steps for *_, steps in sizes["stages"])

@@ -117,6 +117,10 @@ CONTRADICTIONS = [
     (["engine.deepspeed.zero_optimization.cpu_offload=true"], ["cpu_offload=True", "engine.offload_optimizer=False"]),
     (["engine.deepspeed.gradient_accumulation_steps=4"], ["gradient_accumulation_steps=4", "train.global_batch"]),
     (["engine.deepspeed.optimizer.type=Lamb"], ["optimizer={'type': 'Lamb'}", "train.lr"]),
+    (
+        ["engine.deepspeed.train_batch_size=1", "train.stages=[{sequence_length: 512, tokens: 9, global_batch: 2}]"],
+        ["train_batch_size=1", "train.stages='batches of their own'"],
+    ),
 ]
 
 

@@ -144,6 +144,10 @@ def test_context_grows_within_a_run_and_into_another(
     done = dnsp(*settings, "run.dir=halves", "resume=auto", cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert [r["loss"] for r in metrics(workplace / "halves")] == [r["loss"] for r in records]
+    # once more, with no step left: its evaluation is at the last stage's rotary base
+    again = dnsp(*settings, "run.dir=halves", "resume=auto", cwd=workplace)
+    held_out = [re.findall(r"held-out bits per byte (\S+)", run.stdout) for run in (done, again)]
+    assert held_out[0] and held_out[0] == held_out[1], held_out
 
     done = dnsp(
         *("train", "tiny.yaml", "--ranks", 2, "run.dir=longer", "init_from=run:reference"),
@@ -191,11 +195,11 @@ def test_batches_change_with_the_context(
     at_once = trained("one", 1, stages(8, 4, 2))
     records = metrics(workplace / "stages-one")
     assert [record["tokens"] for record in records] == [2048 * n for n in range(1, 10)]
-    parts, found = stages(1, 2, 1), {}  # of two data ranks 4, 1 and 1 micro-batches a step
+    parts, found = stages(4, 1, 1), {}  # of two data ranks 1, 2 and 1 micro-batches a step
     for stage, host in ((0, ()), (2, ("engine.offload_optimizer=true",)), (3, ())):
         found[stage] = trained(f"zero-{stage}", 2, parts, "parallel.sequence=1", f"engine.zero_stage={stage}", *host)
         assert compared(found[stage], at_once) < TOLERANCE["data parallel"], stage
-    halves = ("run.dir=stages-halves", f"train.stages={parts}", "parallel.sequence=1", "train.steps=4")
+    halves = ("run.dir=stages-halves", f"train.stages={parts}", "parallel.sequence=1", "train.steps=3")  # the border
     done = dnsp("train", "tiny.yaml", "--ranks", 2, *halves, cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert trained("halves", 2, parts, "parallel.sequence=1", "resume=auto") == found[0]

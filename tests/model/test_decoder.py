@@ -188,7 +188,7 @@ def test_checkpointing_keeps_two_inputs_a_layer_and_what_passes_through_kept(pat
 @pytest.mark.parametrize(
     ("kind", "shapes"),
     [
-        ("attention", [(2, 128, 4, 16), (2, 4, 128)]),  # output, log-sum-exp
+        ("attention", [(2, 128, 4, 16), (1, 4, 2 * 128)]),  # output, log-sum-exp of both rows
         ("gated_delta", [(2, 2, 4, 8, 8), (2, 2, 4, 8, 12)]),  # of two segments: summaries, incoming states
     ],
 )

@@ -91,7 +91,7 @@ def squares_and_rectangles(work: Round, tokens: int) -> list[Block]:
 
 
 def test_documents_side_by_side_are_one_call_over_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for whole intervals of a document that are long: cuDNN takes those faster than many documents."""
+    """But for intervals with a long one, which some backends take faster than many, and many make slow."""
     rows = [[0, 5, 128], [0], [0, 200], [0]]
 
     def calls(layout: Layout, rank: int) -> list[tuple[tuple[int, int], tuple[int, ...]]]:
@@ -101,12 +101,15 @@ def test_documents_side_by_side_are_one_call_over_all_rows(monkeypatch: pytest.M
     alone, zigzag = Layout("contiguous", 1, 256), Layout("zigzag", 2, 256)
     assert calls(alone, 0) == [((0, 1024), (0, 5, 128, 256, 512, 712, 768, 1024))]
     assert calls(zigzag, 0) == [((0, 512), (0, 5, 64, 128, 192, 256, 320, 328, 384, 448, 512))]
-    monkeypatch.setattr(blocks, "LONG", 256)
+    monkeypatch.setattr(blocks, "LONG", 200)
     assert calls(alone, 0) == [
         ((0, 256), (0, 5, 128, 256)), ((256, 512), (0, 256)), ((512, 768), (0, 200, 256)), ((768, 1024), (0, 256))
     ]  # fmt: skip
     monkeypatch.setattr(blocks, "LONG", 64)
     assert calls(zigzag, 0)[:3] == [((0, 64), (0, 5, 64)), ((64, 128), (0, 64)), ((128, 192), (0, 64))]
+    monkeypatch.setattr(blocks, "LONG", 257)
+    monkeypatch.setattr(blocks, "JOINED", 512)
+    assert calls(alone, 0) == [((0, 512), (0, 5, 128, 256, 512)), ((512, 1024), (0, 200, 256, 512))]
 
 
 def test_only_needed_keys_travel() -> None:
