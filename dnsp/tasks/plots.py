@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from dnsp.errors import UsageError
 from dnsp.tasks import document
-from dnsp.tasks.suite import MODELS, Scale
+from dnsp.tasks.suite import MODELS, RECALL_WIDTH, Scale
 from dnsp.tasks.tables import Result, Summary, by_position, perplexity, summaries
 
 COLOURS = dict(zip(MODELS, ("#4c4c4c", "#c7a76c", "#3b6fb6", "#2a9d72", "#b5446e"), strict=True))
 SIZE = (6.4, 4.0)
+SMOOTH = 4  # losses on either side that a curve's are the median of
+Curve = Sequence[tuple[int, float]]  # steps and losses
 
 
-def all_plots(results: Sequence[Result], scale: Scale, folder: Path) -> list[Path]:
-    """Those for which there are results; returns the files.
+def all_plots(
+    results: Sequence[Result], scale: Scale, folder: Path, curves: Mapping[str, Curve] | None = None
+) -> list[Path]:
+    """Those for which there are results; returns the files. ``curves``: of the runs by name.
 
     Raises UsageError where matplotlib is not installed.
     """
@@ -78,6 +82,17 @@ def all_plots(results: Sequence[Result], scale: Scale, folder: Path) -> list[Pat
             axes.axvline(length, color="#999999", linewidth=0.8, linestyle="--")
             _finish(axes, f"trained at {length:,} tokens", "position in the document", "held-out loss")
         save(figure, "lm")
+    learned = _learned(cells, curves or {}, scale)
+    if learned:
+        size = (SIZE[0] * len(learned) / 1.5, SIZE[1])
+        figure, panels = pyplot.subplots(1, len(learned), figsize=size, squeeze=False)
+        for axes, (title, by_model) in zip(panels[0], learned.items(), strict=True):
+            for model, own_curves in by_model.items():
+                for n, curve in enumerate(own_curves):
+                    steps, losses = zip(*_smoothed(curve), strict=True)
+                    axes.plot(steps, losses, color=COLOURS[model], linewidth=0.9, label=None if n else model)
+            _finish(axes, title, "step", "training loss, each seed", log=False)
+        save(figure, "learning")
     ablations = [cell for cell in cells if cell.task == "ablations" and cell.values("text", "loss")]
     if ablations:
         figure, axes = pyplot.subplots(figsize=(SIZE[0], 0.35 * len(ablations) + 1.2))
@@ -108,6 +123,26 @@ def _by_position(cell: Summary) -> dict[int, list[float]]:
             for span in sorted(spans, key=lambda span: int(span.partition("-")[0]))}  # fmt: skip
 
 
+def _learned(cells: list[Summary], curves: Mapping[str, Curve], scale: Scale) -> dict[str, dict[str, list[Curve]]]:
+    """Curves of the final seeds by panel and model: of a task at its usual width, of ``lm`` by length."""
+    found: dict[str, dict[str, list[Curve]]] = {}
+    for cell in cells:
+        labels = cell.labels
+        own = [curves[result["name"]] for result in cell.finals if result["name"] in curves]
+        if own and labels.get("model") in COLOURS and labels.get("width") in (None, RECALL_WIDTH[scale]):
+            title = f"{cell.task} at {labels['length']:,} tokens" if "length" in labels else cell.task
+            found.setdefault(title, {})[labels["model"]] = own
+    return found
+
+
+def _smoothed(curve: Curve) -> Curve:
+    """Each loss as the median of those around it."""
+    return [
+        (step, median(loss for _, loss in curve[max(0, at - SMOOTH) : at + SMOOTH + 1]))
+        for at, (step, _) in enumerate(curve)
+    ]
+
+
 def _line(axes: Any, model: str, values: dict[int, list[float]]) -> None:
     """Mean, with a band from the lowest to the highest seed."""
     if not values:
@@ -117,12 +152,14 @@ def _line(axes: Any, model: str, values: dict[int, list[float]]) -> None:
     axes.fill_between(at, [min(values[x]) for x in at], [max(values[x]) for x in at], color=COLOURS[model], alpha=0.2)
 
 
-def _finish(axes: Any, title: str, x: str, y: str) -> None:
-    axes.set_xscale("log", base=2)
+def _finish(axes: Any, title: str, x: str, y: str, log: bool = True) -> None:
+    if log:
+        axes.set_xscale("log", base=2)
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.legend(fontsize=7)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
 
 

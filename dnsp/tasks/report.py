@@ -29,7 +29,7 @@ from dnsp.tasks.tables import (
     search_table,
     summaries,
 )  # fmt: skip
-from dnsp.tasks.worker import RESULT, parse_result
+from dnsp.tasks.worker import RESULT, parse_result, read_curve
 
 UNPLANNED = (
     "  - which are missing is not in its queue.json, of an earlier version: the same command adds it, and goes on"
@@ -63,7 +63,8 @@ def report(folders: list[Path], json_file: Path | None = None) -> int:
     tables = all_tables(list(results.values()), scale)
     out = folders[0]
     try:
-        plots = all_plots(list(results.values()), scale, out / "plots")
+        curves = {name: curve for name in results if (curve := read_curve(places[name] / "runs" / name))}
+        plots = all_plots(list(results.values()), scale, out / "plots", curves)
         made = f"{len(plots)} plots in plots/"
     except UsageError as error:
         plots, made = [], f"no plots: {error}"

@@ -250,6 +250,16 @@ def pack_metrics(metrics: Path, packed: Path) -> None:
     metrics.unlink()
 
 
+def read_curve(folder: Path) -> list[tuple[int, float]]:
+    """Steps and losses of a finished run, as many as were kept; none where they are not there or not whole."""
+    try:
+        with gzip.open(folder / "metrics.jsonl.gz", "rt") as file:
+            lines = [json.loads(line) for line in file]
+        return [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
+    except (OSError, EOFError, ValueError, KeyError):
+        return []
+
+
 def parse_result(text: str) -> dict[str, Any]:
     """What is in a ``result.json``. A figure of a test that is ``null`` there is not a number."""
     found: dict[str, Any] = json.loads(text)

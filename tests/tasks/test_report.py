@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from dnsp.errors import UsageError
-from dnsp.tasks import document
+from dnsp.tasks import document, plots
 from dnsp.tasks.report import report, shown
 from dnsp.tasks.suite import LEARNING_RATES, SEARCH_SEED, suite
 from dnsp.tasks.tables import configuration_table, order_verdict, search_table, spread, summaries
+from dnsp.tasks.worker import make_small, read_curve
 
 VERSIONS = {"torch": "2.13.0"}
 RATES = LEARNING_RATES["full"]
@@ -391,3 +392,23 @@ def test_cells_as_people_read_them() -> None:
         "", "1,234,567", "0.000123", "not finite", "12,346", "a",
     ]  # fmt: skip
     assert spread([1.0]) == "1.0" and spread([]) == "" and spread([1.0, 2.0, 6.0]) == "3.0 (1.0 to 6.0)"
+
+
+def test_losses_of_the_final_seeds_over_their_steps(tmp_path: Path) -> None:
+    runs = recall_runs()
+    folder = write(tmp_path / "kv", runs)
+    for run in runs:
+        steps = [{"step": n, "loss": 9.0 - n, "grad_norm": None, "lr": 1e-3, "step_s": 0.5} for n in range(1, 4)]
+        place = folder / "runs" / run["name"]
+        (place / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+        make_small(place)
+        assert read_curve(place) == [(1, 8.0), (2, 7.0), (3, 6.0)]
+    damaged = folder / "runs" / runs[-2]["name"] / "metrics.jsonl.gz"  # hybrid's third seed
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    assert read_curve(damaged.parent) == read_curve(tmp_path) == []
+    curves = {run["name"]: curve for run in runs if (curve := read_curve(folder / "runs" / run["name"]))}
+    learned = plots._learned(summaries(runs, "full"), curves, "full")
+    assert {model: len(own) for model, own in learned["kv"].items()} == {model: 3 for model in ACCURACY} | {"hybrid": 2}
+    assert plots._smoothed([(1, 5.0), (2, 1.0), (3, 9.0)]) == [(1, 5.0), (2, 5.0), (3, 5.0)]
+    assert report([folder]) == 0
+    assert (folder / "plots" / "learning.png").read_bytes()[:4] == b"\x89PNG"
