@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from datetime import date
 from pathlib import Path
@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from dnsp import checkpoint, stalls, watchdog
-from dnsp.config import Config, ModelConfig
+from dnsp.checkpoint import Checkpoint
+from dnsp.config import Config, ModelConfig, parse_config
 from dnsp.data.mix import Mixture
 from dnsp.data.tokenizer import Tokenizer
 from dnsp.errors import UsageError
@@ -28,6 +29,7 @@ from dnsp.model.deltanet import head_dim
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
+from dnsp.schedule import Span, said_behind, spans
 
 
 def check_layout(config: Config, grid: Grid, length: int) -> None:
@@ -70,6 +72,22 @@ def identity_of(config: Config, tokenizer: Tokenizer, data: Mixture) -> dict[str
         "tokenizer": tokenizer.fingerprint,
         "data": {"sources": sources, "seed": config.data.seed, "holdout": config.data.holdout},
     }
+
+
+def changed_stages(found: Checkpoint, stages: Sequence[Span]) -> str:
+    """In words, that the steps behind a checkpoint were others than ``stages`` have there; empty where they were not,
+    or a version saved it whose settings are not known here."""
+    try:
+        before = spans(parse_config(found.state["config"], str(found.path)))
+    except UsageError:
+        return ""
+    was, would_be = (said_behind(part, found.step) for part in (before, stages))
+    if was == would_be:
+        return ""
+    return (
+        f"the steps behind this checkpoint were {was}, by the present settings they would be {would_be}: steps are "
+        "counted on, and so are the borders of train.stages and the learning rate"
+    )
 
 
 def open_folder(config: Config, identity: dict[str, Any], name: str, first: bool) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dnsp.config import Config, TrainConfig
@@ -62,6 +63,18 @@ def spans(config: Config) -> list[Span]:
     last = found[-1]
     found[-1] = replace(last, stop=max(last.stop, settings.steps))
     return [replace(span, stop=min(span.stop, settings.steps)) for span in found if span.start < settings.steps]
+
+
+def said_behind(stages: Sequence[Span], step: int) -> str:
+    """The steps up to ``step`` in words."""
+    parts: list[list[int]] = []  # steps, sequences a step, tokens of each
+    for span in stages:
+        steps = min(span.stop, step) - span.start
+        if parts and parts[-1][1:] == [span.global_batch, span.sequence_length]:
+            parts[-1][0] += max(0, steps)
+        elif steps > 0:
+            parts.append([steps, span.global_batch, span.sequence_length])
+    return " and ".join(f"{steps:,} of {rows:,} x {tokens:,} tokens" for steps, rows, tokens in parts)
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:

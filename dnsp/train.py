@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dnsp import checkpoint, watchdog
 from dnsp.begin import (
+    changed_stages,
     check_configuration,
     check_data,
     check_kernels,
@@ -184,11 +185,13 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         exact = f"within {proven.error:.0e} (asked in {proven.seconds:.1f} s)"
         telemetry.say(f"gradients are the ranks' sum after the reduction, {exact}")
 
+    if found and (changed := changed_stages(found, stages)):
+        telemetry.say(changed)
     for path in aside:
         telemetry.say(f"this run goes on from step {start}: a later checkpoint of the folder is now {path.name}")
 
     skipped, spikes = Skipped(config.faults), Spikes(config.faults)
-    passed_over = set(found.state.get("passed_over", [])) if found else set()
+    passed_over = [tuple(those) for those in found.state.get("passed_over", [])] if found else []
     watch.place.follow(model.model.layers, list(config.model.layers))
     watch.look_after(folder, config.run.stall)
 
@@ -213,7 +216,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         soon = engine.device.type == "cuda" and done > max(start, stage.start)
         watch.stalls.limit = min(config.run.stall, 0.9 * config.run.timeout) if soon else config.run.stall
         work = data.step(cursor, stage.sequence_length, stage.global_batch)
-        while cursor.sequences in passed_over:
+        while any(first < work.cursor.sequences and cursor.sequences < end for first, end in passed_over):
             cursor = work.cursor
             work = data.step(cursor, stage.sequence_length, stage.global_batch)
 
@@ -248,7 +251,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                 watch.stalls.limit = math.inf  # reading one against its checksums may take its time
                 said = f"step {done + 1}: the loss {loss:.4f} is a spike (median {spikes.median():.4f})"
                 if (back := roll_back(engine, saver, spikes, said, telemetry)) is not None:
-                    passed_over.add(cursor.sequences)
+                    passed_over.append((cursor.sequences, work.cursor.sequences))
                     these = f"sequences {cursor.sequences} to {work.cursor.sequences - 1}"
                     done, cursor, tokens = back.step, Cursor.from_dict(back.state["cursor"]), back.state["tokens"]
                     telemetry.back_to(done)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,12 @@ class Block:
     targets: np.ndarray  # -100 where nothing is asked
     doc_starts: list[list[int]] | None = None  # of each row; None: each is one document
 
+    @cached_property
+    def targets_counts(self) -> list[int]:
+        """Of each row, how many tokens have a target."""
+        counts: list[int] = (self.targets != IGNORE).sum(1).tolist()
+        return counts
+
 
 @dataclass(frozen=True)
 class TaskSource:
@@ -116,10 +122,7 @@ class TaskSequence:
     tokens_T: np.ndarray
     targets_T: np.ndarray
     doc_starts: list[int]
-
-    @property
-    def targets_count(self) -> int:
-        return int((self.targets_T != IGNORE).sum())
+    targets_count: int
 
     def tokens_and_targets(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids of tokens ``start`` to ``stop`` and what is to be predicted from each, both int64 [stop - start]."""
@@ -167,7 +170,9 @@ class TaskPacker:
         block, row = divmod(position // length, rows_of_block(length))
         drawn = self._block(block, length)
         starts = [0] if drawn.doc_starts is None else drawn.doc_starts[row]
-        return TaskSequence(self.source, length, drawn.tokens[row], drawn.targets[row], starts)
+        return TaskSequence(
+            self.source, length, drawn.tokens[row], drawn.targets[row], starts, drawn.targets_counts[row]
+        )  # fmt: skip
 
     def _make_block(self, block: int, length: int) -> Block:
         # Philox's raw output is the same in every version of numpy; the distributions of its generators are not
@@ -260,7 +265,7 @@ def draw_mqar(bits: np.random.Philox, options: _Options, rows: int, length: int)
 def draw_packed(bits: np.random.Philox, task: str, options: _PairOptions, first: int, rows: int, length: int) -> Block:
     """Sequences, the first of them the stream's ``first``-th. What is left at a sequence's end is a document of tokens
     drawn at random. Sequences have their documents where those a turn before them had theirs."""
-    tokens, targets = _below(bits, (rows, length), options.vocab), np.full((rows, length), IGNORE, dtype=np.int64)
+    tokens, targets = np.empty((rows, length), dtype=np.int64), np.full((rows, length), IGNORE, dtype=np.int64)
     turn = (first + np.arange(rows)) % len(options.pairs)
     starts: list[list[int]] = [[0]] * rows
     for count, which in _alike(np.asarray(options.pairs)[turn]):
@@ -268,8 +273,11 @@ def draw_packed(bits: np.random.Philox, task: str, options: _PairOptions, first:
         documents = length // each
         alone = options.model_copy(update={"pairs": (count,)})
         drawn = _DRAWS[task](bits, alone, len(which) * documents, each)
-        tokens[which, : documents * each] = drawn.tokens.reshape(len(which), -1)
-        targets[which, : documents * each] = drawn.targets.reshape(len(which), -1)
+        full = documents * each
+        tokens[which, :full], targets[which, :full] = (
+            drawn.tokens.reshape(len(which), full), drawn.targets.reshape(len(which), full)
+        )  # fmt: skip
+        tokens[which, full:] = _below(bits, (len(which), length - full), options.vocab)
         for row in which:
             starts[row] = list(range(0, length, each))
     return Block(tokens, targets, starts)

@@ -14,7 +14,7 @@ from dnsp.config import Config, load_config, parse_config
 from dnsp.data.tokenizer import load_tokenizer
 from dnsp.errors import UsageError
 from dnsp.parallel.errors import PlanError
-from dnsp.schedule import learning_rate, spans
+from dnsp.schedule import learning_rate, said_behind, spans
 from tests.ranks import run_ranks
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -119,6 +119,8 @@ def test_stages_become_steps(config_file: Path) -> None:
     short, long = spans(load_config(config_file, [batches, "train.global_batch=1", "train.steps=null"]))
     assert (short.stop, short.tokens, short.setting) == (3, 400, "train.stages[0]")
     assert (long.stop, long.tokens, long.setting) == (3 + 5, 400, "train")
+    assert said_behind([short, long], 5) == "3 of 4 x 100 tokens and 2 of 1 x 400 tokens"
+    assert said_behind(whole, 3) == "3 of 2 x 100 tokens"
     own = short.of(load_config(config_file, [batches])).train
     assert (own.micro_batch, own.global_batch) == (2, 4)
     assert [s.stop for s in spans(load_config(config_file, [*stages, "train.steps=20"]))] == [5, 20]

@@ -144,6 +144,7 @@ def test_context_grows_within_a_run_and_into_another(
     done = dnsp(*settings, "run.dir=halves", "resume=auto", cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert [r["loss"] for r in metrics(workplace / "halves")] == [r["loss"] for r in records]
+    assert "steps behind this checkpoint" not in done.stdout  # they are the same, however they are written
     # once more, with no step left: its evaluation is at the last stage's rotary base
     again = dnsp(*settings, "run.dir=halves", "resume=auto", cwd=workplace)
     held_out = [re.findall(r"held-out bits per byte (\S+)", run.stdout) for run in (done, again)]
@@ -203,6 +204,11 @@ def test_batches_change_with_the_context(
     done = dnsp("train", "tiny.yaml", "--ranks", 2, *halves, cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert trained("halves", 2, parts, "parallel.sequence=1", "resume=auto") == found[0]
+    one_stage = ("run.dir=stages-halves", "resume=auto", "data.sequence_length=512", "train.steps=10")
+    done = dnsp("train", "tiny.yaml", *one_stage, cwd=workplace)
+    was, would_be = "3 of 8 x 256 tokens and 3 of 4 x 512 tokens and 3 of 2 x 1,024 tokens", "9 of 1 x 512 tokens"
+    assert done.returncode == 0, done.stderr
+    assert f"checkpoint were {was}, by the present settings they would be {would_be}: steps are" in done.stdout
 
 
 @pytest.mark.gpu
