@@ -60,7 +60,7 @@ def test_everything_in_six_minutes(tmp_path: Path) -> None:
         len(ABLATIONS) + 2
     )  # the base stands in each
     pictures = re.findall(r"!\[\w+\]\(([^)]+)\)", (out / "report.md").read_text())
-    assert len(pictures) == 6 and all((out / picture).stat().st_size > 5000 for picture in pictures)
+    assert len(pictures) == 7 and all((out / picture).stat().st_size > 5000 for picture in pictures)
 
     order_on_mqar(results)
     figures_of_the_files(results, tables)
