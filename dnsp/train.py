@@ -142,8 +142,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     folder = open_folder(config, identity, name, first)
     watch.folder = watch.stalls.folder = folder
     with explained_start(model, config, grid):
-        begins = found.step if found else 0
-        now = next((n for n, stage in enumerate(stages) if begins < stage.stop), len(stages) - 1)
+        start = found.step if found else 0
+        now = next((n for n, stage in enumerate(stages) if start < stage.stop), len(stages) - 1)
         engine = Engine(model, stages[now].of(config), grid, accumulations[now], found, weights)
     del weights  # a whole model perhaps, or another run's open files
     if found:
@@ -156,7 +156,6 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     watch.settle = saver.settle
 
     steps = stages[-1].stop
-    start = found.step if found else 0
     aside = checkpoint.set_aside(folder, start) if found and first else []
     cursor = Cursor.from_dict(found.state["cursor"]) if found else data.start
     tokens = found.state["tokens"] if found else 0

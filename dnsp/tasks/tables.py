@@ -1,4 +1,4 @@
-"""What a report says, as tables, from the result files alone."""
+"""What a report says, as tables, from the result files alone; long because every trained task's are here."""
 
 from __future__ import annotations
 
