@@ -118,8 +118,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, backend:
     for work in plan.rounds:
         pieces = keys.next(work)
         for call in work.calls:
-            part, part_lse = backend.forward(_queries(q, call), *_keys_of(pieces, call), call.edges, scale)
-            _merge(_queries(o, call), _sums(lse, call), part, part_lse.to(wide), first=bool(call.edges))
+            part, part_lse = backend.forward(_tokens(q, call), *_keys_of(pieces, call), call.edges, scale)
+            _merge(_tokens(o, call), _sums(lse, call), part, part_lse.to(wide), first=bool(call.edges))
     return o.to(q.dtype), lse
 
 
@@ -145,10 +145,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _meet(q, k, v, plan, "backward")
     if edges := _one_call(plan):
-        shapes = q.shape, k.shape, v.shape
+        like = q, k, v
         do, q, k, v, o = (_in_one_call(x, edges) for x in (do, q, k, v, o))
         grads = backend.backward(do, q, k, v, o, lse, edges, scale)
-        dq, dk, dv = (dx.transpose(1, 2).reshape(shape).to(q.dtype) for dx, shape in zip(grads, shapes, strict=True))
+        dq, dk, dv = (dx.transpose(1, 2).reshape(x.shape).to(x.dtype) for dx, x in zip(grads, like, strict=True))
         return dq, dk, dv
     wide = _wide(q) if _merges(plan) else q.dtype
     dq, dk, dv = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -161,15 +161,15 @@ def _backward(
         shares = _cut(dk, dv, work.pieces) if own else _split(buffer, work.pieces, k, v)
         for call in work.calls:
             dq_part, dk_part, dv_part = backend.backward(
-                _queries(do, call),
-                _queries(q, call),
+                _tokens(do, call),
+                _tokens(q, call),
                 *_keys_of(pieces, call),
-                _queries(o, call),
+                _tokens(o, call),
                 _sums(lse, call),
                 call.edges,
                 scale,
             )
-            _queries(dq, call).add_(dq_part)
+            _tokens(dq, call).add_(dq_part)
             for share, part in zip(_keys_of(shares, call), (dk_part, dv_part), strict=True):
                 share.add_(part)
         if returning is not None:
@@ -271,15 +271,15 @@ def _split(flat: Tensor, pieces: tuple[Range, ...], k: Tensor, v: Tensor) -> KV:
     return kv
 
 
-def _queries(x_BTHD: Tensor, call: Call) -> Tensor:
-    """A call's queries ``[1, H, S, D]``, a view where rows lie one behind the other in memory."""
+def _tokens(x_BTHD: Tensor, call: Call) -> Tensor:
+    """The tokens of a call's queries ``[1, H, S, D]``, a view where rows lie one behind the other in memory."""
     return x_BTHD.flatten(0, 1)[slice(*call.query)].unsqueeze(0).transpose(1, 2)
 
 
 def _keys_of(pieces: KV, call: Call) -> tuple[Tensor, Tensor]:
     k, v = pieces[call.piece]
     if call.edges:  # this rank's own, of all rows
-        return _queries(k, call), _queries(v, call)
+        return _tokens(k, call), _tokens(v, call)
     row, tokens = slice(call.row, call.row + 1), slice(*call.key)
     return k[row, tokens].transpose(1, 2), v[row, tokens].transpose(1, 2)
 

@@ -1,4 +1,7 @@
-"""The report: its figures are those of the result files, worked out here by another way."""
+"""The report: its figures are those of the result files, worked out here by another way.
+
+Long because every kind of table has results of its own here.
+"""
 
 from __future__ import annotations
 
