@@ -188,7 +188,8 @@ def shared_sizes(
     if by_peer[0]:
         tiles = max(symmetric.tiles(rows, heads, width) for heads, _, width in shapes)
         channels = max(heads * (key + width) + heads * key for heads, key, width in shapes)
-        message = 4 * rows * (model.linear_conv_kernel_dim - 1) * channels  # a halo
+        taps = max(model.linear_conv_kernel_dim, model.deltanet.conv_size)
+        message = 4 * rows * (taps - 1) * channels  # a halo
     if by_peer[1]:  # the gradients of all keys and values of a rank
         message = max(message, 4 * tokens * 2 * model.num_key_value_heads * model.head_dim)
     return tiles, message

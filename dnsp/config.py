@@ -48,6 +48,7 @@ class DeltaNetConfig(Section):
     train_beta: bool = True  # the beta a head; False: it stays at beta_init
     beta_cap: float = Field(1.0, gt=0, le=2)  # of the learned beta; the document's advice is 0.5
     use_output_gate: bool = True
+    conv_size: int = Field(0, ge=0)  # taps of a causal convolution over q, k and v; 0: none, as in the document
     qk_norm: Literal["l2", "rms"] = "l2"
     normalise: Literal["qk", "k", "none"] = "qk"  # what qk_norm is applied to
     scaled: bool = True  # keys (and normalised queries) of norm 1; False follows the document to the letter

@@ -36,6 +36,7 @@ DELTANETS = {
         "use_beta_gate": False,
         "norm": "layer",
         "feed_forward": False,
+        "conv_size": 4,
     },
     "a fixed beta": {"use_beta_gate": False, "train_beta": False},
 }

@@ -34,6 +34,7 @@ OPTIONS = {
     "a fixed beta": {"use_beta_gate": False, "train_beta": False, "beta_init": 0.4},
     "beta capped": {"beta_cap": 0.5},
     "no output gate": {"use_output_gate": False},
+    "short convolution": {"conv_size": 4},
     "forget gate": {"forget_gate": True},
     "denominator": {"denominator": True},
     "periodic decay": {"decay_every": 7, "decay_factor": 0.6},
@@ -49,6 +50,7 @@ OPTIONS = {
         "denominator": True,
         "decay_every": 5,
         "value_head_dim": 16,
+        "conv_size": 3,
     },
 }
 
@@ -99,9 +101,15 @@ def from_the_document(
                 begin = t
                 S = x.new_zeros(layer.heads, layer.key_dim, layer.value_dim)
                 D = x.new_zeros(layer.heads, layer.key_dim)
-            q = (weight["q_proj.weight"] @ x).view(layer.heads, layer.key_dim)
-            k = (weight["k_proj.weight"] @ x).view(layer.heads, layer.key_dim)
-            v = (weight["v_proj.weight"] @ x).view(layer.heads, layer.value_dim)
+                window: list[torch.Tensor] = []
+            qkv = torch.cat([weight[f"{part}_proj.weight"] @ x for part in "qkv"])
+            if o.conv_size:
+                window = [*window, qkv][-o.conv_size :]
+                taps = weight["conv1d.weight"][:, 0, -len(window) :]
+                qkv = F.silu((torch.stack(window, dim=-1) * taps).sum(-1))
+            q, k, v = qkv.split([layer.heads * n for n in (layer.key_dim, layer.key_dim, layer.value_dim)])
+            q, k = q.view(layer.heads, layer.key_dim), k.view(layer.heads, layer.key_dim)
+            v = v.view(layer.heads, layer.value_dim)
             if o.normalise == "qk":
                 q = norm(q, "q_norm")
             if o.normalise in ("qk", "k"):
@@ -166,7 +174,7 @@ def test_the_rule_normalises_what_nothing_else_reads(name: str, inside: bool) ->
     """In its kernels, then: the layer has no norm of its own beside it, and a step is the forward's."""
     layer, x, _ = run(name, torch.float64)
     assert layer.l2_in_rule == inside
-    keys = layer._queries_keys_values(x)[1].detach()
+    keys = layer._queries_keys_values(layer._project(x))[1].detach()
     assert bool(((keys.norm(dim=-1) - 1).abs() < 1e-4).all()) == (name in ("k alone", "denominator"))
     state, plan = layer.init_state(1, x.device, x.dtype), local_plan([[0]], 9)
     whole = layer(x[:1, :9], plan, None)
@@ -236,6 +244,10 @@ def test_initialisation_is_the_documents() -> None:
     fixed = DeltaNet(config_with(use_beta_gate=False))
     fixed.reset_parameters(0.02)
     assert torch.equal(fixed.beta, torch.full((2,), 0.3)) and fixed.beta.requires_grad
+    published = DeltaNet(config_with(conv_size=4))
+    torch.nn.init.zeros_(published.conv1d.weight)
+    published.reset_parameters(0.02)
+    assert published.conv1d.weight.abs().max().item() == pytest.approx(0.5, rel=0.05)  # 1 / sqrt(4), as nn.Conv1d's
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])

@@ -29,7 +29,7 @@ CONFIG = ModelConfig(
     linear_key_head_dim=8,
     linear_value_head_dim=12,
     initializer_range=0.1,
-    deltanet=DeltaNetConfig(num_heads=2, qk_norm="rms", forget_gate=True, decay_every=50),
+    deltanet=DeltaNetConfig(num_heads=2, qk_norm="rms", forget_gate=True, decay_every=50, conv_size=3),
 )
 
 
