@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnsp.config import ModelConfig
@@ -40,8 +39,8 @@ class LinearAttention(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Positive queries and keys, values, and the write strength, which is 1."""
-        q = F.elu(self.q_proj(x)).unflatten(-1, (self.heads, self.key_dim)) + 1
-        k = F.elu(self.k_proj(x)).unflatten(-1, (self.heads, self.key_dim)) + 1
+        q = positive(self.q_proj(x)).unflatten(-1, (self.heads, self.key_dim))
+        k = positive(self.k_proj(x)).unflatten(-1, (self.heads, self.key_dim))
         v = self.v_proj(x).unflatten(-1, (self.heads, self.value_dim))
         return q, k, v, torch.ones_like(at_least_fp32(v[..., 0]))
 
@@ -72,3 +71,12 @@ class LinearAttention(nn.Module):
             S_BHKV=S,
             key_sum_BHK=torch.zeros_like(S[..., 0]),
         )
+
+
+def positive(x: Tensor) -> Tensor:
+    """``elu(x) + 1``, in x's dtype.
+
+    Below zero that is ``exp(x)``, and has to be taken so: bf16 keeps of ``elu(x) + 1`` what it has beside 1, which is 0
+    from -6 down. A query of zeros has a denominator of ``eps`` alone, by which its gradient is divided.
+    """
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp()).to(x.dtype)
