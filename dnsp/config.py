@@ -37,7 +37,7 @@ class DeltaNetConfig(Section):
     """Options of the ``deltanet`` layer; the names are those of the document it follows.
 
     As that document writes it (``qk_norm: rms, scaled: false``, ``denominator: true``) the layer can diverge; it is
-    offered exactly so, with a warning. ``linear_attention`` layers take their heads and widths from here too.
+    offered exactly so, with a warning. ``linear_attention`` layers take heads, widths and ``conv_size`` from here.
     """
 
     num_heads: int = Field(4, gt=0)

@@ -4,7 +4,7 @@
     forget gate: S_t = f_t S_{t-1} + beta_t k_t (v_t - S_{t-1} k_t)              y_t = W_out (o_t  [ * silu(W_g x_t) ])
 
 ``conv_size``, which the document does not have, is the short convolution of the published layer (Yang et al.,
-arXiv:2406.06484): q, k, v = silu(conv(W x)), before they are normalised.
+arXiv:2406.06484): q, k, v = silu(conv(W x)), before they are normalised. Linear attention takes it from here, too.
 
 As the document writes it the layer can diverge (:func:`divergence`). The default is the scaled form: keys and
 normalised queries of norm 1 (1e-6 beside their square, under the root), whatever the gains of ``q_norm`` and ``k_norm``
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from dnsp.config import DeltaNetConfig, ModelConfig
 from dnsp.kernels import variants
-from dnsp.kernels.decode import conv_step, delta_step, normaliser_step
+from dnsp.kernels.decode import delta_step, normaliser_step
 from dnsp.kernels.norm import l2norm
 from dnsp.model.norm import RMSNorm
 from dnsp.model.rotary import Rotary
-from dnsp.model.state import LayerState, conv_tail
+from dnsp.model.short_conv import ShortConvolution
+from dnsp.model.state import LayerState
 from dnsp.parallel.delta_rule import begin_delta_rule, delta_rule
-from dnsp.parallel.halo import causal_conv1d
 from dnsp.parallel.plan import Plan
 
 
@@ -51,11 +51,7 @@ class DeltaNet(nn.Module):
         self.q_proj = nn.Linear(hidden, keys, bias=False)
         self.k_proj = nn.Linear(hidden, keys, bias=False)
         self.v_proj = nn.Linear(hidden, values, bias=False)
-        self.widths = (keys, keys, values)
-        if options.conv_size:
-            channels = sum(self.widths)
-            # holds the weight alone, as a gated delta layer's
-            self.conv1d = nn.Conv1d(channels, channels, options.conv_size, groups=channels, bias=False)
+        self.conv = ShortConvolution((keys, keys, values), options.conv_size) if options.conv_size else None
         if options.use_beta_gate:
             self.beta_proj = nn.Linear(hidden, self.heads, bias=False)
         elif options.train_beta:
@@ -75,8 +71,8 @@ class DeltaNet(nn.Module):
         del std
         for projection in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.xavier_uniform_(projection.weight)
-        if self.options.conv_size:
-            self.conv1d.reset_parameters()  # as in flash-linear-attention's layer: torch's own, by the fan-in
+        if self.conv is not None:
+            self.conv.reset_parameters()
         if self.options.use_beta_gate:
             # sigmoid(0) = 0.5. The document also zeroes beta_proj.bias, which its bias-free projection does not have.
             nn.init.zeros_(self.beta_proj.weight)
@@ -98,7 +94,7 @@ class DeltaNet(nn.Module):
             x = getattr(self, norm)(x)
         return l2norm(x) if self.l2 and not self.l2_in_rule else x
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def _queries_keys_values(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,11 +138,8 @@ class DeltaNet(nn.Module):
 
     def forward(self, x_BTD: Tensor, plan: Plan, rotary: Rotary | None, state: LayerState | None = None) -> Tensor:
         parts = self._project(x_BTD)
-        if self.options.conv_size:
-            mixed = torch.cat(parts, dim=-1)  # so that one halo is exchanged, not three
-            parts = causal_conv1d(mixed, self.conv1d.weight.squeeze(1), plan=plan).split(self.widths, dim=-1)
-            if state is not None:
-                state.conv_tail_BWD = conv_tail(mixed, plan.position_BT, self.options.conv_size)
+        if self.conv is not None:
+            parts = self.conv(parts, plan, state)
         q, k, v = self._queries_keys_values(parts)
         v, g, beta = self._gates(x_BTD, v, plan.position_BT)
         keep = state is not None
@@ -168,9 +161,8 @@ class DeltaNet(nn.Module):
         assert state.S_BHKV is not None
         x_B1D = x_BD.unsqueeze(1)
         parts = self._project(x_BD)
-        if state.conv_tail_BWD is not None:
-            mixed = torch.cat(parts, dim=-1)
-            parts = conv_step(mixed, state.conv_tail_BWD, self.conv1d.weight.squeeze(1)).split(self.widths, dim=-1)
+        if self.conv is not None:
+            parts = self.conv.step(parts, state)
         q, k, v = (part.unsqueeze(1) for part in self._queries_keys_values(parts))
         v, g, beta = self._gates(x_B1D, v, state.position_B.unsqueeze(1))
         q, k, v, beta = (part.squeeze(1) for part in (q, k, v, beta))
@@ -183,12 +175,10 @@ class DeltaNet(nn.Module):
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LayerState:
         shape = (batch, self.heads, self.key_dim, self.value_dim)
         S = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        taps = self.options.conv_size
-        tail = torch.zeros(batch, taps - 1, sum(self.widths), dtype=dtype, device=device) if taps else None
         return LayerState(
             position_B=torch.zeros(batch, dtype=torch.long, device=device),
             S_BHKV=S,
-            conv_tail_BWD=tail,
+            conv_tail_BWD=None if self.conv is None else self.conv.empty_tail(batch, device, dtype),
             key_sum_BHK=torch.zeros_like(S[..., 0]) if self.options.denominator else None,
         )
 

@@ -14,13 +14,14 @@ from dnsp.kernels.decode import delta_step, normaliser_step
 from dnsp.model.deltanet import head_dim, key_sum_product
 from dnsp.model.norm import at_least_fp32
 from dnsp.model.rotary import Rotary
+from dnsp.model.short_conv import ShortConvolution
 from dnsp.model.state import LayerState
 from dnsp.parallel.delta_rule import delta_rule
 from dnsp.parallel.plan import Plan
 
 
 class LinearAttention(nn.Module):
-    """x ``[B, T, D]`` to y ``[B, T, D]``; heads and widths are those of ``deltanet``: states of equal size."""
+    """x ``[B, T, D]`` to y ``[B, T, D]``; heads, widths and convolution as in ``deltanet``: states of equal size."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -31,21 +32,31 @@ class LinearAttention(nn.Module):
         self.q_proj = nn.Linear(hidden, keys, bias=False)
         self.k_proj = nn.Linear(hidden, keys, bias=False)
         self.v_proj = nn.Linear(hidden, values, bias=False)
+        taps = config.deltanet.conv_size
+        self.conv = ShortConvolution((keys, keys, values), taps) if taps else None
         self.out_proj = nn.Linear(values, hidden, bias=False)
 
     def reset_parameters(self, std: float) -> None:
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             nn.init.normal_(projection.weight, std=std)
+        if self.conv is not None:
+            self.conv.reset_parameters()
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def _features(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Positive queries and keys, values, and the write strength, which is 1."""
-        q = positive(self.q_proj(x)).unflatten(-1, (self.heads, self.key_dim))
-        k = positive(self.k_proj(x)).unflatten(-1, (self.heads, self.key_dim))
-        v = self.v_proj(x).unflatten(-1, (self.heads, self.value_dim))
+        q = positive(parts[0]).unflatten(-1, (self.heads, self.key_dim))
+        k = positive(parts[1]).unflatten(-1, (self.heads, self.key_dim))
+        v = parts[2].unflatten(-1, (self.heads, self.value_dim))
         return q, k, v, torch.ones_like(at_least_fp32(v[..., 0]))
 
     def forward(self, x_BTD: Tensor, plan: Plan, rotary: Rotary | None, state: LayerState | None = None) -> Tensor:
-        q, k, v, beta = self._project(x_BTD)
+        parts = self._project(x_BTD)
+        if self.conv is not None:
+            parts = self.conv(parts, plan, state)
+        q, k, v, beta = self._features(parts)
         keep = state is not None
         o, S = delta_rule(
             q, k, v, None, beta, plan=plan, scale=1.0, output_final_state=keep, rule=variants.LINEAR_ATTENTION
@@ -58,17 +69,21 @@ class LinearAttention(nn.Module):
     def step(self, x_BD: Tensor, rotary: Rotary | None, mask: Tensor | None, state: LayerState) -> Tensor:
         """One token a row; the state is updated in place."""
         assert state.S_BHKV is not None and state.key_sum_BHK is not None
-        q, k, v, beta = self._project(x_BD)
+        parts = self._project(x_BD)
+        if self.conv is not None:
+            parts = self.conv.step(parts, state)
+        q, k, v, beta = self._features(parts)
         o = delta_step(q, k, v, None, beta, state.S_BHKV, scale=1.0, rule=variants.LINEAR_ATTENTION)
         qD = normaliser_step(q, k, state.key_sum_BHK)
         return self.out_proj(variants.normalise_output(o, qD, self.eps).flatten(-2))
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LayerState:
-        dtype = torch.promote_types(dtype, torch.float32)
-        S = torch.zeros(batch, self.heads, self.key_dim, self.value_dim, dtype=dtype, device=device)
+        shape = (batch, self.heads, self.key_dim, self.value_dim)
+        S = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
         return LayerState(
             position_B=torch.zeros(batch, dtype=torch.long, device=device),
             S_BHKV=S,
+            conv_tail_BWD=None if self.conv is None else self.conv.empty_tail(batch, device, dtype),
             key_sum_BHK=torch.zeros_like(S[..., 0]),
         )
 

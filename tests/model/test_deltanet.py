@@ -105,7 +105,7 @@ def from_the_document(
             qkv = torch.cat([weight[f"{part}_proj.weight"] @ x for part in "qkv"])
             if o.conv_size:
                 window = [*window, qkv][-o.conv_size :]
-                taps = weight["conv1d.weight"][:, 0, -len(window) :]
+                taps = weight["conv.weight"][:, -len(window) :]
                 qkv = F.silu((torch.stack(window, dim=-1) * taps).sum(-1))
             q, k, v = qkv.split([layer.heads * n for n in (layer.key_dim, layer.key_dim, layer.value_dim)])
             q, k = q.view(layer.heads, layer.key_dim), k.view(layer.heads, layer.key_dim)
@@ -245,9 +245,9 @@ def test_initialisation_is_the_documents() -> None:
     fixed.reset_parameters(0.02)
     assert torch.equal(fixed.beta, torch.full((2,), 0.3)) and fixed.beta.requires_grad
     published = DeltaNet(config_with(conv_size=4))
-    torch.nn.init.zeros_(published.conv1d.weight)
+    torch.nn.init.zeros_(published.conv.weight)
     published.reset_parameters(0.02)
-    assert published.conv1d.weight.abs().max().item() == pytest.approx(0.5, rel=0.05)  # 1 / sqrt(4), as nn.Conv1d's
+    assert published.conv.weight.abs().max().item() == pytest.approx(0.5, rel=0.05)  # 1 / sqrt(4), as nn.Conv1d's
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
