@@ -17,6 +17,7 @@ import platform
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,25 @@ FAILURE = "failure.txt"
 STACKS = "stacks"
 POLL = 0.25  # seconds
 LINGER = 1.5  # seconds that the first to fail gives the others for their stacks
+AHEAD = 4  # layers that are launched and not begun, at most
+
+
+class Lead:
+    """Keeps the host at most :data:`AHEAD` layers ahead of its GPU.
+
+    By itself it is ahead by all that a GPU's queue holds, which is minutes where sequences are long: it would stand in
+    the sum of the losses as if a rank were lost, and NCCL counts a collective's time from its launch.
+    """
+
+    def __init__(self, event: Callable[[], Any] = lambda: torch.cuda.Event(blocking=True)) -> None:
+        self.events = deque(event() for _ in range(AHEAD))
+
+    def layer(self) -> None:
+        """The host comes to a layer: where it is too far ahead it waits."""
+        event = self.events[0]
+        event.synchronize()  # nothing to wait for the first time
+        event.record()
+        self.events.rotate(-1)
 
 
 class Place:
@@ -48,17 +68,23 @@ class Place:
         layer = f", layer {self.layer}" if self.layer else ""
         return f"rank {self.rank} (node {self.node}) was at step {self.step}{layer}, in {self.doing}"
 
-    def follow(self, layers: nn.ModuleList, kinds: list[str]) -> None:
-        """Have every layer say when its forward and its backward begin."""
+    def follow(self, layers: nn.ModuleList, kinds: list[str], lead: Lead | None = None) -> None:
+        """Have every layer say when its forward and its backward begin, and the lead kept where there is one."""
+
+        def at(doing: str, name: str) -> None:
+            self.at(doing, name)
+            if lead is not None:
+                lead.layer()
+
         for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
             name = f"{index} ({kind})"
 
             def entered(module: nn.Module, inputs: Any, name: str = name) -> None:
-                self.at("the forward", name)
+                at("the forward", name)
 
             def left(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
                 if output.requires_grad:
-                    output.register_hook(lambda _: self.at("the backward", name))
+                    output.register_hook(lambda _: at("the backward", name))
 
             layer.register_forward_pre_hook(entered)
             layer.register_forward_hook(left)

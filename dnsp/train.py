@@ -42,9 +42,11 @@ from dnsp.model.decoder import Decoder
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import Plan, make_plan
+from dnsp.parallel.transport import backend_of
 from dnsp.probe import probe
 from dnsp.saving import Saver
 from dnsp.schedule import Span, learning_rate, spans
+from dnsp.stalls import Lead
 from dnsp.telemetry import Telemetry
 
 
@@ -191,7 +193,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
 
     skipped, spikes = Skipped(config.faults), Spikes(config.faults)
     passed_over = [tuple(those) for those in found.state.get("passed_over", [])] if found else []
-    watch.place.follow(model.model.layers, list(config.model.layers))
+    deadlines = engine.device.type == "cuda" and grid.world > 1 and backend_of(grid.everyone) == "nccl"
+    watch.place.follow(model.model.layers, list(config.model.layers), Lead() if deadlines else None)
     watch.look_after(folder, config.run.stall)
 
     model.set_rope_theta(stages[now].rope_theta)  # where no step is left, too
@@ -211,9 +214,8 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                 rows = f"{stage.global_batch} sequences a step, {stage.micro_batch} at once on a rank"
                 telemetry.say(f"context of {stage.sequence_length:,} tokens from step {stage.start + 1}; {rows}")
         watch.place.at("the data", step=done + 1)
-        # NCCL ends a process whose collective is late without asking; the verdict comes before it, once all is compiled
-        soon = engine.device.type == "cuda" and done > max(start, stage.start)
-        watch.stalls.limit = min(config.run.stall, 0.9 * config.run.timeout) if soon else config.run.stall
+        compiled = done > max(start, stage.start)
+        watch.stalls.limit = watchdog.patience(config.run, late=deadlines and compiled)
         work = data.step(cursor, stage.sequence_length, stage.global_batch)
         while any(first < work.cursor.sequences and cursor.sequences < end for first, end in passed_over):
             cursor = work.cursor

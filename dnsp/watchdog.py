@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dnsp.checkpoint import way_on
+from dnsp.config import RunConfig
 from dnsp.ending import end
 from dnsp.errors import Echo, PeerFailed, RunError, UsageError
 from dnsp.launch.environment import Environment
@@ -42,7 +43,7 @@ _LOST = re.compile(
     r"[Cc]onnection (closed|reset|refused)|Timed out|timed out|Broken pipe|Socket Timeout|Connection was likely closed"
     r"|failed to (recv|send|connect)|Application timeout",
 )
-NOTICE = 3.0  # seconds that the main thread has to notice by itself that a peer is lost
+NOTICE = 2.0  # seconds that the main thread has to notice by itself that a peer is lost
 GIVE_BACK = 1.0  # seconds that the terminal and NVML may take to be given back before a failure is said
 
 
@@ -109,6 +110,12 @@ def peer_refusal(grid: Grid) -> str | None:
     words = refusal(grid.transport())
     everyone = from_all(words) if grid.world > 1 else [words]
     return next((said for said in everyone if said), None)
+
+
+def patience(settings: RunConfig, late: bool) -> float:
+    """Seconds that a rank may make no progress. ``late``: NCCL ends a process whose collective is late without asking,
+    so that the verdict has to come before it, and behind those that say more (:meth:`Watch._look`)."""
+    return min(settings.stall, settings.timeout + NOTICE + 1) if late else settings.stall
 
 
 def check_peers() -> None:

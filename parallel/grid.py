@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from .errors import LayoutError
 from .probe import host
-from .transport import Transport
+from .transport import Transport, backend_of
 
 PATIENCE = timedelta(minutes=30)
+GRACE = timedelta(seconds=10)  # NCCL ends a process without a word: until then whoever knows more has said it
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def make_grid(sequence: int | None = None, timeout: float = 30.0) -> Grid:
     if not dist.is_initialized():
         return Grid(world=1, rank=0, sequence=1)
     limit = timedelta(seconds=timeout)
+    if backend_of(None) == "nccl":
+        limit += GRACE
     # Words between hosts may wait for a rank that still compiles or proves its kernels.
     controls = [
         dist.new_group(range(first, first + size), timeout=PATIENCE, backend="gloo") if size > 1 else None

@@ -23,16 +23,18 @@ from unittest.mock import Mock
 
 import psutil
 import pytest
+import torch
 
 from dnsp import ending, watchdog
 from dnsp.checkpoint import way_on
 from dnsp.cli import main
-from dnsp.config import load_config
+from dnsp.config import RunConfig, load_config
 from dnsp.errors import UsageError
 from dnsp.folder import check_identity, check_start, compare_models
 from dnsp.launch.environment import Environment
 from dnsp.parallel.errors import PeerLost
-from dnsp.stalls import Place, Stalls
+from dnsp.parallel.grid import GRACE
+from dnsp.stalls import AHEAD, LINGER, Lead, Place, Stalls
 from tests.dnsp.conftest import environment
 
 BEFORE, LATER = 20.0, 30.0  # seconds until a refusal, until a fault has ended every rank
@@ -409,6 +411,44 @@ def test_a_peer_that_the_watching_thread_misses_is_said_once(
         watch._look()
     assert "rank 0 lost rank 1 during a scan" in said[0]["message"]
     assert said[0]["consequence"] and said[0]["quiet"] is quiet
+
+
+def test_whoever_knows_most_of_a_lost_rank_speaks_first() -> None:
+    """A wait on the device in vain, then a rank without progress, then NCCL, all within 30 s by default."""
+    settings = RunConfig()
+    device = settings.timeout + watchdog.NOTICE
+    stall = watchdog.patience(settings, late=True)
+    assert device < stall and stall + LINGER < 30 < settings.timeout + GRACE.total_seconds()
+    assert watchdog.patience(settings, late=False) == settings.stall
+    assert watchdog.patience(RunConfig(stall=3), late=True) == 3
+
+
+class Pending:
+    """An event of a GPU that is done when somebody waits for it."""
+
+    def __init__(self, queue: list[Pending]) -> None:
+        self.queue = queue
+
+    def record(self) -> None:
+        self.queue.append(self)
+
+    def synchronize(self) -> None:
+        if self in self.queue:
+            del self.queue[: self.queue.index(self) + 1]  # all that was launched before is done, too
+
+
+def test_the_host_is_a_few_layers_ahead_at_most() -> None:
+    queue: list[Pending] = []
+    place, lead = Place(0), Lead(lambda: Pending(queue))
+    layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3 * AHEAD))
+    place.follow(layers, ["linear"] * len(layers), lead)
+    x, depth = torch.ones(1, 2), []
+    for layer in layers:
+        x = layer(x)
+        depth.append(len(queue))
+    x.sum().backward()
+    assert depth == [*range(1, AHEAD + 1), *[AHEAD] * (2 * AHEAD)] and len(queue) == AHEAD
+    assert place.doing == "the backward" and place.layer == "0 (linear)"
 
 
 def test_a_file_system_that_fails_keeps_no_verdict_back(tmp_path: Path) -> None:
