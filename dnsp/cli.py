@@ -332,16 +332,19 @@ def report(
 
 @data_app.command("prepare")
 def prepare(
-    source: Annotated[str, typer.Argument(help="Text, a folder, .jsonl, .parquet, also .gz or .zst; python-stdlib.")],
+    source: Annotated[str, typer.Argument(help="Text, a folder, .jsonl, .parquet (.gz, .zst), python-stdlib(-long).")],
     out: Annotated[Path, typer.Argument(help="Prefix of the .bin and .idx files to write.")],
     tokenizer: Annotated[str, typer.Option(help="bytes, or a Hugging Face name or path.")] = "bytes",
     text_key: Annotated[str, typer.Option(help="The key or column of the text in .jsonl and .parquet.")] = "text",
+    join: Annotated[
+        int, typer.Option(min=0, help="Documents that follow each other become one of at least so many bytes; 0: none.")
+    ] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
 ) -> None:
     """Tokenize text into Megatron's .bin and .idx files."""
     from dnsp.data.prepare import prepare as run
 
-    done = run(source, out, tokenizer, text_key=text_key, overwrite=overwrite)
+    done = run(source, out, tokenizer, text_key=text_key, join=join, overwrite=overwrite)
     made = done.metadata
     empty = f" ({done.empty_documents:,} empty ones left out)" if done.empty_documents else ""
     print(f"{done.prefix}: {made.documents:,} documents{empty}, {made.tokens:,} tokens, {done.seconds:.1f} s")

@@ -142,7 +142,7 @@ class ModelConfig(Section):
 
 
 class Source(Section):
-    path: str  # prefix of a .bin/.idx pair, ``python-stdlib``, or ``task:NAME`` of dnsp/tasks/sources.py
+    path: str  # prefix of a .bin/.idx pair, ``python-stdlib`` (``-long``), or ``task:NAME`` of dnsp/tasks/sources.py
     weight: float = Field(1.0, gt=0)
     options: dict[str, Any] = Field(default_factory=dict)  # of a task
 

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from dnsp.errors import UsageError
 
 PYTHON_STDLIB = "python-stdlib"
+PYTHON_STDLIB_LONG = "python-stdlib-long"
+LONG = 1_100_000  # bytes of its documents, at least: 16 times 65,536 tokens of a byte each, and more
 JSON_LINES = {".jsonl", ".ndjson"}
 COMPRESSED = {".gz", ".zst"}
 # Not the library itself: what others installed, its tests, and what the build generated for this one machine.
@@ -34,11 +36,14 @@ def documents(source: str, text_key: str = "text") -> Iterator[Document]:
     """The documents of ``source``, in an order that depends on its contents alone.
 
     A plain file is one document, a JSON line or a Parquet row is one (its ``text_key``), a folder is all its files
-    sorted by path, hidden ones left out. ``python-stdlib`` is the running Python's own standard library.
+    sorted by path, hidden ones left out. ``python-stdlib`` is the running Python's own standard library, and
+    ``python-stdlib-long`` the same without its codecs' tables, files joined to documents of a million bytes.
 
     Raises UsageError: at once for a missing source; while reading for what is unreadable, damaged or not text, or needs
     a package that is not installed.
     """
+    if source == PYTHON_STDLIB_LONG:
+        return joined(_read([file for file in stdlib_files() if file.parent.name != "encodings"], text_key), LONG)
     if source == PYTHON_STDLIB:
         files = stdlib_files()
     else:
@@ -50,9 +55,31 @@ def documents(source: str, text_key: str = "text") -> Iterator[Document]:
         else:
             raise UsageError(
                 f"there is no file or folder {source!r}: give a text file, a folder, .jsonl, .parquet, "
-                f"or the name {PYTHON_STDLIB}"
+                f"or the name {PYTHON_STDLIB} or {PYTHON_STDLIB_LONG}"
             )
     return _read(files, text_key)
+
+
+def joined(stream: Iterator[Document], size: int) -> Iterator[Document]:
+    """Documents that follow each other as one, of ``size`` bytes or more; a shorter rest goes with the last."""
+    whole: Document | None = None
+    parts: list[Document] = []
+    bytes_so_far = 0
+    for document in stream:
+        parts.append(document)
+        bytes_so_far += len(document.text)
+        if bytes_so_far >= size:
+            if whole is not None:
+                yield whole
+            whole, parts, bytes_so_far = _one(parts), [], 0
+    if whole is not None:
+        parts.insert(0, whole)
+    if parts:
+        yield _one(parts)
+
+
+def _one(parts: list[Document]) -> Document:
+    return Document(b"\n".join(part.text for part in parts), parts[0].origin)
 
 
 def _read(files: list[Path], text_key: str) -> Iterator[Document]:

@@ -17,7 +17,7 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from dnsp.data.documents import PYTHON_STDLIB, Document, documents, stdlib_files
+from dnsp.data.documents import PYTHON_STDLIB, PYTHON_STDLIB_LONG, Document, documents, joined, stdlib_files
 from dnsp.data.indexed import IndexedSource, IndexedWriter, Metadata, data_prefix, exists
 from dnsp.data.tokenizer import Tokenizer, load_tokenizer
 from dnsp.errors import UsageError
@@ -42,6 +42,7 @@ def prepare(
     tokenizer: str = "bytes",
     *,
     text_key: str = "text",
+    join: int = 0,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Summary:
@@ -50,12 +51,15 @@ def prepare(
     source: a text file, a folder, ``.jsonl`` (key ``text_key``), each also ``.gz`` or ``.zst``, ``.parquet``
         (column ``text_key``), or ``python-stdlib``.
     tokenizer: ``bytes``, or a Hugging Face name or folder.
+    join: documents that follow each other become one, of at least so many bytes; 0: they stay as they are.
     console: where progress is shown, if it is a terminal; standard error by default.
 
     Raises UsageError for everything that a user can put right, a full disk included; then nothing is left at ``out``.
     """
     began = time.monotonic()
     stream, encoder = documents(source, text_key), load_tokenizer(tokenizer)
+    if join:
+        stream = joined(stream, join)
     text_bytes = empty = 0
     with (
         _in_words(out),
@@ -83,24 +87,25 @@ def prepare(
 
 
 def ensure(path: str, tokenizer: str = "bytes", cache_dir: str | Path | None = None) -> str:
-    """The prefix of prepared data: ``path`` itself, or for ``python-stdlib`` one in the cache, made now if need be.
+    """The prefix of prepared data: ``path`` itself, or for ``python-stdlib`` (``-long``) one in the cache, made now if
+    need be.
 
     Safe to call from every rank: one prepares, the others wait. The cache is ``cache_dir``, else ``DNSP_CACHE``, else
     ``dnsp`` in ``XDG_CACHE_HOME`` or ``~/.cache``; its entries are keyed by the tokenizer, Python's version and the
     library's contents.
     """
-    if path != PYTHON_STDLIB:
+    if path not in (PYTHON_STDLIB, PYTHON_STDLIB_LONG):
         return str(data_prefix(path))
     folder = Path(cache_dir) if cache_dir else default_cache()
     key = hashlib.sha256(load_tokenizer(tokenizer).fingerprint.encode())
     for file in stdlib_files():
         key.update(file.read_bytes())
-    prefix = folder / f"{PYTHON_STDLIB}-{platform.python_version()}-{key.hexdigest()[:16]}"
+    prefix = folder / f"{path}-{platform.python_version()}-{key.hexdigest()[:16]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{prefix}.lock"):
             if not _usable(prefix):
-                prepare(PYTHON_STDLIB, prefix, tokenizer, overwrite=True)
+                prepare(path, prefix, tokenizer, overwrite=True)
     except OSError as error:
         raise UsageError(
             f"the data cache {folder} cannot be used ({error.strerror or error}): "

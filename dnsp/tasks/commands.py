@@ -21,7 +21,7 @@ Out = Annotated[Path | None, typer.Option(help="The folder of runs and results; 
 ScaleOption = Annotated[str, typer.Option(help="smoke (minutes on a CPU) or full (one GPU).")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda (all GPUs) or cuda:N; a GPU where there is one.")]
 Models = Annotated[str | None, typer.Option(help="attention,linear_attention,deltanet,gated_delta,hybrid or some.")]
-Text = Annotated[str | None, typer.Option(help="For lm: prefix of a .bin/.idx pair, in place of python-stdlib.")]
+Text = Annotated[str | None, typer.Option(help="For lm: prefix of a .bin/.idx pair, in place of python-stdlib-long.")]
 Workers = Annotated[int | None, typer.Option(help="Runs at once; left out, what the device and the cores bear.")]
 Minutes = Annotated[float | None, typer.Option(help="Save and stop before this time is over.")]
 Ranks = Annotated[int, typer.Option(min=1, help="Local ranks that share each run's sequences.")]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import resource
 import subprocess
@@ -69,6 +70,26 @@ def test_standard_library(tmp_path: Path) -> None:
     # What was damaged in the cache is made again, not refused.
     Path(f"{prefix}.bin").write_bytes(b"x")
     assert IndexedSource(ensure("python-stdlib", cache_dir=tmp_path)).tokens == source.tokens
+
+
+def test_long_documents_are_the_same_files_in_the_same_order(tmp_path: Path) -> None:
+    source = IndexedSource(ensure("python-stdlib-long", cache_dir=tmp_path))
+    read = [source.read(n, 0, int(length) - 1).astype(np.uint8).tobytes() for n, length in enumerate(source.lengths_N)]
+    codecs = f"{os.sep}encodings{os.sep}"  # tables, no text
+    files = [document for document in documents("python-stdlib") if codecs not in document.origin]
+    assert b"\n".join(read) == b"\n".join(document.text for document in files)
+    assert min(map(len, read)) >= 1_100_000 > 16 * 65_536 and len(read) > 4
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"), [(0, ["aa", "b", "ccc", "d"]), (3, ["aa\nb", "ccc\nd"]), (99, ["aa\nb\nccc\nd"])]
+)
+def test_documents_are_joined_to_a_size(size: int, wanted: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["aa", "b", "ccc", "d"]))
+    prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", join=size)
+    source = IndexedSource(tmp_path / "out")
+    read = [bytes(source.read(n, 0, int(length) - 1).tolist()) for n, length in enumerate(source.lengths_N)]
+    assert read == [text.encode() for text in wanted]
 
 
 def _ensure(cache: Path, outcome) -> None:  # noqa: ANN001
