@@ -53,9 +53,9 @@ def test_the_readme_names_every_command_and_only_those() -> None:
     assert linked and all((ROOT / path).exists() for path in linked)
 
 
-def table_rows(heading: str) -> list[list[str]]:
-    """The cells of the README's table whose heading row begins so, without bold."""
-    lines = (ROOT / "README.md").read_text().splitlines()
+def table_rows(heading: str, page: str = "README.md") -> list[list[str]]:
+    """The cells of the page's table whose heading row begins so, without bold."""
+    lines = (ROOT / page).read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading}"))
     rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
     return [[cell.strip().replace("*", "") for cell in row.strip("|").split("|")] for row in rows]
@@ -99,6 +99,37 @@ def test_the_readmes_figures_of_training_and_of_two_gpus_are_those_measured() ->
             f"{half:.2f} ms", *(f"{ms:.2f} ms, {100 * half / ms:.1f} %" for ms in peer),
             *(f"{ms:.2f} ms" for ms in others),
         ]  # fmt: skip
+
+
+def test_the_figures_of_several_ranks_are_those_measured() -> None:
+    def by_layout(ways: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [way for way in ways if way["transport"] == "peer"]
+
+    found: dict[str, list[str]] = {}
+    hops = []
+    for world in measured("scan-1-gpu-*.json")[0]["worlds"]:
+        one, shard, ways = world["one process"], world["local shard"], by_layout(world["ways"])
+        many = f"{world['ranks']} ranks"
+        found[f"delta rule, {many} on one GPU, over one process"] = [f"{way['ms'] / one['ms']:.3f}" for way in ways]
+        spans = [f"{way['makespan_ms'] / shard['alone_ms']:.3f}" for way in ways]
+        found[f"replayed makespan of {many} over the local shard"] = spans
+        hops.append(f"{ways[0]['hop_us']:.1f}")
+    del found["replayed makespan of 4 ranks over the local shard"]  # no aim is set for it
+    found["a hop, us: of 2, 4, 8 ranks"] = [", ".join(hops), ""]
+    for part in measured("attention-1-gpu-*.json")[0]["worlds"][0]["widths"]:
+        one, zigzag = (way["both_ms"] for way in part["ways"][:2])
+        name = f"attention, heads of {part['width']}, 4 ranks on one GPU, over one process"
+        found[name] = ["", f"{zigzag / one:.3f}"]
+    one, *stacks = (way["ms"] for way in measured("stack-1-gpu-*.json")[0]["worlds"][0]["ways"])
+    name = "three delta-rule layers and one of attention, whole, 4 ranks on one GPU, over one process"
+    found[name] = [f"{ms / one:.3f}" for ms in stacks]
+    for file in measured("scan-2-gpus-*.json"):
+        world, where = file["worlds"][0], f"{file['tokens']:,} tokens on two H200s"
+        ways, half = by_layout(world["ways"]), world["local shard"]["ms"]
+        peer = next(side["ms"] for side in world["peers"] if side["name"] == "fla's context parallelism")
+        found[f"delta rule, {where}, over the half alone"] = [f"{way['ms'] / half:.3f}" for way in ways]
+        found[f"fla's context parallelism over it, {where}"] = [f"{peer / way['ms']:.1f}" for way in ways]
+    assert {row[0]: row[1:3] for row in table_rows("work | contiguous", "docs/measured/README.md")} == found
 
 
 def test_every_goal_that_was_missed_is_among_what_falls_short() -> None:
