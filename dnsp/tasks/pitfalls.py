@@ -95,7 +95,9 @@ def update_first(tokens: int, width: int) -> tuple[list[Figures], str]:
             if first:
                 S = S + beta * torch.outer(k, v[0])
             S = S + beta * torch.outer(k, v[0] - k @ S)
-        rows.append({"what": what, "what comes back, of the value": float((k @ S) @ v[0] / (v[0] @ v[0]))})
+        back = float((k @ S) @ v[0] / (v[0] @ v[0]))
+        rows.append({"what": what, "what comes back, of the value": back, "state norm": float(S.norm()),
+                     "error of the pair": float((k @ S - v[0]).norm() / v[0].norm())})  # fmt: skip
     good, bad = (row["what comes back, of the value"] for row in rows)
     return rows, (
         f"a pair that is written again and again at beta {beta} comes back {good:.3f} times; with the error taken from "
@@ -116,12 +118,18 @@ def no_denominator(tokens: int, width: int) -> tuple[list[Figures], str]:
             S = S + 0.5 * torch.outer(k_t, v_t - k_t @ S if erase else v_t)
             outputs.append(q_t @ S)
         plain[what] = torch.stack(outputs)
-        rows.append({"what": what, "denominator": "no", "state norm": float(S.norm()),
-                     "largest output": float(plain[what].abs().max()), "smallest |q D|": None})  # fmt: skip
+        rows.append({"what": what, "denominator": "no", "state norm": float(S.norm()), "error of the newest pairs":
+                     asked_back(S, k, v), "largest output": float(plain[what].abs().max()), "smallest |q D|": None,
+                     })  # fmt: skip
+        if erase:
+            kD = k[-ASKED:] @ k.sum(0) + 1e-6
+            back = k[-ASKED:] @ S / kD.unsqueeze(-1)
+            divided_error = float((back - v[-ASKED:]).norm() / v[-ASKED:].norm())
     qD = (q * k.cumsum(0)).sum(-1)
     divided = plain["delta rule"] / (qD + 1e-6).unsqueeze(-1)
     rows.append({"what": "delta rule", "denominator": "yes", "state norm": rows[0]["state norm"],
-                 "largest output": float(divided.abs().max()), "smallest |q D|": float(qD.abs().min())})  # fmt: skip
+                 "error of the newest pairs": divided_error, "largest output": float(divided.abs().max()),
+                 "smallest |q D|": float(qD.abs().min())})  # fmt: skip
     return rows, (
         f"not borne out: without it the delta rule's state norm is {_number(rows[0]['state norm'])} after {tokens:,} "
         f"tokens, for what is erased does not add up (linear attention's is {_number(rows[1]['state norm'])}); with it "
@@ -156,9 +164,11 @@ def vector_state(tokens: int, width: int) -> tuple[list[Figures], str]:
     matrix = float((k @ S - v).norm() / v.norm())
     vector = float((k * scale * s - v).norm() / v.norm())
     rows: list[Figures] = [
-        {"what": "matrix, d x d", "bytes a head in fp32": 4 * width**2, "error of all pairs": matrix},
-        {"what": "vector, d", "bytes a head in fp32": 4 * width, "error of all pairs": vector},
-    ]
+        {"what": "matrix, d x d", "bytes a head in fp32": 4 * width**2, "state norm": float(S.norm()),
+         "error of all pairs": matrix},
+        {"what": "vector, d", "bytes a head in fp32": 4 * width, "state norm": float(s.norm()),
+         "error of all pairs": vector},
+    ]  # fmt: skip
     return rows, (
         f"{pairs} pairs come back with an error of {matrix:.3f} from a matrix, {vector:.3f} from a vector, in which "
         "each channel holds the newest pair's alone"
@@ -188,6 +198,7 @@ def sequential(tokens: int, width: int) -> tuple[list[Figures], str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = min(tokens, 2048)
     inputs = problem(tokens, 4, width, device)
+    truth = by_token([x.detach().double() for x in inputs], torch.float64)
     rows: list[Figures] = []
 
     def one_by_one() -> Tensor:
@@ -200,7 +211,8 @@ def sequential(tokens: int, width: int) -> tuple[list[Figures], str]:
             o.sum().backward()
             return o.detach()
 
-        rows.append({"what": what, "ms, forward and backward": _median_ms(both, inputs[0], repeats=3)})
+        ms = _median_ms(both, inputs[0], repeats=3)
+        rows.append({"what": what, "ms, forward and backward": ms, "error": relative(both(), truth)})
     slow, fast = (row["ms, forward and backward"] for row in rows)
     return rows, f"{tokens:,} tokens take {slow:.0f} ms one by one, {fast:.1f} ms in chunks: {slow / fast:.0f} times"
 
