@@ -282,7 +282,109 @@ def test_a_layer_and_its_recomputation() -> None:
             assert max(seen["errors"].values()) < LIMITS["layer bf16"], (case, seen)
 
 
+# Everything that communicates, in any order: scans, halos, keys and their gradients go through memories of their own.
+
+
+def mixed_cases() -> dict[str, Any]:
+    """Each op of each plan is held against one process once; 200 steps of all three in random order, on ranks that
+    dawdle, then have the bits of that first time."""
+    grid = on_gpu()
+    draw, mine = random.Random(2), random.Random(grid.rank)
+    given = leaves(False)
+    weight = 0.5 * drawn(HV * V, 4, seed=9).to(torch.bfloat16)
+
+    def scan(plan: Plan) -> dict[str, Tensor]:
+        return differentiated(plan, given)
+
+    def halo(plan: Plan) -> dict[str, Tensor]:
+        x = plan.local(given["v"]).flatten(2).clone().requires_grad_()
+        y = causal_conv1d(x, weight, plan=plan)
+        y.backward(plan.local(drawn(1, TOKENS, HV * V, seed=8, dtype=y.dtype)))
+        assert x.grad is not None
+        return {"y": y.detach(), "dx": x.grad}
+
+    def keys(plan: Plan) -> dict[str, Tensor]:
+        parts = [plan.local(given[name]).clone().requires_grad_() for name in ("v", "k", "q")]
+        y = attention(*parts, plan=plan)
+        y.backward(plan.local(drawn(1, TOKENS, HV, V, seed=8, dtype=y.dtype)))
+        return {"y": y.detach()} | {f"d{n}": x.grad for n, x in enumerate(parts) if x.grad is not None}
+
+    ops = {"scan": scan, "halo": halo, "keys": keys}
+    plans, first, errors = [], [], dict.fromkeys(ops, 0.0)
+    for n in range(6):
+        starts = [[0, *sorted(draw.sample(range(1, TOKENS), draw.choice((0, 2, 20))))]]
+        layout = Layout(KINDS[n % 2], grid.world, TOKENS)
+        own = {"attention_transport": "peer", "attention_backend": "flash_deterministic"}
+        plan = make_plan(starts, layout, grid, SEGMENT, transport="peer", **own).to("cuda").agreed()
+        one = local_plan(starts, TOKENS, SEGMENT).to("cuda")
+        plans.append(plan)
+        first.append({name: op(plan) for name, op in ops.items()})
+        for name, op in ops.items():
+            for part, x in op(one).items():
+                want, found = plan.local(x).double(), first[n][name][part].double()
+                errors[name] = max(errors[name], float((found - want).norm() / want.norm()))
+    wrong = {name: torch.zeros((), dtype=torch.int64, device="cuda") for name in ops}
+    for _ in range(STEPS):
+        n = draw.randrange(len(plans))
+        for name in draw.sample(sorted(ops), len(ops)):
+            if mine.random() < 0.1:
+                time.sleep(mine.random() * 0.01)
+            if mine.random() < 0.1:
+                torch.cuda._sleep(int(mine.random() * 5e6))
+            for part, x in ops[name](plans[n]).items():
+                wrong[name] += (x != first[n][name][part]).any()
+    symmetric.check_all()
+    return {"errors": errors, "wrong": {name: int(count) for name, count in wrong.items()}}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_scans_halos_and_keys_never_mistake_each_other(size: int) -> None:
+    for rank, found in enumerate(run_ranks(mixed_cases, size, timeout=600)):
+        assert found["errors"]["scan"] == 0 and max(found["errors"].values()) < LIMITS["layer bf16"], (rank, found)
+        assert not any(found["wrong"].values()), (rank, found)
+
+
 # What goes wrong.
+
+
+def with_a_stalled_exchange(what: str) -> tuple[str, int | None, float]:
+    grid = on_gpu(LIMITS["deadline"])
+    own = {"attention_transport": "peer", "attention_backend": "flash_deterministic"}
+    layout = Layout("contiguous", grid.world, TOKENS)
+    plan = make_plan([[0]], layout, grid, SEGMENT, transport="peer", **own).to("cuda").at_layer(5)
+    given = {name: plan.local(x) for name, x in leaves(False).items()}
+    weight = drawn(HV * V, 4, seed=9).to(torch.bfloat16)
+
+    def work() -> None:
+        if what == "halo":
+            causal_conv1d(given["v"].flatten(2), weight, plan=plan)
+        else:
+            attention(given["v"], given["k"], given["q"], plan=plan)
+
+    work()
+    grid_barrier(grid)
+    start = time.monotonic()
+    if grid.rank == 1:
+        time.sleep(2 * LIMITS["deadline"] + 2)
+        return "", None, 0.0
+    try:
+        work()
+        torch.cuda.synchronize()
+        symmetric.check_all()
+    except PeerLost as lost:
+        return str(lost), lost.peer, time.monotonic() - start
+    return "nothing was noticed", None, time.monotonic() - start
+
+
+@pytest.mark.parametrize("what", ["halo", "keys"])
+def test_a_stalled_exchange_names_the_rank_within_the_deadline(what: str) -> None:
+    """Contiguous: the next rank waits for the stalled one's halo, and for its keys."""
+    told = run_ranks(with_a_stalled_exchange, 4, what, timeout=200, check=False)
+    assert not any(isinstance(found, RankFailure) for found in told), told
+    words, peer, seconds = told[2]
+    assert words.startswith("rank 2 lost rank 1 during ") and "layer 5" in words and peer == 1, told
+    assert ("halo" in words) == (what == "halo") and "(forward)" in words, told
+    assert LIMITS["deadline"] - 1 < seconds < LIMITS["noticed"], told
 
 
 def with_a_stalled_rank(kind: str, backward: bool) -> tuple[str, int | None, float]:
