@@ -5,7 +5,7 @@ full rectangles over the document's earlier tokens, one for each interval that h
 the rank that holds the keys, in *rounds*: in round s a rank works on the keys of the rank s places before it, whose
 needed ranges alone travel. Rectangles that lie side by side in memory are one: under zigzag a document of the whole
 sequence has one rectangle in every round. Squares that lie side by side, over rows too, are one call of a backend, but
-for intervals with a long one. All of it is Python integers, made once a micro-batch.
+for long ones. All of it is Python integers, made once a micro-batch.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from functools import cached_property
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
+from .attention_backends import CUDNN_TOKENS
 from .layout import Layout
 
 Range = tuple[int, int]  # (start, stop)
-# Both are estimates: a call costs some 50 us, cuDNN saves that from about here on, and takes no several documents.
-LONG = 2048  # tokens of a document's part from which on its interval has a call of its own
+# All are estimates. cuDNN is the fastest, and takes no several documents. A call costs some 50 us of the device, and
+# some 0.3 ms, there and back, of the host, which has to stay ahead. Other backends take neighbours in one call as fast
+# as by themselves, so lengths that cuDNN does not take stay together.
+LONG = 2048  # tokens of a document's part from which on its interval shares no call with other intervals
+APART = 4096  # tokens of a part, no fewer than LONG, from which on it has a call of its own, where cuDNN takes it
 JOINED = 2**16  # the most tokens of a call of several intervals, whose temporary memory grows with them
 
 
@@ -63,11 +67,17 @@ class Round:
         """The blocks as a backend takes them, squares first."""
         tokens, size = self.local_tokens, self.interval_tokens
         groups: list[list[int]] = []  # edges among the tokens of all rows
-        own, alone = (block for block in self.blocks if block.causal), True
-        for (row, _), blocks in groupby(own, lambda block: (block.row, block.query[0] // size)):
+
+        def unit(square: Block) -> tuple[int, int, int | None]:
+            """What no call divides: a square that has one of its own, or neighbours in an interval that have not."""
+            start, stop = square.query
+            return square.row, start // size, start if _apart(stop - start) else None
+
+        long = True
+        for (row, *_), blocks in groupby((block for block in self.blocks if block.causal), unit):
             parts = [(row * tokens + start, row * tokens + stop) for start, stop in (block.query for block in blocks)]
-            before, alone = alone, max(stop - start for start, stop in parts) >= LONG
-            if before or alone or parts[-1][1] - groups[-1][0] > JOINED:
+            before, long = long, max(stop - start for start, stop in parts) >= LONG
+            if before or long or parts[-1][1] - groups[-1][0] > JOINED:
                 groups.append([parts[0][0]])
             groups[-1].extend(stop for _, stop in parts)
         squares = [Call((edges[0], edges[-1]), tuple(edge - edges[0] for edge in edges)) for edges in groups]
@@ -76,6 +86,11 @@ class Round:
             for row, query, piece, key, causal in self.blocks
             if not causal
         )
+
+
+def _apart(tokens: int) -> bool:
+    """Whether a square of so many tokens has a call of its own, whatever lies beside it."""
+    return tokens >= APART and tokens % CUDNN_TOKENS == 0
 
 
 def make_rounds(starts: Sequence[Sequence[int]], layout: Layout, rank: int) -> tuple[Round, ...]:

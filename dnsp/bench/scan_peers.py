@@ -53,15 +53,16 @@ def peers(request: dict[str, Any], ranks: Ranks, inputs: dict[str, Tensor], do: 
     if request["heads"] % world == 0 and request["value_heads"] % world == 0:
 
         def ulysses(*x: Tensor) -> Tensor:
-            o, _ = chunk_gated_delta_rule(*(_Heads.apply(y, ranks.comm, True) for y in x), use_qk_l2norm_in_kernel=True)
-            return _Heads.apply(o, ranks.comm, False)
+            mine = (ByHeads.apply(y, ranks.comm, True) for y in x)
+            o, _ = chunk_gated_delta_rule(*mine, use_qk_l2norm_in_kernel=True)
+            return ByHeads.apply(o, ranks.comm, False)
 
         found[ULYSSES] = differentiated(ulysses)
     return found
 
 
-class _Heads(torch.autograd.Function):
-    """``[1, T/P, H, ...]`` to ``[1, T, H/P, ...]`` over a group, or back."""
+class ByHeads(torch.autograd.Function):
+    """``[1, T/P, H, ...]`` to ``[1, T, H/P, ...]`` over a group of P (``split``), or back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Transport, split: bool) -> Tensor:

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dnsp.bench import graphs, scan
+from dnsp.bench import attention, graphs, scan
 from dnsp.bench.account import Account, account
 from dnsp.bench.ranks import Ranks, new_table, publish
 from dnsp.bench.replay import Stamps, Work, hops_and_back, hops_there, makespan
@@ -24,6 +24,7 @@ from dnsp.errors import UsageError
 from dnsp.parallel.errors import PeerLost
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
+from dnsp.parallel.plan import local_plan, make_plan
 from dnsp.parallel.transport import Transport
 from dnsp.parallel.waits import WAITS
 from tests.ranks import run_ranks
@@ -68,8 +69,64 @@ def test_figures_of_every_way(what: str, tmp_path: Path) -> None:
     else:
         (figures,) = world["widths"]
         names = [way["name"] for way in figures["ways"]]
-        assert names[0] == "one process" and len(names) == 5
+        assert names[0] == "one process" and names[-1] == "heads exchanged"
+        assert {f"{kind}, {by}" for kind in ("contiguous", "zigzag") for by in ("ring", "gather")} <= set(names)
+        assert "heads exchanged: each key head goes to 2 ranks" in world["notes"]
         assert all(way["both_ms"] > way["forward_ms"] * 0.5 > 0 for way in figures["ways"])
+
+
+def heads_exchanged(heads: int, key_heads: int) -> list[tuple[float, ...]]:
+    """How far a rank's outputs and gradients by an exchange of heads are from those of the ring, for one document and
+    for several."""
+    grid, found = make_grid(timeout=60), []
+    for starts in ([[0]], [[0, 50, 300]]):
+        request = {"heads": heads, "key_heads": key_heads}
+        ring = attention.make_step(
+            make_plan(starts, Layout("contiguous", grid.world, 512), grid), request, 16, torch.device("cpu")
+        )
+        exchanged = attention.ExchangedStep(local_plan(starts, 512), ring.inputs, ring.do, grid.transport())
+        pairs = []
+        for step in (ring, exchanged):
+            o = step.output()
+            pairs.append([o, *torch.autograd.grad(o, step.inputs, step.do)])
+        found.append(tuple(float((a - b).norm() / a.norm()) for a, b in zip(*pairs, strict=True)))
+    return found
+
+
+@pytest.mark.parametrize(("size", "heads", "key_heads"), [(2, 4, 2), (2, 8, 4), (4, 8, 2), (4, 4, 1)])
+def test_heads_exchanged_compute_the_same(size: int, heads: int, key_heads: int) -> None:
+    """As many key heads as ranks, more, and fewer, which are sent to several."""
+    for found in run_ranks(heads_exchanged, size, heads, key_heads):
+        assert all(max(errors) < 1e-6 for errors in found), found
+
+
+def test_why_heads_are_not_exchanged() -> None:
+    ranks = Ranks(Grid(4, 0, 4), Transport(), torch.device("cpu"))
+    assert attention._not_exchanged({"heads": 16, "key_heads": 2}, ranks) == ""
+    assert "6 heads do not divide by 4" in attention._not_exchanged({"heads": 6, "key_heads": 2}, ranks)
+    assert "6 key heads do not divide by 4" in attention._not_exchanged({"heads": 12, "key_heads": 6}, ranks)
+    with patch.object(Ranks, "sharing", 4):
+        shared = Ranks(Grid(4, 0, 4), Transport(), torch.device("cuda", 0))
+        assert "a GPU for every rank" in attention._not_exchanged({"heads": 16, "key_heads": 2}, shared)
+
+
+@pytest.mark.parametrize("sharing", [1, 2])
+def test_attention_is_held_against_its_ideal(sharing: int) -> None:
+    """With a GPU each that is a part of one process's time, in a row of its own."""
+    times = {"one process": (4.0, 12.0), "zigzag, peer": (2.5, 8.0)}
+    ways = [{"name": name, "forward_ms": there, "both_ms": both} for name, (there, both) in times.items()]
+    world = {"ranks": 2, "sharing": sharing, "where": "somewhere"}
+    figures = {"width": 128, "backend": "cudnn", "ways": ways}
+    rows = attention.table(world, figures, {"tokens": 65536, "heads": 16, "key_heads": 2})
+    cells = list(zip(*(column.cells for column in rows.columns), strict=True))
+    if sharing == 1:
+        assert cells == [
+            ("one process", "4.000", "12.000", ""),
+            ("1/2 of it, the ideal", "2.000", "6.000", "100.0%"),
+            ("zigzag, peer", "2.500", "8.000", "75.0%"),
+        ]
+    else:
+        assert cells == [("one process", "4.000", "12.000", "1.000"), ("zigzag, peer", "2.500", "8.000", "0.667")]
 
 
 @pytest.mark.gpu

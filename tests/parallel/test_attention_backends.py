@@ -28,6 +28,7 @@ BLOCKS: dict[str, tuple[int, int, int, int, int, Edges]] = {
     "square": (4, 2, 16, 96, 96, (0, 96)),
     "rectangle": (4, 2, 16, 96, 160, ()),
     "documents": (4, 1, 16, 130, 130, (0, 40, 41, 77, 130)),
+    "documents of one token": (4, 2, 16, 64, 64, tuple(range(65))),
 }
 GPU_BLOCKS: dict[str, tuple[int, int, int, int, int, Edges]] = {
     "square": (16, 2, 256, 2048, 2048, (0, 2048)),
@@ -37,6 +38,7 @@ GPU_BLOCKS: dict[str, tuple[int, int, int, int, int, Edges]] = {
     "odd rectangle": (4, 2, 64, 65, 1001, ()),
     "documents": (16, 2, 256, 2048, 2048, (0, 1, 700, 1024, 2048)),
     "one token": (4, 2, 64, 1, 300, ()),
+    "documents of one token": (16, 2, 256, 64, 64, tuple(range(65))),
 }
 META = torch.device("meta")
 
@@ -259,7 +261,7 @@ def test_the_plain_backend_on_a_gpu(block: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("block", ["square", "odd square", "documents"])
+@pytest.mark.parametrize("block", ["square", "odd square", "documents", "documents of one token"])
 def test_the_deterministic_backend_repeats_its_bits(block: str) -> None:
     H, G, D, S, U, edges = GPU_BLOCKS[block]
     backend, asked = BACKENDS["flash_deterministic"], torch.are_deterministic_algorithms_enabled()
@@ -273,10 +275,19 @@ def test_the_deterministic_backend_repeats_its_bits(block: str) -> None:
 
 
 @pytest.mark.parametrize("long", [4096, 48])
-@pytest.mark.parametrize("starts", [[[0]], [[0], [0]], [[0, 20, 21], [0], [0, 90]], [[0], [0], [0, 5]]], ids=str)
+@pytest.mark.parametrize(
+    "starts",
+    [
+        [[0]], [[0], [0]], [[0, 20, 21], [0], [0, 90]], [[0], [0], [0, 5]], [[0, 48]], [[0, 48], [0, 5, 53, 60]],
+        [[0, 3, 9], [0, 2, 50, 94], [0, 48, 50, 60]],
+    ],
+    ids=str,
+)  # fmt: skip
 def test_rows_of_documents_against_fp64(starts: list[list[int]], long: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the public function: nothing reaches from one row into another, whichever share a call."""
-    monkeypatch.setattr(blocks, "LONG", long)
+    """Through the public function: nothing reaches from one row into another, nor from a document into the next,
+    whichever share a call."""
+    for name, value in (("LONG", long), ("APART", long), ("CUDNN_TOKENS", 1)):
+        monkeypatch.setattr(blocks, name, value)
     tokens, rows = 96, len(starts)
     *leaves, do = (
         torch.cat([draw(n, tokens, 16, 4 * row + seed) for row in range(rows)]) for seed, n in enumerate((4, 2, 2, 4))
@@ -295,10 +306,16 @@ def test_rows_of_documents_against_fp64(starts: list[list[int]], long: int, monk
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["auto", "flash"])
 @pytest.mark.parametrize(
-    "starts", [[[0]], [[0, 1000, 1001, 3000]], [[0], [0]], [[0, 512], [0, 5]], [[0, 9], [0]]], ids=str
-)
-def test_whole_sequences_on_a_gpu(name: str, starts: list[list[int]]) -> None:
+    "starts",
+    [
+        [[0]], [[0, 1000, 1001, 3000]], [[0], [0]], [[0, 512], [0, 5]], [[0, 9], [0]], [[0, 2048]],
+        [[0, 2048, 2050, 2100, 3000], [0]],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_whole_sequences_on_a_gpu(name: str, starts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the public function, rows and documents included, against the plain backend in fp32."""
+    monkeypatch.setattr(blocks, "APART", 2048)
     tokens, results = 4096, []
     *leaves, do = (
         draw(n, tokens, 128, seed).transpose(1, 2).expand(len(starts), -1, -1, -1)

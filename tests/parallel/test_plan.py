@@ -91,7 +91,7 @@ def squares_and_rectangles(work: Round, tokens: int) -> list[Block]:
 
 
 def test_documents_side_by_side_are_one_call_over_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for intervals with a long one, which some backends take faster than many, and many make slow."""
+    """But for intervals with a long one, and in them for those that cuDNN takes, each a call of its own."""
     rows = [[0, 5, 128], [0], [0, 200], [0]]
 
     def calls(layout: Layout, rank: int) -> list[tuple[tuple[int, int], tuple[int, ...]]]:
@@ -105,11 +105,67 @@ def test_documents_side_by_side_are_one_call_over_all_rows(monkeypatch: pytest.M
     assert calls(alone, 0) == [
         ((0, 256), (0, 5, 128, 256)), ((256, 512), (0, 256)), ((512, 768), (0, 200, 256)), ((768, 1024), (0, 256))
     ]  # fmt: skip
+    monkeypatch.setattr(blocks, "APART", 200)
+    monkeypatch.setattr(blocks, "CUDNN_TOKENS", 8)
+    assert calls(alone, 0) == [
+        ((0, 256), (0, 5, 128, 256)), ((256, 512), (0, 256)), ((512, 712), (0, 200)), ((712, 768), (0, 56)),
+        ((768, 1024), (0, 256)),
+    ]  # fmt: skip
     monkeypatch.setattr(blocks, "LONG", 64)
     assert calls(zigzag, 0)[:3] == [((0, 64), (0, 5, 64)), ((64, 128), (0, 64)), ((128, 192), (0, 64))]
     monkeypatch.setattr(blocks, "LONG", 257)
     monkeypatch.setattr(blocks, "JOINED", 512)
     assert calls(alone, 0) == [((0, 512), (0, 5, 128, 256, 512)), ((512, 1024), (0, 200, 256, 512))]
+
+
+def test_long_documents_are_calls_among_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two long ones are two calls; short ones are one between them, and one over the ends of rows."""
+    rows = [[0, 1024], [0, 512, 700, 1530, 1536], [0, 3, 1000]]
+
+    def calls() -> list[tuple[tuple[int, int], tuple[int, ...]]]:
+        return [call[:2] for call in local_plan(rows, 2048).rounds[0].calls]
+
+    whole = [((0, 6144), (0, 1024, 2048, 2560, 2748, 3578, 3584, 4096, 4099, 5096, 6144))]
+    assert calls() == whole
+    monkeypatch.setattr(blocks, "APART", 1024)
+    monkeypatch.setattr(blocks, "LONG", 1024)
+    assert calls() == [
+        ((0, 1024), (0, 1024)), ((1024, 2048), (0, 1024)),
+        ((2048, 4096), (0, 512, 700, 1530, 1536, 2048)),
+        ((4096, 6144), (0, 3, 1000, 2048)),  # 1,048 of them, which cuDNN does not take
+    ]  # fmt: skip
+    monkeypatch.setattr(blocks, "APART", 512)
+    monkeypatch.setattr(blocks, "LONG", 512)
+    assert calls()[2:] == [
+        ((2048, 2560), (0, 512)), ((2560, 3584), (0, 188, 1018, 1024)), ((3584, 4096), (0, 512)),
+        ((4096, 6144), (0, 3, 1000, 2048)),
+    ]  # fmt: skip
+    rows[:] = [[0, 1536, 1540], [0, 700], [0, 512]]
+    monkeypatch.setattr(blocks, "APART", 1536)
+    monkeypatch.setattr(blocks, "LONG", 1536)
+    assert calls() == [
+        ((0, 1536), (0, 1536)), ((1536, 4608), (0, 4, 512, 1212, 2560, 3072)), ((4608, 6144), (0, 1536))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_calls_are_the_blocks_whatever_is_long(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And few: at most one for every long square, and one between two of them."""
+    pick = random.Random(seed)
+    long = pick.choice((40, 64, 130))
+    for name, value in (("LONG", long), ("APART", long), ("CUDNN_TOKENS", pick.choice((1, 16)))):
+        monkeypatch.setattr(blocks, name, value)
+    _, all_plans = plans(*pick.choice(LAYOUTS), seed)
+    for plan in all_plans:
+        for work in plan.rounds:
+            assert sorted(squares_and_rectangles(work, plan.local_tokens)) == sorted(work.blocks)
+        own = [call for call in plan.rounds[0].calls if call.edges]
+        at = [edge for call in own for edge in call.query]
+        assert at[0] == 0 and at[-1] == plan.batch * plan.local_tokens and at[1:-1:2] == at[2::2]
+        apart = [blocks._apart(call.query[1] - call.query[0]) for call in own if len(call.edges) == 2]
+        assert len(own) <= 2 * sum(apart) + plan.batch * len(plan.intervals)
+        lengths = [b - a for call in own if len(call.edges) > 2 for a, b in pairwise(call.edges)]
+        assert not any(blocks._apart(length) for length in lengths)
 
 
 def test_only_needed_keys_travel() -> None:
