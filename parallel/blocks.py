@@ -22,7 +22,10 @@ from .layout import Layout
 Range = tuple[int, int]  # (start, stop)
 # Both are estimates: a call costs some 50 us, cuDNN saves that from about here on, and takes no several documents.
 LONG = 2048  # tokens of a document's part from which on its interval has a call of its own
-JOINED = 2**16  # the most tokens of a call of several intervals, whose temporary memory grows with them
+JOINED = 2**16  # the most tokens, padded, of a call of several intervals, whose temporary memory grows with them
+# Tokens: FlashAttention-2's backward sums dq in [tokens + 128 x documents, H, D] of fp32. Counting them also keeps a
+# call far below the 65,535 documents that a launch's grid may have.
+PADDING = 128
 
 
 class Block(NamedTuple):
@@ -62,20 +65,31 @@ class Round:
     def calls(self) -> tuple[Call, ...]:
         """The blocks as a backend takes them, squares first."""
         tokens, size = self.local_tokens, self.interval_tokens
+        most = max(JOINED, 2 * size)  # of one interval: cut only where its documents are tiny
         groups: list[list[int]] = []  # edges among the tokens of all rows
-        own, alone = (block for block in self.blocks if block.causal), True
+        own, alone, held = (block for block in self.blocks if block.causal), True, 0
         for (row, _), blocks in groupby(own, lambda block: (block.row, block.query[0] // size)):
             parts = [(row * tokens + start, row * tokens + stop) for start, stop in (block.query for block in blocks)]
             before, alone = alone, max(stop - start for start, stop in parts) >= LONG
-            if before or alone or parts[-1][1] - groups[-1][0] > JOINED:
-                groups.append([parts[0][0]])
-            groups[-1].extend(stop for _, stop in parts)
+            whole = sum(_padded(*part) for part in parts)
+            joins = not (before or alone) and held + whole <= JOINED
+            for start, stop in parts:
+                if not joins or held + _padded(start, stop) > most:
+                    groups.append([start])
+                    joins, held = True, 0
+                groups[-1].append(stop)
+                held += _padded(start, stop)
         squares = [Call((edges[0], edges[-1]), tuple(edge - edges[0] for edge in edges)) for edges in groups]
         return *squares, *(
             Call((row * tokens + query[0], row * tokens + query[1]), (), row, piece, key)
             for row, query, piece, key, causal in self.blocks
             if not causal
         )
+
+
+def _padded(start: int, stop: int) -> int:
+    """Tokens of a document's square, as a call's temporary memory counts them."""
+    return stop - start + PADDING
 
 
 def make_rounds(starts: Sequence[Sequence[int]], layout: Layout, rank: int) -> tuple[Round, ...]:
