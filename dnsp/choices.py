@@ -82,18 +82,22 @@ def make_choices(
     before = before or {}
     layout = layout or Layout("contiguous", 1, config.data.sequence_length)
     backend, why = _attention(config, before.get("attention_backend"), layout.interval_tokens)
-    transports = (
-        _transport(config, before.get("transport"), why_not_peer),
-        _attention_transport(
-            config,
-            before.get("attention_transport"),
-            why_not_peer or ("the sequence group spans several hosts" if several_hosts else None),
-        ),
-    )
+    transports = choose_transports(config, before, why_not_peer, several_hosts)
     if not torch.cuda.is_available():
         return Choices(backend, 0, *transports), why
     count = MULTIPROCESSORS if config.engine.deterministic else torch.cuda.get_device_properties().multi_processor_count
     return Choices(backend, before.get("multiprocessors") or count, *transports), why
+
+
+def choose_transports(
+    config: Config, before: dict[str, Any], why_not_peer: str | None, several_hosts: bool = False
+) -> tuple[str, str]:
+    """How states cross ranks, and how keys and values do; as :func:`make_choices`."""
+    why_not_keys = why_not_peer or ("the sequence group spans several hosts" if several_hosts else None)
+    return (
+        _transport(config, before.get("transport"), why_not_peer),
+        _attention_transport(config, before.get("attention_transport"), why_not_keys),
+    )
 
 
 def _transport(config: Config, before: str | None, why_not_peer: str | None) -> str:
