@@ -104,6 +104,24 @@ def test_peer_that_is_asked_for_and_cannot_be_had_is_missing(
     assert elsewhere in ([], ["info"])  # what other hosts have is not known
 
 
+@pytest.mark.parametrize(
+    ("settings", "status", "cure"),
+    [
+        ((), "warn", "none needed: the run takes p2p and ring"),
+        (("parallel.attention_transport=peer",), "missing", "parallel.transport=p2p parallel.attention_transport=ring"),
+    ],
+)
+def test_a_gpu_without_room_to_share(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], status: str, cure: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**20, 80 * 2**30))
+    monkeypatch.setenv("DNSP_DELTA_RULE", "triton")
+    ((_, *row),) = fits._symmetric_memory(load_config(workplace / "tiny.yaml", list(settings)), 2, here=True)
+    assert row[0] == status and row[1].endswith("; 0 are free for it") and row[2].startswith(cure)
+
+
 LESS_GATHERED = "engine.deepspeed={zero_optimization: {stage3_max_live_parameters: 100000000}}"
 # GiB that are free for four ranks together, settings: the status, and the way out. 1.6 billion parameters are 6.0 GiB:
 # a rank keeps about 24 of them (weights, gradients, two moments), 16.9 at stage 1, 12.4 at 2, 11.6 at 3 (3.7 gathered)
