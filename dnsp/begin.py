@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dnsp import checkpoint, stalls, watchdog
 from dnsp.checkpoint import Checkpoint
+from dnsp.choices import Choices, reserve
 from dnsp.config import Config, ModelConfig, parse_config
 from dnsp.data.mix import Mixture
 from dnsp.data.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ from dnsp.folder import IN_USE, check_identity, check_new, compare, compare_mode
 from dnsp.kernels.backend import kernels_for_program
 from dnsp.model import liger
 from dnsp.model.deltanet import head_dim
+from dnsp.parallel.errors import CannotShare
 from dnsp.parallel.grid import Grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
@@ -35,6 +37,30 @@ from dnsp.schedule import Span, said_behind, spans
 def check_layout(config: Config, grid: Grid, length: int) -> None:
     """Refuse sequences of ``length`` tokens that the sequence group or the segments do not divide."""
     make_plan([[0]], Layout(config.parallel.layout, grid.sequence_size, length), grid, config.parallel.segment_tokens)
+
+
+def settle_transports(
+    choices: Choices, config: Config, grid: Grid, batches: Sequence[tuple[int, int]]
+) -> tuple[Choices, int, str | None]:
+    """Reserve symmetric memory for ``batches`` of (rows, tokens a row), or go without: what the run's choices then are,
+    its bytes a rank, and where it goes without, why. All ranks of the world call it together, and get the same.
+
+    Whether ranks that see only their own GPU can share memory shows here alone. What some sequence groups have shared
+    when another fails is not given back.
+
+    Raises: UsageError on every rank, where the configuration asks for ``peer`` by name.
+    """
+    shared, why_not = 0, None
+    with watchdog.agreed():
+        try:
+            shared = reserve(choices, config, grid, batches)
+        except CannotShare as error:
+            if "peer" in (config.parallel.transport, config.parallel.attention_transport):
+                raise
+            why_not = error.why
+    if said := next(filter(None, watchdog.from_all(why_not)), None):
+        return choices.without_peer(), 0, said
+    return choices, shared, None
 
 
 OWN = ("run.dir", "data.sources", "data.tokenizer")  # a host's own places for what is the same

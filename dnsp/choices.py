@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -39,12 +39,23 @@ class Choices:
 
     def transports(self, config: Config, why_not_peer: str | None, shared: int) -> str:
         """In words, how ranks talk, and why by nothing faster; ``shared``: bytes of symmetric memory a rank."""
-        words = f"states cross ranks by {self.transport}"
-        if "attention" in config.model.layers:
+        words, attends = f"states cross ranks by {self.transport}", "attention" in config.model.layers
+        if attends:
             words += f", keys and values by {self.attention_transport}"
-        if self.transport != "peer" and config.parallel.transport == "auto":
+        states_not = self.transport != "peer" and config.parallel.transport == "auto"
+        keys_not = why_not_peer is not None and attends and config.parallel.attention_transport == "auto"
+        if states_not or keys_not:
             words += f" (not by peer: {why_not_peer or unfit_for_peer(config.model) or 'the run began so'})"
         return words + (f"; {shared / MIB:.0f} MiB of symmetric memory a rank" if shared else "")
+
+    def without_peer(self) -> Choices:
+        """The same, with what every machine has in place of ``peer``."""
+        states, keys = self.transport, self.attention_transport
+        return replace(
+            self,
+            transport="p2p" if states == "peer" else states,
+            attention_transport="ring" if keys == "peer" else keys,
+        )
 
     def segment_tokens(self, config: Config, layout: Layout) -> int | None:
         """Tokens of the delta rule's segments; None: one segment an interval."""
@@ -82,18 +93,22 @@ def make_choices(
     before = before or {}
     layout = layout or Layout("contiguous", 1, config.data.sequence_length)
     backend, why = _attention(config, before.get("attention_backend"), layout.interval_tokens)
-    transports = (
-        _transport(config, before.get("transport"), why_not_peer),
-        _attention_transport(
-            config,
-            before.get("attention_transport"),
-            why_not_peer or ("the sequence group spans several hosts" if several_hosts else None),
-        ),
-    )
+    transports = choose_transports(config, before, why_not_peer, several_hosts)
     if not torch.cuda.is_available():
         return Choices(backend, 0, *transports), why
     count = MULTIPROCESSORS if config.engine.deterministic else torch.cuda.get_device_properties().multi_processor_count
     return Choices(backend, before.get("multiprocessors") or count, *transports), why
+
+
+def choose_transports(
+    config: Config, before: dict[str, Any], why_not_peer: str | None, several_hosts: bool = False
+) -> tuple[str, str]:
+    """How states cross ranks, and how keys and values do; as :func:`make_choices`."""
+    why_not_keys = why_not_peer or ("the sequence group spans several hosts" if several_hosts else None)
+    return (
+        _transport(config, before.get("transport"), why_not_peer),
+        _attention_transport(config, before.get("attention_transport"), why_not_keys),
+    )
 
 
 def _transport(config: Config, before: str | None, why_not_peer: str | None) -> str:
@@ -198,7 +213,7 @@ def shared_sizes(
 def reserve(choices: Choices, config: Config, grid: Grid, batches: Sequence[tuple[int, int]]) -> int:
     """Symmetric memory for the largest messages of a run with ``batches`` of (rows, tokens a row); its bytes.
 
-    Raises: PlanError where there is no room for it.
+    Raises: CannotShare where the ranks of the sequence group cannot, or have no room for it.
     """
     ways = choices.transport, choices.attention_transport
     tiles, message = shared_sizes(config, *ways, grid.sequence_size, batches)

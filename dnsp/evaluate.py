@@ -14,7 +14,8 @@ from rich.table import Table
 from torch import nn
 
 from dnsp import checkpoint, watchdog
-from dnsp.choices import Choices, confirm, make_choices, reserve
+from dnsp.begin import settle_transports
+from dnsp.choices import Choices, confirm, make_choices
 from dnsp.config import Config, override_tree, parse_config
 from dnsp.data.batch import batch
 from dnsp.data.mix import Mixture, open_data
@@ -132,8 +133,10 @@ def evaluate_run(run: Path, overrides: Sequence[str], environment: Environment) 
     choices, _ = watchdog.from_first(made)
     with watchdog.agreed():
         confirm(choices, config)
-    with watchdog.agreed():
-        reserve(choices, config, grid, [(1, grid_length)])
+    choices, _, unshared = settle_transports(choices, config, grid, [(1, grid_length)])
+    if unshared and first:
+        said = choices.transports(config, unshared, 0)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(said, markup=False)
     figures = evaluate(model, data, load_tokenizer(config.data.tokenizer), config, grid, grid_length, choices)
     watchdog.leave()
     if environment.rank == 0:

@@ -12,7 +12,7 @@ import torch
 
 from dnsp import checkpoint
 from dnsp.begin import check_kernels
-from dnsp.choices import MIB, shared_sizes, unfit_for_peer
+from dnsp.choices import MIB, choose_transports, shared_sizes
 from dnsp.cli import check_ranks
 from dnsp.config import Config
 from dnsp.data.mix import open_data
@@ -24,6 +24,7 @@ from dnsp.launch.local import cores
 from dnsp.memory import GIB, Held, model_bytes
 from dnsp.model.decoder import Decoder
 from dnsp.parallel.errors import LayoutError, PlanError
+from dnsp.parallel.probe import refusal_here
 from dnsp.schedule import spans
 from dnsp.watchdog import sharing
 
@@ -161,11 +162,14 @@ def _memory(config: Config, parameters: int, ranks: int, here: bool) -> Iterator
 
 def _symmetric_memory(config: Config, ranks: int, here: bool) -> Iterator[Row]:
     """What a run reserves for states, halos, keys and values (:func:`dnsp.choices.reserve`)."""
-    asked, group = config.parallel, config.parallel.sequence or ranks
-    states = "peer" if asked.transport == "auto" and not unfit_for_peer(config.model) else asked.transport
-    keys = "peer" if asked.attention_transport == "auto" else asked.attention_transport
-    tiles, message = shared_sizes(config, states, keys, group, [span.shape for span in spans(config)])
-    if message is None or (here and not torch.cuda.is_available()):
+    group = config.parallel.sequence or ranks
+    try:
+        ways = choose_transports(config, {}, refusal_here(ranks, group) if here else None)
+    except PlanError as error:
+        yield "symmetric memory", "missing", *_split(str(error))
+        return
+    tiles, message = shared_sizes(config, *ways, group, [span.shape for span in spans(config)])
+    if message is None:
         return
     from dnsp.parallel import post, symmetric
 
@@ -176,8 +180,14 @@ def _symmetric_memory(config: Config, ranks: int, here: bool) -> Iterator[Row]:
         yield "symmetric memory", "info", f"{found}, where ranks reach each other's", ""
         return
     free = torch.cuda.mem_get_info()[0] // sharing(ranks)
-    cure = "" if need < free else "parallel.transport=p2p parallel.attention_transport=ring, or more ranks"
-    yield "symmetric memory", "missing" if cure else "ok", f"{found}; {free / MIB:,.0f} are free for it", cure
+    found += f"; {free / MIB:,.0f} are free for it"
+    if need < free:
+        yield "symmetric memory", "ok", found, ""
+    elif "peer" in (config.parallel.transport, config.parallel.attention_transport):
+        cure = "parallel.transport=p2p parallel.attention_transport=ring, or more ranks"
+        yield "symmetric memory", "missing", found, cure
+    else:
+        yield "symmetric memory", "warn", found, "none needed: the run takes p2p and ring; for peer more ranks"
 
 
 def _way(config: Config, parameters: int, ranks: int, suits: Callable[[Held], bool]) -> str:

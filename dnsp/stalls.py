@@ -2,7 +2,7 @@
 
     RUN/failure.txt            the verdict of the rank that failed first
     RUN/stacks/rank-00001.txt  where each rank was (step, layer, what it did) and the Python stacks of its threads
-    RUN/stacks/rank-00001.json torch's flight recorder: the last collectives of each rank, and which were not complete
+    RUN/stacks/rank-00001.json torch's flight recorders: the last collectives of each rank, and which were not complete
 
 The training thread only sets plain attributes. The thread ends a rank that makes no progress for ``run.stall`` seconds;
 where collectives have a deadline (``run.timeout``) they notice first, and say which rank they waited for.
@@ -130,8 +130,8 @@ class Stalls(threading.Thread):
         idle = time.monotonic() - self.place.since
         try:
             stem.parent.mkdir(exist_ok=True)
-            if recorded := flight_record():
-                stem.with_suffix(".json").write_bytes(recorded)
+            if (recorded := flight_record()).get("entries"):
+                stem.with_suffix(".json").write_text(json.dumps(recorded))
             part = stem.with_suffix(".part")
             with part.open("w") as file:
                 file.write(f"{self.place} for {idle:.0f} s\n\n")
@@ -176,20 +176,46 @@ def clear(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def flight_record() -> bytes:
-    """Torch's recorder of this process's collectives, JSON; empty where this torch has none."""
-    record = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
-    return bytes(record()) if record is not None else b""
+# NCCL keeps one of its own, where torch is built for GPUs; the other is gloo's.
+RECORDERS = "_dump_nccl_trace_json", "_dump_fr_trace_json"
+
+
+def flight_record() -> dict[str, Any]:
+    """Torch's recorders of this process's collectives: all ``entries``, NCCL's first, each recorder's in the order in
+    which they were called. Empty where this torch has none."""
+    found: dict[str, Any] = {}
+    for name in RECORDERS:
+        record = getattr(torch._C._distributed_c10d, name, None)
+        with suppress(RuntimeError, ValueError):
+            told = json.loads(record() or b"{}") if record is not None else {}
+            found = {**found, **told, "entries": [*found.get("entries", []), *told.get("entries", [])]}
+    return found
 
 
 def waiting_for() -> str:
-    """The last collective of the recorder that is not complete, in words."""
-    try:
-        entries = json.loads(flight_record() or b"{}").get("entries", [])
-    except ValueError:
-        return ""
-    open_ = [entry for entry in entries if not entry.get("retired") and entry.get("state") != "completed"]
-    if not open_:
-        return ""
-    last = open_[-1]
-    return f"{last.get('profiling_name', 'a collective')} of {last.get('input_sizes')}"
+    """The collective of the recorders that holds this rank up, in words; empty where all are complete.
+
+    The host itself waits in gloo's, so that is the last. NCCL's wait on the device, one behind another: the oldest
+    holds the later ones up. Of messages posted together only the launch (``nccl:coalesced``) is ever marked complete.
+    """
+    entries = flight_record().get("entries", [])
+    done = {_launch(entry) for entry in entries if _named(entry) == "nccl:coalesced" and not _open(entry)}
+    open_ = [entry for entry in entries if _open(entry)]
+    on_device = [entry for entry in open_ if _named(entry).startswith("nccl:") and _launch(entry) not in done]
+    on_host = [entry for entry in open_ if not _named(entry).startswith("nccl:")]
+    for entry in [*on_device[:1], *on_host[-1:]]:
+        return f"{_named(entry)} of {entry.get('input_sizes')}"
+    return ""
+
+
+def _named(entry: dict[str, Any]) -> str:
+    return str(entry.get("profiling_name", "a collective"))
+
+
+def _open(entry: dict[str, Any]) -> bool:
+    return not entry.get("retired") and entry.get("state") != "completed"
+
+
+def _launch(entry: dict[str, Any]) -> tuple[str, ...]:
+    """Which of its group's launches an entry belongs to."""
+    return tuple(str(entry.get(key)) for key in ("process_group", "collective_seq_id", "p2p_seq_id"))

@@ -21,9 +21,10 @@ from dnsp.begin import (
     identity_of,
     initial_weights,
     open_folder,
+    settle_transports,
     starting_point,
 )
-from dnsp.choices import Choices, confirm, make_choices, reserve
+from dnsp.choices import Choices, confirm, make_choices
 from dnsp.config import Config
 from dnsp.data.batch import Batch, batch, micro_batches
 from dnsp.data.mix import Cursor, Step, open_data
@@ -139,8 +140,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     choices, why = watchdog.from_first(chosen)
     with watchdog.agreed():
         confirm(choices, config)
-    with watchdog.agreed():  # one sequence group may have no room where others do
-        shared = reserve(choices, config, grid, [stage.shape for stage in stages])
+    choices, shared, unshared = settle_transports(choices, config, grid, [stage.shape for stage in stages])
     folder = open_folder(config, identity, name, first)
     watch.folder = watch.stalls.folder = folder
     with explained_start(model, config, grid):
@@ -178,7 +178,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
     if "attention" in config.model.layers:
         telemetry.say(f"attention: {choices.attention_backend}" + (f" ({why})" if why else ""))
     if grid.sequence_size > 1:
-        telemetry.say(choices.transports(config, why_not_peer, shared))
+        telemetry.say(choices.transports(config, why_not_peer or unshared, shared))
     if engine.device.type == "cuda":
         telemetry.say(f"norms, SwiGLU, rotary positions, cross entropy: {liger.described()}")
 

@@ -26,7 +26,10 @@ Range = tuple[int, int]  # (start, stop)
 # as by themselves, so lengths that cuDNN does not take stay together.
 LONG = 2048  # tokens of a document's part from which on its interval shares no call with other intervals
 APART = 4096  # tokens of a part, no fewer than LONG, from which on it has a call of its own, where cuDNN takes it
-JOINED = 2**16  # the most tokens of a call of several intervals, whose temporary memory grows with them
+JOINED = 2**16  # the most tokens, padded, of a call of several intervals, whose temporary memory grows with them
+# Tokens: FlashAttention-2's backward sums dq in [tokens + 128 x documents, H, D] of fp32. Counting them also keeps a
+# call far below the 65,535 documents that a launch's grid may have.
+PADDING = 128
 
 
 class Block(NamedTuple):
@@ -66,20 +69,25 @@ class Round:
     def calls(self) -> tuple[Call, ...]:
         """The blocks as a backend takes them, squares first."""
         tokens, size = self.local_tokens, self.interval_tokens
+        most = max(JOINED, 2 * size)  # of one interval: cut only where its documents are tiny
         groups: list[list[int]] = []  # edges among the tokens of all rows
 
         def unit(square: Block) -> tuple[int, int, int | None]:
-            """What no call divides: a square that has one of its own, or neighbours in an interval that have not."""
+            """What shares a call: a square that has one of its own, or neighbours in an interval that have not."""
             start, stop = square.query
             return square.row, start // size, start if _apart(stop - start) else None
 
-        long = True
+        long, held = True, 0
         for (row, *_), blocks in groupby((block for block in self.blocks if block.causal), unit):
             parts = [(row * tokens + start, row * tokens + stop) for start, stop in (block.query for block in blocks)]
             before, long = long, max(stop - start for start, stop in parts) >= LONG
-            if before or long or parts[-1][1] - groups[-1][0] > JOINED:
-                groups.append([parts[0][0]])
-            groups[-1].extend(stop for _, stop in parts)
+            joins = not (before or long) and held + sum(_padded(*part) for part in parts) <= JOINED
+            for start, stop in parts:
+                if not joins or held + _padded(start, stop) > most:
+                    groups.append([start])
+                    joins, held = True, 0
+                groups[-1].append(stop)
+                held += _padded(start, stop)
         squares = [Call((edges[0], edges[-1]), tuple(edge - edges[0] for edge in edges)) for edges in groups]
         return *squares, *(
             Call((row * tokens + query[0], row * tokens + query[1]), (), row, piece, key)
@@ -91,6 +99,11 @@ class Round:
 def _apart(tokens: int) -> bool:
     """Whether a square of so many tokens has a call of its own, whatever lies beside it."""
     return tokens >= APART and tokens % CUDNN_TOKENS == 0
+
+
+def _padded(start: int, stop: int) -> int:
+    """Tokens of a document's square, as a call's temporary memory counts them."""
+    return stop - start + PADDING
 
 
 def make_rounds(starts: Sequence[Sequence[int]], layout: Layout, rank: int) -> tuple[Round, ...]:

@@ -13,6 +13,16 @@ class PlanError(ValueError):
     """Documents, segments or transports do not fit the layout."""
 
 
+class CannotShare(PlanError):
+    """The ranks of a group cannot share memory, the same on all of them; ``why``, in words without the way out."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(
+            f"transport peer: {why}; use p2p and ring (parallel.transport, parallel.attention_transport)"
+        )
+
+
 class PeerLost(RuntimeError):
     """A rank of the group did not deliver: it died, or it stayed away longer than the group's timeout.
 

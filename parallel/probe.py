@@ -92,10 +92,15 @@ def unreachable(where: Sequence[Place]) -> str | None:
         return NO_GPU
     mine = torch.cuda.current_device()
     numbers = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
-    for place in where:
-        other = numbers.get(place.gpu, mine)  # unseen here: the rendezvous will tell
+    others = [numbers.get(place.gpu, mine) for place in where]  # unseen here: the rendezvous will tell
+    return _out_of_reach(mine, others)
+
+
+def _out_of_reach(mine: int, others: Sequence[int]) -> str | None:
+    """Why a rank with GPU ``mine`` cannot write the memory of those with the ``others``, by their numbers here."""
+    for other in others:
         if other != mine and not torch.cuda.can_device_access_peer(mine, other):
-            return f"GPU {mine} cannot reach GPU {other}'s memory"
+            return f"ranks of a host write each other's memory, and GPU {mine} cannot reach GPU {other}'s"
     try:
         importlib.import_module("torch.distributed._symmetric_memory")
     except ImportError as error:
@@ -117,6 +122,20 @@ def refusal(comm: Transport) -> str | None:
     for rank, (_, words) in enumerate(answers):
         if words:
             return f"rank {comm.ranks[rank]}: {words}"
+    return None
+
+
+def refusal_here(ranks: int, sequence: int) -> str | None:
+    """What :func:`refusal` would say on so many ranks of this machine, in sequence groups of ``sequence``, before there
+    are any: each takes the GPU of its number, and they share GPUs where there are fewer."""
+    if not torch.cuda.is_available():
+        return NO_GPU if sequence == 1 else f"rank 0: {NO_GPU}"
+    count = torch.cuda.device_count()
+    for rank in range(ranks) if sequence > 1 else ():
+        first = rank - rank % sequence
+        words = _out_of_reach(rank % count, [other % count for other in range(first, first + sequence)])
+        if words:
+            return f"rank {rank}: {words}"
     return None
 
 

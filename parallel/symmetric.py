@@ -25,7 +25,7 @@ from torch import Tensor
 from dnsp.kernels import proof, triton_scan
 from dnsp.kernels.triton_scan import DEPTH, TILE, Inbox, Outbox
 
-from .errors import PeerLost, PlanError, first_line
+from .errors import CannotShare, PeerLost, first_line
 from .probe import places, refusal
 from .transport import Transport
 from .waits import WAITS
@@ -81,7 +81,7 @@ class Region:
 
     The first words of every rank's memory are its ``status`` (see :class:`~dnsp.kernels.triton_scan.Clock`).
 
-    Raises: PlanError where the ranks cannot share memory.
+    Raises: CannotShare where the ranks cannot.
     """
 
     def __init__(self, comm: Transport, device: torch.device) -> None:
@@ -91,13 +91,13 @@ class Region:
         self._kept: list[Any] = []  # earlier, smaller memories and their counts: a graph may have captured addresses
         words = refusal(comm)
         if words:
-            raise PlanError(f"transport peer: {words}; use p2p (parallel.transport)")
+            raise CannotShare(words)
         self._side = torch.cuda.Stream(device)
 
     def grow(self, words: int, what: str) -> None:
         """Another memory of so many words a rank, all zero. All ranks together; ``what``: is in it, for refusals.
 
-        Raises: PlanError with the figures of what does not fit.
+        Raises: CannotShare with the figures of what does not fit.
         """
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -111,10 +111,9 @@ class Region:
         for rank, place in enumerate(where):
             sharers = where.count(place)
             if need * sharers > free[rank]:
-                raise PlanError(
-                    f"transport peer: the symmetric buffers take {need / MIB:.0f} MiB a rank ({what}), {sharers} of "
-                    f"them on the GPU of rank {self.comm.ranks[rank]}, which has {free[rank] / MIB:.0f} MiB free; use "
-                    f"p2p and ring (parallel.transport, parallel.attention_transport), or a smaller model or batch"
+                raise CannotShare(
+                    f"the symmetric buffers take {need / MIB:.0f} MiB a rank ({what}), {sharers} of them on the GPU of "
+                    f"rank {self.comm.ranks[rank]}, which has {free[rank] / MIB:.0f} MiB free"
                 )
         mine, handle, error = None, None, ""
         try:
@@ -123,10 +122,7 @@ class Region:
             error = first_line(failure)
         for rank, said in enumerate(self.comm.from_all(error)):
             if said:
-                raise PlanError(
-                    f"transport peer: rank {self.comm.ranks[rank]} cannot share {need / MIB:.0f} MiB of memory: "
-                    f"{said}; use p2p and ring (parallel.transport, parallel.attention_transport)"
-                )
+                raise CannotShare(f"rank {self.comm.ranks[rank]} cannot share {need / MIB:.0f} MiB of memory: {said}")
         assert mine is not None and handle is not None
         ranks = range(self.comm.size)
         others = [mine if r == self.comm.rank else handle.get_buffer(r, (words,), torch.int32) for r in ranks]
@@ -205,7 +201,7 @@ class Symmetric(Region):
         """Before the first message of a shape, which is the same on all ranks: the kernels are proven and loaded on
         every one, and there is room. Deadlines count from here.
 
-        Raises: PlanError with the figures of what does not fit.
+        Raises: CannotShare with the figures of what does not fit.
         """
         self.check()
         shape = tuple(U_NBHKV.shape[1:])

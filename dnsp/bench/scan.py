@@ -212,8 +212,9 @@ def rank_main(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     if why_no_fla:
         notes.append(f"not beside fla: {why_no_fla}")
     else:
-        others, failures = ranks.willing(peers(request, ranks, step.inputs, step.do))
-        notes += [f"not beside {name}: {words}" for name, words in failures.items()]
+        measured, absent = peers(request, ranks, step.inputs, step.do)
+        others, failures = ranks.willing(measured)
+        notes += [f"not beside {name}: {words}" for name, words in (failures | absent).items()]
         works |= others
     at_lengths = {_at(*way, n): step for way, by in tried.items() for n, step in by.items()}
     graphs: dict[str, Any] = {}

@@ -4,6 +4,7 @@ of the heads."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -27,38 +28,49 @@ def missing(ranks: Ranks) -> str | None:
     return None if find_spec("fla") else "flash-linear-attention is not installed"
 
 
-def peers(request: dict[str, Any], ranks: Ranks, inputs: dict[str, Tensor], do: Tensor) -> dict[str, Step]:
-    """Each as a step, forward and backward, on this rank's tokens."""
-    chunk_gated_delta_rule = import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+def peers(
+    request: dict[str, Any], ranks: Ranks, inputs: dict[str, Tensor], do: Tensor
+) -> tuple[dict[str, Step], dict[str, str]]:
+    """Each as a step, forward and backward, on this rank's tokens, and why others are not among them.
+
+    A step is made at its first call: what an fla has not, or not for a layout, fails there, where
+    :meth:`~dnsp.bench.ranks.Ranks.willing` tells all ranks.
+    """
     group, tokens, world = ranks.comm.group, request["tokens"], ranks.grid.world
     assert group is not None
     leaves = list(inputs.values())
 
-    def differentiated(op: Callable[..., Tensor]) -> Step:
-        return lambda: torch.autograd.grad(op(*leaves), leaves, do)
+    def made(make: Callable[[], Callable[..., Tensor]]) -> Step:
+        op = functools.cache(make)
+        return lambda: torch.autograd.grad(op()(*leaves), leaves, do)
 
-    found: dict[str, Step] = {}
-    try:
-        build_cp_context = import_module("fla.ops.cp").build_cp_context
+    def op_of_fla() -> Callable[..., Any]:
+        return import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+
+    def context_parallel(kind: str) -> Callable[..., Tensor]:
+        chunk_gated_delta_rule = op_of_fla()
         bounds = torch.tensor([0, tokens], dtype=torch.int32)
-        for kind in request["layouts"]:
-            context = build_cp_context(bounds.to(ranks.device), group, cu_seqlens_cpu=bounds, layout=kind)
-            found[NAMES[kind]] = differentiated(
-                lambda q, k, v, g, beta, context=context: chunk_gated_delta_rule(
-                    q, k, v, g, beta, use_qk_l2norm_in_kernel=True, cp_context=context
-                )[0]
-            )
-    except (ImportError, AttributeError, TypeError):  # an fla without it, or without this layout
-        pass
-    if request["heads"] % world == 0 and request["value_heads"] % world == 0:
+        context = import_module("fla.ops.cp").build_cp_context(
+            bounds.to(ranks.device), group, cu_seqlens_cpu=bounds, layout=kind
+        )
+        return lambda *x: chunk_gated_delta_rule(*x, use_qk_l2norm_in_kernel=True, cp_context=context)[0]
 
-        def ulysses(*x: Tensor) -> Tensor:
+    def ulysses() -> Callable[..., Tensor]:
+        chunk_gated_delta_rule = op_of_fla()
+
+        def op(*x: Tensor) -> Tensor:
             mine = (ByHeads.apply(y, ranks.comm, True) for y in x)
             o, _ = chunk_gated_delta_rule(*mine, use_qk_l2norm_in_kernel=True)
             return ByHeads.apply(o, ranks.comm, False)
 
-        found[ULYSSES] = differentiated(ulysses)
-    return found
+        return op
+
+    found = {NAMES[kind]: made(functools.partial(context_parallel, kind)) for kind in request["layouts"]}
+    heads, value_heads = request["heads"], request["value_heads"]
+    if heads % world or value_heads % world:
+        words = f"{heads} heads and {value_heads} value heads do not divide over {world} ranks (--heads, --value-heads)"
+        return found, {ULYSSES: words}
+    return {**found, ULYSSES: made(ulysses)}, {}
 
 
 class ByHeads(torch.autograd.Function):

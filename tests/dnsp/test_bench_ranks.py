@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from dnsp.bench import attention, graphs, scan
+from dnsp.bench import attention, graphs, scan, scan_peers
 from dnsp.bench.account import Account, account
 from dnsp.bench.ranks import Ranks, new_table, publish
 from dnsp.bench.replay import Stamps, Work, hops_and_back, hops_there, makespan
@@ -311,6 +313,41 @@ def test_what_cannot_be_captured_is_left_out_with_its_reason() -> None:
     assert list(found) == ["works", "waits"] and found["waits"] is None
     replay = found["works"]
     assert replay is not None and replay() is steps["works"] and ran[-1] == "replay"
+
+
+def test_a_peer_that_cannot_be_measured_is_told_and_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An fla that knows one layout, then one without context parallelism, then one that cannot be imported."""
+
+    def context(bounds: torch.Tensor, group: Any, cu_seqlens_cpu: torch.Tensor, layout: str) -> str:
+        if layout == "zigzag":
+            raise TypeError("no layout zigzag")
+        return layout
+
+    def op(q: torch.Tensor, *others: torch.Tensor, **options: Any) -> tuple[torch.Tensor, None]:
+        return q + sum(other.sum() for other in others), None
+
+    delta, cp = SimpleNamespace(chunk_gated_delta_rule=op), SimpleNamespace(build_cp_context=context)
+    ranks = Ranks(Grid(1, 0, 1), Transport(), torch.device("cpu"))
+    monkeypatch.setattr(ranks.comm, "group", object())
+    monkeypatch.setattr(ranks, "grid", SimpleNamespace(world=4))
+    inputs = {name: torch.ones(1, 8, 6, requires_grad=True) for name in ("q", "k", "v", "g", "beta")}
+    request = {"tokens": 32, "layouts": ["contiguous", "zigzag"], "heads": 6, "value_heads": 12}
+    plain, zigzag = scan_peers.NAMES["contiguous"], scan_peers.NAMES["zigzag"]
+    heads = "6 heads and 12 value heads do not divide over 4 ranks (--heads, --value-heads)"
+    for modules, found, said in (
+        ((delta, cp), [plain], {zigzag: "TypeError: no layout zigzag"}),
+        ((delta, SimpleNamespace()), [], dict.fromkeys((plain, zigzag), "has no attribute 'build_cp_context'")),
+        ((None, cp), [], dict.fromkeys((plain, zigzag), "ModuleNotFoundError: ")),
+    ):
+        for name, module in zip(("fla.ops.gated_delta_rule", "fla.ops.cp"), modules, strict=True):
+            monkeypatch.setitem(sys.modules, name, module)
+        measured, absent = scan_peers.peers(request, ranks, inputs, torch.ones(1, 8, 6))
+        assert absent == {scan_peers.ULYSSES: heads}
+        works, failures = ranks.willing(measured)
+        assert list(works) == found and list(failures) == list(said)
+        assert all(said[name] in words for name, words in failures.items()), failures
+    even = {**request, "heads": 8, "value_heads": 16}
+    assert scan_peers.ULYSSES in scan_peers.peers(even, ranks, inputs, torch.ones(1, 8, 6))[0]
 
 
 @pytest.mark.parametrize("fails", [False, True])

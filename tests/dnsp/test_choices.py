@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import ExitStack
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 
 from dnsp import fits, watchdog
-from dnsp.choices import MIB, Choices, confirm, make_choices, shared_sizes
+from dnsp.begin import settle_transports
+from dnsp.choices import MIB, Choices, choose_transports, confirm, make_choices, shared_sizes
 from dnsp.config import Config, parse_config
 from dnsp.errors import UsageError
 from dnsp.parallel import attention_backends, post, symmetric
 from dnsp.parallel.attention import attention
-from dnsp.parallel.errors import PlanError
+from dnsp.parallel.delta_rule import delta_rule
+from dnsp.parallel.errors import CannotShare, PlanError
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
+from dnsp.parallel.transport import Transport
 from tests.ranks import run_ranks
 
 
@@ -171,6 +177,102 @@ def test_a_state_that_no_kernel_folds_is_refused_for_peer() -> None:
     wide = config(model={"linear_key_head_dim": 256}, parallel={"transport": "peer"})
     with pytest.raises(PlanError, match="states of 256 x 32 have no kernel that folds them"):
         make_choices(wide, None, None)
+
+
+NO_ACCESS = "peer access is not supported between these two devices"
+
+
+def own_gpu_alone(rank: int) -> ExitStack:
+    """As if each rank saw one GPU, its own: nothing says that memory cannot be shared, until rank 1 tries."""
+
+    def allocate(words: int, comm: Transport, device: torch.device, shared: bool) -> tuple[None, None]:
+        comm.barrier()
+        if rank == 1:
+            raise RuntimeError(f"CUDA driver error: {NO_ACCESS}")
+        return None, None
+
+    patches = ExitStack()
+    for name, value in {
+        "torch.cuda.is_available": lambda: True,
+        "torch.cuda.device_count": lambda: 1,
+        "torch.cuda.current_device": lambda: 0,
+        "torch.cuda.get_device_properties": lambda _: SimpleNamespace(uuid=f"GPU-{rank}"),
+        "torch.cuda.is_current_stream_capturing": lambda: False,
+        "torch.cuda.synchronize": lambda _: None,
+        "torch.cuda.mem_get_info": lambda _: (2**40, 2**40),
+        "torch.cuda.Stream": lambda _: None,
+        "dnsp.parallel.symmetric._allocate": allocate,
+    }.items():
+        patches.enter_context(patch(name, value))
+    return patches
+
+
+def settled(section: dict[str, str]) -> tuple[str, str, str, str]:
+    """What a rank of two is told, takes, and says."""
+    grid, settings = make_grid(timeout=30), config(parallel=section)
+    with own_gpu_alone(grid.rank):
+        why_not = watchdog.peer_refusal(grid)
+        choices = Choices("auto", 0, *choose_transports(settings, {}, why_not))
+        began = f"{choices.transport}, {choices.attention_transport}"
+        try:
+            choices, shared, why_not = settle_transports(choices, settings, grid, [(1, 512)])
+        except UsageError as error:
+            return began, "", "", str(error)
+    plan = make_plan([[0]], Layout("zigzag", grid.world, 512), grid, transport=choices.transport)
+    x, gates = torch.randn(1, plan.local_tokens, 2, 16), torch.rand(1, plan.local_tokens, 2)
+    delta_rule(x, x, x, -gates, gates, plan=plan, l2norm=True)
+    return began, choices.transport, choices.attention_transport, choices.transports(settings, why_not, shared)
+
+
+FAILED = "rank 1 cannot share {} MiB of memory: CUDA driver error: " + NO_ACCESS
+SETTLED = [
+    ({}, ("p2p", "ring"), f"states cross ranks by p2p, keys and values by ring (not by peer: {FAILED})"),
+    (
+        {"attention_transport": "gather"},
+        ("p2p", "gather"),
+        f"states cross ranks by p2p, keys and values by gather (not by peer: {FAILED})",
+    ),
+    (
+        {"transport": "gather"},
+        ("gather", "ring"),
+        f"states cross ranks by gather, keys and values by ring (not by peer: {FAILED})",
+    ),
+]
+
+
+@pytest.mark.parametrize(("section", "taken", "said"), SETTLED, ids=str)
+def test_where_sharing_memory_fails_auto_takes_what_works(
+    section: dict[str, str], taken: tuple[str, str], said: str
+) -> None:
+    """Rank 1 alone fails; all of them take the same, and say why."""
+    found = run_ranks(settled, 2, section, timeout=60)
+    assert found[0] == found[1] and "peer" in found[0][0]
+    assert found[0][1:3] == taken
+    assert re.sub(r"\d+ MiB", "{} MiB", found[0][3]) == said
+
+
+@pytest.mark.parametrize("section", [{"transport": "peer"}, {"attention_transport": "peer"}], ids=str)
+def test_where_sharing_memory_fails_peer_is_refused(section: dict[str, str]) -> None:
+    for *_, said in run_ranks(settled, 2, section, timeout=60):
+        way = "; use p2p and ring (parallel.transport, parallel.attention_transport)"
+        assert re.sub(r"\d+ MiB", "{} MiB", said) == f"transport peer: {FAILED}{way}"
+
+
+def one_group_fails() -> tuple[Choices, int, str | None]:
+    grid = make_grid(2, timeout=30)
+
+    def reserve(*given: object) -> int:
+        if grid.data_rank == 1:
+            raise CannotShare("rank 3 cannot")
+        return 4096
+
+    with patch("dnsp.begin.reserve", reserve):
+        return settle_transports(Choices("auto", 0, "peer", "peer"), config(), grid, [(1, 512)])
+
+
+def test_groups_that_could_share_go_with_one_that_cannot() -> None:
+    for found in run_ranks(one_group_fails, 4, timeout=60):
+        assert found == (Choices("auto", 0, "p2p", "ring"), 0, "rank 3 cannot")
 
 
 def test_the_budget_of_symmetric_memory_is_worked_out_before_there_is_a_gpu() -> None:

@@ -34,7 +34,7 @@ from dnsp.folder import check_identity, check_start, compare_models
 from dnsp.launch.environment import Environment
 from dnsp.parallel.errors import PeerLost
 from dnsp.parallel.grid import GRACE
-from dnsp.stalls import AHEAD, LINGER, Lead, Place, Stalls
+from dnsp.stalls import AHEAD, LINGER, Lead, Place, Stalls, flight_record, waiting_for
 from tests.dnsp.conftest import environment
 
 BEFORE, LATER = 20.0, 30.0  # seconds until a refusal, until a fault has ended every rank
@@ -464,6 +464,63 @@ def test_a_file_system_that_fails_keeps_no_verdict_back(tmp_path: Path) -> None:
     (tmp_path / "stacks" / "rank-00001.txt").mkdir(parents=True)  # there, and not to be read
     (tmp_path / "stacks" / "rank-00002.txt").write_text("rank 2 was at step 3 for 4 s\n\nstack")
     assert stalls.where_the_others_are(3) == "rank 2 was at step 3 for 4 s; rank 1 left no stack: stopped or gone"
+
+
+def entry(name: str, state: str = "scheduled", p2p: int = 0, collective: int = 0, sizes: int = 8) -> dict[str, Any]:
+    """One of torch's flight recorder, of one group; ``p2p`` and ``collective``: launches of either kind so far."""
+    counts = {"process_group": ["1", "sequence"], "p2p_seq_id": p2p, "collective_seq_id": collective}
+    done = state == "completed"
+    return {"profiling_name": name, "state": state, "retired": done, "input_sizes": [[sizes]], **counts}
+
+
+# What NCCL's recorder and gloo's hold, and what the rank waits for.
+RECORDED: list[tuple[str, list[dict[str, Any]], list[dict[str, Any]], str]] = [
+    ("nothing is open", [entry("nccl:all_reduce", "completed", 0, 1)], [entry("gloo:send", "completed", 1)], ""),
+    (
+        "a GPU does one after another",
+        [
+            entry("nccl:all_reduce", "completed", 0, 1),
+            entry("nccl:all_gather", "started", 0, 2, 16),
+            entry("nccl:all_reduce", "scheduled", 0, 3),
+        ],
+        [entry("gloo:all_gather", "scheduled", 0, 1)],
+        "nccl:all_gather of [[16]]",
+    ),
+    (
+        "gloo's host waits in its last",
+        [entry("nccl:all_reduce", "completed", 0, 1)],
+        [entry("gloo:send", p2p=1), entry("gloo:recv", p2p=2, sizes=4)],
+        "gloo:recv of [[4]]",
+    ),
+    (
+        "messages posted together are done with their launch, and stand as scheduled for ever",
+        [
+            entry("nccl:send 0->1", p2p=1),
+            entry("nccl:recv 0<-1", p2p=1),
+            entry("nccl:coalesced", "completed", 1),
+            entry("nccl:recv 0<-1", p2p=2, sizes=32),
+            entry("nccl:coalesced", "started", 2),
+        ],
+        [],
+        "nccl:recv 0<-1 of [[32]]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("nccl", "gloo", "said"), [case[1:] for case in RECORDED], ids=[case[0] for case in RECORDED])
+def test_a_rank_that_stands_still_says_what_it_waits_for(
+    nccl: list[dict[str, Any]], gloo: list[dict[str, Any]], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL has a recorder of its own, which a torch for the CPU has not."""
+    recorders = torch._C._distributed_c10d
+    for name, entries in (("_dump_nccl_trace_json", nccl), ("_dump_fr_trace_json", gloo)):
+        recorded = json.dumps({"version": "2.10", "entries": entries}).encode()
+        monkeypatch.setattr(recorders, name, lambda recorded=recorded: recorded, raising=False)
+    assert waiting_for() == said
+    assert flight_record()["entries"] == [*nccl, *gloo]
+    monkeypatch.delattr(recorders, "_dump_nccl_trace_json")
+    monkeypatch.setattr(recorders, "_dump_fr_trace_json", lambda: b"")
+    assert waiting_for() == "" and not flight_record().get("entries")
 
 
 class Ended(BaseException):

@@ -56,6 +56,72 @@ def test_what_cannot_run(
     assert found in rows[row]["found"] + rows[row]["cure"] and cure in rows[row]["cure"] and rows[row]["cure"]
 
 
+FOUR = ("parallel.sequence=2", "train.global_batch=2")
+NEEDS = "it needs a GPU on every rank"
+DEAF = "rank 1: ranks of a host write each other's memory, and GPU 1 cannot reach GPU 3's"
+# ranks, settings, GPUs here, pairs of them that are deaf, and why peer cannot be had; None: it can, or it need not be
+NOT_BY_PEER = [
+    (2, ("parallel.transport=peer",), 0, (), f"parallel.transport=peer: rank 0: {NEEDS}"),
+    (1, ("parallel.transport=peer",), 0, (), f"parallel.transport=peer: {NEEDS}"),
+    (2, ("parallel.attention_transport=peer",), 0, (), f"parallel.attention_transport=peer: rank 0: {NEEDS}"),
+    (2, (), 0, (), None),
+    (4, ("parallel.transport=peer",), 4, ((1, 3),), f"parallel.transport=peer: {DEAF}"),
+    (2, ("parallel.transport=peer",), 4, ((1, 3),), None),
+    (4, ("parallel.transport=peer", *FOUR), 4, ((1, 3),), None),
+    (4, ("parallel.transport=peer",), 2, (), None),  # two ranks a GPU
+    (4, (), 4, ((1, 3),), None),
+]
+
+
+@pytest.mark.parametrize(("ranks", "settings", "gpus", "deaf", "said"), NOT_BY_PEER)
+def test_peer_that_is_asked_for_and_cannot_be_had_is_missing(
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: int,
+    settings: tuple[str, ...],
+    gpus: int,
+    deaf: tuple[tuple[int, int], ...],
+    said: str | None,
+) -> None:
+    """In the words of ``dnsp train``."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *pair: pair not in deaf)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 * 2**30, 80 * 2**30))
+    monkeypatch.setenv("DNSP_DELTA_RULE", "triton")
+    monkeypatch.setenv("DNSP_LIGER", "0")
+    config = load_config(workplace / "tiny.yaml", list(settings))
+    rows = {name: row for name, *row in fits.examine(config, ranks, here=True)}
+    row = rows.get("symmetric memory")
+    if said:
+        assert row is not None and row[:2] == ["missing", said] and row[2].startswith("use auto, ")
+    elif settings:
+        assert row is not None and row[0] == "ok" and "are free for it" in row[1], rows
+    else:
+        assert row is None  # by p2p
+    elsewhere = [status for name, status, *_ in fits.examine(config, ranks, here=False) if name == "symmetric memory"]
+    assert elsewhere in ([], ["info"])  # what other hosts have is not known
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "cure"),
+    [
+        ((), "warn", "none needed: the run takes p2p and ring"),
+        (("parallel.attention_transport=peer",), "missing", "parallel.transport=p2p parallel.attention_transport=ring"),
+    ],
+)
+def test_a_gpu_without_room_to_share(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], status: str, cure: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**20, 80 * 2**30))
+    monkeypatch.setenv("DNSP_DELTA_RULE", "triton")
+    ((_, *row),) = fits._symmetric_memory(load_config(workplace / "tiny.yaml", list(settings)), 2, here=True)
+    assert row[0] == status and row[1].endswith("; 0 are free for it") and row[2].startswith(cure)
+
+
 LESS_GATHERED = "engine.deepspeed={zero_optimization: {stage3_max_live_parameters: 100000000}}"
 # GiB that are free for four ranks together, settings: the status, and the way out. 1.6 billion parameters are 6.0 GiB:
 # a rank keeps about 24 of them (weights, gradients, two moments), 16.9 at stage 1, 12.4 at 2, 11.6 at 3 (3.7 gathered)

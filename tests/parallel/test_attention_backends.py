@@ -303,6 +303,21 @@ def test_rows_of_documents_against_fp64(starts: list[list[int]], long: int, monk
         assert error(a.transpose(1, 2), b) < TOLERANCE[torch.float64], name
 
 
+def test_cutting_calls_of_tiny_documents_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call of 48 documents, or 24 of two."""
+    starts, tokens = [list(range(0, 96, 4))] * 2, 96
+    given = [draw(n, tokens, 16, seed).transpose(1, 2).expand(2, -1, -1, -1) for seed, n in enumerate((4, 2, 2, 4))]
+    results = []
+    for joined, calls in ((2**16, 1), (2 * (4 + 128), 24)):
+        monkeypatch.setattr(blocks, "JOINED", joined)
+        plan = local_plan(starts, tokens)
+        assert len(plan.rounds[0].calls) == calls
+        *leaves, do = (x.clone().requires_grad_() for x in given)
+        o = attention(*leaves, plan=plan)
+        results.append([o, *torch.autograd.grad(o, leaves, do)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["auto", "flash"])
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_documents_side_by_side_are_one_call_over_all_rows(monkeypatch: pytest.M
     monkeypatch.setattr(blocks, "LONG", 64)
     assert calls(zigzag, 0)[:3] == [((0, 64), (0, 5, 64)), ((64, 128), (0, 64)), ((128, 192), (0, 64))]
     monkeypatch.setattr(blocks, "LONG", 257)
-    monkeypatch.setattr(blocks, "JOINED", 512)
+    monkeypatch.setattr(blocks, "JOINED", 512 + 4 * 128)
     assert calls(alone, 0) == [((0, 512), (0, 5, 128, 256, 512)), ((512, 1024), (0, 200, 256, 512))]
 
 
@@ -166,6 +166,25 @@ def test_calls_are_the_blocks_whatever_is_long(seed: int, monkeypatch: pytest.Mo
         assert len(own) <= 2 * sum(apart) + plan.batch * len(plan.intervals)
         lengths = [b - a for call in own if len(call.edges) > 2 for a, b in pairwise(call.edges)]
         assert not any(blocks._apart(length) for length in lengths)
+
+
+# rows, tokens of each, of a document; calls, and the most of a call's temporary memory, in tokens
+TINY = [
+    (8, 8192, 8, 24, 2**16),  # an interval of them is more than a call may have
+    (8, 8192, 64, 4, 2**16),
+    (8, 8192, 1024, 2, 2**16),
+    (1, 2**18, 16, 5, 2**19),
+    (1, 2**18, 2**15 - 8, 1, 2**19),  # an interval of long ones, which cuDNN does not take, has one whatever its length
+]
+
+
+@pytest.mark.parametrize(("rows", "tokens", "document", "calls", "most"), TINY)
+def test_calls_of_tiny_documents_are_cut(rows: int, tokens: int, document: int, calls: int, most: int) -> None:
+    """Their temporary memory grows with the documents, too."""
+    (work,) = local_plan([list(range(0, tokens, document))] * rows, tokens).rounds
+    held = [call.query[1] - call.query[0] + 128 * (len(call.edges) - 1) for call in work.calls]
+    assert len(held) == calls and max(held) <= most, held
+    assert sorted(squares_and_rectangles(work, tokens)) == sorted(work.blocks)
 
 
 def test_only_needed_keys_travel() -> None:

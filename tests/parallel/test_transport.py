@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,7 +23,7 @@ from dnsp.parallel.grid import make_grid
 from dnsp.parallel.halo import causal_conv1d
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
-from dnsp.parallel.probe import refusal
+from dnsp.parallel.probe import NO_GPU, Place, refusal, unreachable
 from dnsp.parallel.transport import Transport
 from tests.ranks import RankFailure, run_ranks
 
@@ -131,6 +135,77 @@ def test_ranks_that_disagree_are_named_with_the_field() -> None:
         for field, words in told.items():
             assert words.startswith(f"the ranks disagree about the plan: {field} is "), words
             assert "on rank 0 and " in words and "on rank 2; give every rank" in words, words
+
+
+@contextmanager
+def two_gpus(mine: int, deaf: Callable[[int, int], bool]) -> Iterator[None]:
+    """As if this rank had one of two GPUs, some of which cannot reach others."""
+    with (
+        patch("torch.cuda.is_available", lambda: True), patch("torch.cuda.device_count", lambda: 2),
+        patch("torch.cuda.current_device", lambda: mine),
+        patch("torch.cuda.get_device_properties", lambda gpu: SimpleNamespace(uuid=f"GPU-{gpu}")),
+        patch("torch.cuda.can_device_access_peer", lambda *pair: not deaf(*pair)),
+    ):  # fmt: skip
+        yield
+
+
+def deaf_pairs() -> dict[str, list[str]]:
+    """What a rank of two is told where neither GPU reaches the other, where one does not, and where both do."""
+    from dnsp import watchdog
+    from dnsp.choices import make_choices
+    from dnsp.config import parse_config
+    from dnsp.parallel import symmetric
+
+    grid, told = make_grid(timeout=30), dict[str, list[str]]()
+    for name, deaf in {
+        "both": lambda *pair: True,
+        "one": lambda *pair: pair == (1, 0),
+        "none": lambda *pair: False,
+    }.items():
+        with two_gpus(grid.rank, deaf):
+            words = watchdog.peer_refusal(grid)
+            told[name] = [str(words)]
+            try:
+                if words:
+                    symmetric.memory(grid.transport(), torch.device("cuda", grid.rank))
+            except PlanError as refused:
+                told[name].append(str(refused))
+        for section in ({"transport": "peer"}, {"attention_transport": "peer"}, {}):
+            try:
+                chosen, _ = make_choices(parse_config({"parallel": section}, "the test"), None, words)
+                told[name].append(f"{chosen.transport}, {chosen.attention_transport}")
+            except PlanError as refused:
+                told[name].append(str(refused))
+    return told
+
+
+def test_gpus_that_do_not_reach_each_other_are_named() -> None:
+    for told in run_ranks(deaf_pairs, 2, timeout=90):
+        assert told["none"] == ["None", "peer, peer", "peer, peer", "peer, peer"]
+        for name, here, there in (("both", 0, 1), ("one", 1, 0)):
+            words = f"rank {here}: ranks of a host write each other's memory, and GPU {here} cannot reach GPU {there}'s"
+            assert told[name] == [
+                words,
+                f"transport peer: {words}; use p2p and ring (parallel.transport, parallel.attention_transport)",
+                f"parallel.transport=peer: {words}; use auto, p2p or gather",
+                f"parallel.attention_transport=peer: {words}; use auto, ring or gather",
+                "p2p, ring",
+            ]
+
+
+def test_what_keeps_ranks_of_a_host_from_each_others_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is not seen from here, as where each rank is given one alone, is left to the rendezvous."""
+    here, there, unseen, none = (Place("a host", gpu) for gpu in ("GPU-0", "GPU-1", "GPU-7", ""))
+    with two_gpus(0, lambda *pair: True):
+        assert unreachable([here, none]) == NO_GPU
+        assert unreachable([here, here, unseen]) is None
+        assert unreachable([there, here]) == (
+            "ranks of a host write each other's memory, and GPU 0 cannot reach GPU 1's"
+        )
+    with two_gpus(0, lambda *pair: pair == (1, 0)):
+        assert unreachable([here, there]) is None  # the other rank will say
+        monkeypatch.setitem(sys.modules, "torch.distributed._symmetric_memory", None)
+        assert str(unreachable([here, there])).startswith("this torch has no symmetric memory (")
 
 
 @pytest.mark.parametrize("how", ["dies", "sleeps"])
