@@ -10,7 +10,8 @@ from typing import Any
 from dnsp.errors import UsageError
 from dnsp.tasks import document
 from dnsp.tasks.suite import MODELS, RECALL_WIDTH, Scale
-from dnsp.tasks.tables import Result, Summary, by_position, perplexity, summaries
+from dnsp.tasks.summary import Result, Summary, perplexity, summaries
+from dnsp.tasks.tables import by_position
 
 COLOURS = dict(zip(MODELS, ("#4c4c4c", "#c7a76c", "#3b6fb6", "#2a9d72", "#b5446e"), strict=True))
 SIZE = (6.4, 4.0)

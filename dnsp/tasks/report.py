@@ -19,16 +19,8 @@ from dnsp.json_files import write_json
 from dnsp.tasks.measured import chunk_tables, pitfall_tables, speed_tables
 from dnsp.tasks.plots import all_plots
 from dnsp.tasks.suite import Scale
-from dnsp.tasks.tables import (
-    Result,
-    Table,
-    ablation_tables,
-    configuration_table,
-    lm_tables,
-    recall_tables,
-    search_table,
-    summaries,
-)  # fmt: skip
+from dnsp.tasks.summary import Result, summaries
+from dnsp.tasks.tables import Table, ablation_tables, configuration_table, lm_tables, recall_tables, search_table
 from dnsp.tasks.worker import RESULT, parse_result, read_curve
 
 UNPLANNED = (

@@ -19,7 +19,9 @@ from dnsp.errors import UsageError
 from dnsp.tasks import document, plots
 from dnsp.tasks.report import report, shown
 from dnsp.tasks.suite import LEARNING_RATES, SEARCH_SEED, suite
-from dnsp.tasks.tables import configuration_table, order_verdict, search_table, spread, summaries
+from dnsp.tasks.summary import spread, summaries
+from dnsp.tasks.tables import configuration_table, search_table
+from dnsp.tasks.verdicts import order_verdict
 from dnsp.tasks.worker import make_small, read_curve
 
 VERSIONS = {"torch": "2.13.0"}
