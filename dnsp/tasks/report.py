@@ -20,7 +20,15 @@ from dnsp.tasks.measured import chunk_tables, pitfall_tables, speed_tables
 from dnsp.tasks.plots import all_plots
 from dnsp.tasks.suite import Scale
 from dnsp.tasks.summary import Result, summaries
-from dnsp.tasks.tables import Table, ablation_tables, configuration_table, lm_tables, recall_tables, search_table
+from dnsp.tasks.tables import (
+    Table,
+    ablation_tables,
+    configuration_table,
+    lm_tables,
+    models_table,
+    recall_tables,
+    search_table,
+)  # fmt: skip
 from dnsp.tasks.worker import RESULT, parse_result, read_curve
 
 UNPLANNED = (
@@ -101,7 +109,7 @@ def all_tables(results: Sequence[Result], scale: Scale) -> list[Table]:
             tables += make(figures)
     if cells:
         tables.append(search_table(cells))
-        tables.append(configuration_table(results))
+        tables += [configuration_table(results), models_table(results)]
     return tables
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from dnsp.tasks.suite import ABLATIONS, FINAL_SEEDS, MODELS, NAMES, SEARCH_SEED,
 Result = dict[str, Any]
 ABLATION_ORDER = {variant: n for n, (_, variant, _) in enumerate(ABLATIONS)}
 LARGEST = 700.0  # nats whose exponential is a number
+DIVERGED_AT = re.compile(r"at step (\d+)[^(]*\((?:once|(\d+) times in a row)\)")  # in the message of dnsp.train
 
 
 @dataclass
@@ -42,6 +44,18 @@ class Summary:
     @property
     def diverged(self) -> int:
         return sum(result["outcome"] == "diverged" for result in self.finals)
+
+    @property
+    def runs(self) -> list[Result]:
+        """Those of the search and the final ones, each once: at one scale they share a seed."""
+        return list({(run["lr"], run["seed"]): run for run in [*self.search.values(), *self.finals]}.values())
+
+
+def diverged_at(result: Result) -> tuple[int, int] | None:
+    """Of a run that diverged the first step of those in a row that were not finite, and the step that it ended at;
+    None where its message does not say."""
+    found = DIVERGED_AT.search(result.get("message", ""))
+    return None if found is None else (int(found[1]) - int(found[2] or 1) + 1, int(found[1]))
 
 
 def summaries(results: Iterable[Result], scale: Scale) -> list[Summary]:

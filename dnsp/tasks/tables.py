@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any, Literal
 
+from dnsp.config import LayerKind, ModelConfig
 from dnsp.tasks import document
-from dnsp.tasks.suite import NAMES, SEARCH_SEED, VALIDATION, Scale
+from dnsp.tasks.suite import MODELS, NAMES, RECALL, SEARCH_SEED, VALIDATION, Scale
 from dnsp.tasks.summary import Result, Summary, asked, deviation, perplexity, spread
-from dnsp.tasks.verdicts import order_verdict, recall_verdicts, stability_verdict
+from dnsp.tasks.verdicts import diverged_verdicts, option_verdicts, order_verdict, recall_verdicts, stability_verdict
 
 TITLES = {
     "kv": "Key-value retrieval",
@@ -61,9 +62,17 @@ def recall_tables(task: str, cells: list[Summary], scale: Scale = "full") -> lis
             [cell.labels["model"], cell.labels["width"], *(spread(cell.values(test)) for test in tests)]
             for cell in cells
         ]
-        names = ["as trained" if test == "test" else test for test in tests]
+        names = [_of_test(task, scale) if test == "test" else test for test in tests]
         tables.append(Table(f"{task}-all", f"{TITLES[task]}, accuracy % by size", ["model", "width", *names], rows))
     return tables
+
+
+def _of_test(task: str, scale: Scale) -> str:
+    """What the first test of a recall task asks: it is unpacked, so that its numbers of pairs come equally often."""
+    pairs = RECALL[task][scale]["tests"]["test"][0]
+    if pairs is None:
+        return "as trained"
+    return f"{pairs[0]} to {pairs[-1]} pairs" if isinstance(pairs, list) else f"{pairs} pairs"
 
 
 def ablation_tables(cells: list[Summary], scale: Scale = "full") -> list[Table]:
@@ -106,13 +115,15 @@ def ablation_tables(cells: list[Summary], scale: Scale = "full") -> list[Table]:
         picked += [base] if base is not None else []
         theirs = ["document's perplexity", "document's recall %" if group == "beta" else "document's stability"]
         rows = [[*row(cell), *stated.get(cell.labels["variant"], (None, None))] for cell in picked]
-        note = "; ".join(filter(None, notes)) if scale == "full" else SMOKE
+        note = "; ".join([*filter(None, notes), *diverged_verdicts(picked)]) if scale == "full" else SMOKE
         tables.append(Table(f"ablation-{group}", title, ["variant", *own, *theirs], rows, note))
     others = [cell for cell in cells if cell.labels["group"] not in ("beta", "norm", "base")]
     if others:
         others += [base] if base is not None else []
         rows = [[cell.labels["group"] + ": " + cell.labels["variant"], *row(cell)[1:]] for cell in others]
-        tables.append(Table("ablation-others", "Ablation: what else the layer offers", ["variant", *own], rows))
+        note = "; ".join([*option_verdicts(others, base, longer), *diverged_verdicts(others)])
+        title = "Ablation: what else the layer offers"
+        tables.append(Table("ablation-others", title, ["variant", *own], rows, note if scale == "full" else SMOKE))
     return tables
 
 
@@ -218,3 +229,50 @@ def _lengths(result: Result) -> list[int]:
     """Tokens of a sequence, stage by stage."""
     stages = result["config"]["train"].get("stages") or [result["config"]["data"]]
     return [stage["sequence_length"] for stage in stages]
+
+
+def models_table(results: Iterable[Result]) -> Table:
+    """Layers, heads and convolutions of the models, and their parameters: one row for tasks that have the same, and
+    for all ablations, whose options change the parameters a little."""
+    counts: dict[tuple[Any, ...], set[int]] = defaultdict(set)
+    for result in results:
+        if result["kind"] == "train" and "config" in result:
+            model = ModelConfig.model_validate(result["config"]["model"])
+            kinds = list(dict.fromkeys(model.layers))
+            heads = {kind: _heads(model, kind) for kind in kinds}
+            described = (
+                result["labels"].get("model", result["task"]),
+                model.hidden_size,
+                ", ".join(f"{model.layers.count(kind)} {kind}" for kind in kinds),
+                "; ".join(f"{kind} {text}" for kind, text in heads.items()) if len(kinds) > 1 else heads[kinds[0]],
+                "; ".join(f"{kind} {taps}" for kind in kinds if (taps := _taps(model, kind))),
+            )
+            counts[result["task"], *described] |= {result["training"].get("parameters")} - {None}
+    tasks: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for (task, *described), found in sorted(counts.items(), key=lambda item: NAMES.index(item[0][0])):
+        ends = [f"{count:,}" for count in sorted({min(found), max(found)})] if found else []
+        tasks[(*described, " to ".join(ends))].append(task)
+    order = {model: n for n, model in enumerate(MODELS)}
+    rows = [[model, ", ".join(names), *more] for (model, *more), names in tasks.items()]
+    rows.sort(key=lambda row: (row[2], order.get(row[0], len(order))))
+    columns = ["model", "tasks", "width", "layers", "heads and their width", "convolution taps", "parameters"]
+    return Table("models", "The models", columns, rows)
+
+
+def _heads(model: ModelConfig, kind: LayerKind) -> str:
+    if kind == "gated_delta":
+        keys = f"{model.linear_num_key_heads} of keys of {model.linear_key_head_dim}"
+        return f"{keys}, {model.linear_num_value_heads} of values of {model.linear_value_head_dim}"
+    if kind == "attention":
+        shared = model.num_key_value_heads
+        fewer = f", {shared} of keys and values" if shared != model.num_attention_heads else ""
+        return f"{model.num_attention_heads} of {model.head_dim}{fewer}"
+    options = model.deltanet  # linear attention has its heads
+    width = options.head_dim or model.hidden_size // options.num_heads
+    values = options.value_head_dim or width
+    return f"{options.num_heads} of {width}" + (f" by {values}" if values != width else "")
+
+
+def _taps(model: ModelConfig, kind: LayerKind) -> int:
+    """Of a layer's short convolution; 0 for none."""
+    return {"gated_delta": model.linear_conv_kernel_dim, "deltanet": model.deltanet.conv_size}.get(kind, 0)
