@@ -249,9 +249,9 @@ def models_table(results: Iterable[Result]) -> Table:
             )
             counts[result["task"], *described] |= {result["training"].get("parameters")} - {None}
     tasks: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-    for (task, *described), found in sorted(counts.items(), key=lambda item: NAMES.index(item[0][0])):
+    for (task, *same), found in sorted(counts.items(), key=lambda item: NAMES.index(item[0][0])):
         ends = [f"{count:,}" for count in sorted({min(found), max(found)})] if found else []
-        tasks[(*described, " to ".join(ends))].append(task)
+        tasks[(*same, " to ".join(ends))].append(task)
     order = {model: n for n, model in enumerate(MODELS)}
     rows = [[model, ", ".join(names), *more] for (model, *more), names in tasks.items()]
     rows.sort(key=lambda row: (row[2], order.get(row[0], len(order))))

@@ -508,6 +508,32 @@ def test_a_search_in_fewer_steps_is_said() -> None:
     assert search_table(summaries(runs, "full")).note == "kv was searched in 500 of its 2,500 steps"
 
 
+def test_of_which_code_the_results_are(tmp_path: Path) -> None:
+    def head(name: str, codes: list[str | None], **more: Any) -> str:
+        runs = recall_runs()
+        for run, code in zip(runs, codes * len(runs), strict=False):
+            run |= {"code": code} if code else {}
+            run |= more
+        folder = write(tmp_path / name, runs)
+        assert report([folder]) == 0
+        return (folder / "report.md").read_text().partition("\n## ")[0]
+
+    assert "- code: git 1234567\n" in head("one", ["git 1234567"])
+    assert "- code: unknown code\n" in head("before", [None])
+    mixed = head("mixed", ["git 1234567+", None], machine={"gpus": 8, "driver": "570.1"})
+    said = "git 1234567+ (16 results), unknown code (16 results); +: with changes that were not committed"
+    assert f"- results of more than one code are mixed: {said}\n" in mixed
+    assert "- on a GPU (8 GPUs in the machine, driver 570.1)\n" in mixed
+
+
+def test_every_command_is_listed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "kv", recall_runs())
+    queue = {"identity": {"scale": "full"}, "commands": [["dnsp", "first"], ["dnsp", "last"]], "total": 32}
+    (folder / "queue.json").write_text(json.dumps(queue))
+    assert report([folder]) == 0
+    assert "- `dnsp first`, `dnsp last`: 32 of 32 finished\n" in (folder / "report.md").read_text()
+
+
 def test_half_a_queue(tmp_path: Path) -> None:
     """What is missing is said, nothing is chosen from half a search, and nothing is concluded without all seeds."""
     runs = [run for run in recall_runs() if run["lr"] != 3e-3 or run["seed"] == 0]
