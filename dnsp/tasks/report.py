@@ -169,7 +169,8 @@ def _device(result: Result) -> str:
     name: str = result["device_name"]
     if not (machine := result.get("machine")):
         return name
-    return f"{name} ({machine['gpus']} GPUs in the machine, driver {machine['driver']})"
+    gpus = "one GPU" if machine["gpus"] == 1 else f"{machine['gpus']} GPUs"
+    return f"{name} ({gpus} in the machine, driver {machine['driver']})"
 
 
 def _missing(planned: dict[str, dict[str, int]], found: dict[str, Result]) -> list[str]:
