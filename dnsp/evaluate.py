@@ -27,6 +27,7 @@ from dnsp.model.decoder import Decoder
 from dnsp.parallel.grid import Grid, make_grid
 from dnsp.parallel.layout import Layout
 from dnsp.parallel.plan import make_plan
+from dnsp.tasks.sources import is_task
 
 FIRST_BUCKET = 64  # positions 0-63, then powers of two: 64-127, 128-255, ...
 
@@ -40,8 +41,9 @@ def evaluate(
 
     model: a Decoder, or the engine around one (ZeRO 3 gathers weights in its forward). choices: those of the run.
 
-    Returns ``loss`` (nats a predicted token), ``bits_per_byte``, ``tokens`` (predicted) and ``by_position``: the loss
-    by the position in the document, in buckets of powers of two (``"64-127"``): what a longer context is worth.
+    Returns ``loss`` (nats a predicted token), ``bits_per_byte`` (not where a source is a task), ``tokens`` (predicted)
+    and ``by_position``: the loss by the position in the document, in buckets of powers of two (``"64-127"``): what a
+    longer context is worth.
     """
     device = next(model.parameters()).device
     layout = Layout(config.parallel.layout, grid.sequence_size, length)
@@ -75,12 +77,21 @@ def evaluate(
     sums = watchdog.total(sums.to(device), grid).cpu()
     watchdog.check_peers()  # of the last forward pass too
     nats, counts = sums[:buckets], sums[buckets:-1]
+    # what a task asks stands for no text, though some of its ids may be those of bytes
+    text = not any(is_task(source.path) for source in config.data.sources)
     return {
         "loss": float(nats.sum() / counts.sum()),
-        "bits_per_byte": float(nats.sum() / math.log(2) / sums[-1]),
+        **({"bits_per_byte": float(nats.sum() / math.log(2) / sums[-1])} if text else {}),
         "tokens": int(counts.sum()),
         "by_position": {_span(i): float(nats[i] / counts[i]) for i in range(buckets) if counts[i] > 0},
     }
+
+
+def headline(figures: dict[str, Any]) -> str:
+    """The one figure of an evaluation for people: bits per byte, or of what is no text the loss."""
+    if "bits_per_byte" in figures:
+        return f"bits per byte {figures['bits_per_byte']:.3f}"
+    return f"loss {figures['loss']:.4f}"
 
 
 def _span(bucket: int) -> str:
@@ -90,7 +101,7 @@ def _span(bucket: int) -> str:
 
 def table(figures: dict[str, Any]) -> Table:
     """Loss by position for people."""
-    shown = Table("position in the document", "held-out loss", title=f"bits per byte {figures['bits_per_byte']:.3f}")
+    shown = Table("position in the document", "held-out loss", title=headline(figures))
     for span, loss in figures["by_position"].items():
         shown.add_row(span, f"{loss:.4f}")
     shown.add_row("all", f"{figures['loss']:.4f}")

@@ -42,6 +42,18 @@ def count() -> int:
         return 0
 
 
+def driver() -> str | None:
+    """The version of this machine's driver; None without one."""
+    try:
+        pynvml.nvmlInit()
+        try:
+            return str(pynvml.nvmlSystemGetDriverVersion())
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
+
+
 def throttles(mask: int) -> str:
     """The reasons in a mask, in words; empty where nothing is wrong.
 

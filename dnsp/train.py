@@ -31,7 +31,7 @@ from dnsp.data.mix import Cursor, Step, open_data
 from dnsp.data.tokenizer import load_tokenizer
 from dnsp.engine import Engine
 from dnsp.errors import UsageError
-from dnsp.evaluate import evaluate, table
+from dnsp.evaluate import evaluate, headline, table
 from dnsp.faults import Skipped, Spikes, agree_on_step, both_see, explained_memory, explained_start, find_nonfinite
 from dnsp.figures import Figures
 from dnsp.folder import check_free, check_new, started_again
@@ -60,7 +60,7 @@ def train(config: Config, environment: Environment, name: str) -> dict[str, Any]
         name: of the configuration, for the run folder's.
 
     Returns:
-        ``run_dir, step, loss, tokens`` and the held-out ``loss, bits_per_byte, by_position`` under ``heldout``.
+        ``run_dir, step, loss, tokens`` and the held-out figures of ``evaluate`` under ``heldout``.
 
     Raises:
         UsageError: what cannot be carried out, before the first step, on every rank.
@@ -332,7 +332,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         telemetry.say(table(figures))
         if config.generate.tokens:
             telemetry.say(sample_text(model, tokenizer, config.generate), style="cyan")
-        telemetry.say(f"held-out bits per byte {figures['bits_per_byte']:.3f} after {time.monotonic() - began:.0f} s")
+        telemetry.say(f"held-out {headline(figures)} after {time.monotonic() - began:.0f} s")
         telemetry.say(f"run folder: {folder}")
     telemetry.close()
     last = loss if steps > start else None  # nothing was left to train

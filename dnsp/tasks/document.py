@@ -27,6 +27,13 @@ NORM_SCALED: dict[str, tuple[float, str]] = {
     "learned beta, q and k by l2": NORM["q and k by RMSNorm, as written"],
 }
 
+# what it says that an option of the layer is for, by our group of ablations
+OPTIONS: dict[str, str] = {
+    "denominator": "for stability, it prevents unbounded state growth",
+    "forget gate": "for bounded memory, it allows selective forgetting of old associations",
+    "periodic decay": "for very long sequences",
+}
+
 # tokens a second at batch 1: model, context
 SPEED: dict[str, dict[int, float]] = {
     "attention": {512: 120, 2048: 45, 8192: 12},

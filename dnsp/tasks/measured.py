@@ -6,7 +6,8 @@ from typing import Any
 
 from dnsp.tasks import document
 from dnsp.tasks.suite import MODELS
-from dnsp.tasks.tables import Result, Table
+from dnsp.tasks.summary import Result
+from dnsp.tasks.tables import Table
 
 KEPT = {(512, 131072): 0.98}  # of a delta-rule model's speed from one context to another: what was to be reached
 SETTLING = {  # what not every result has: earlier ones have none of it, and only a GPU's driver knows of clocks

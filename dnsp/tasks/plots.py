@@ -10,10 +10,11 @@ from typing import Any
 from dnsp.errors import UsageError
 from dnsp.tasks import document
 from dnsp.tasks.suite import MODELS, RECALL_WIDTH, Scale
-from dnsp.tasks.tables import Result, Summary, by_position, perplexity, summaries
+from dnsp.tasks.summary import Result, Summary, perplexity, summaries
+from dnsp.tasks.tables import by_position
 
 COLOURS = dict(zip(MODELS, ("#4c4c4c", "#c7a76c", "#3b6fb6", "#2a9d72", "#b5446e"), strict=True))
-SIZE = (6.4, 4.0)
+SIZE = (6.4, 4.4)
 SMOOTH = 4  # losses on either side that a curve's are the median of
 Curve = Sequence[tuple[int, float]]  # steps and losses
 
@@ -54,9 +55,13 @@ def all_plots(
             size = (SIZE[0] * len(widths) / 1.3, SIZE[1])
             figure, panels = pyplot.subplots(1, len(widths), figsize=size, sharey=True, squeeze=False)
             for axes, width in zip(panels[0], widths, strict=True):
-                for cell in own:
-                    if cell.labels["width"] == width:
-                        _line(axes, cell.labels["model"], _by_size(cell, unit))
+                shown = [cell for cell in own if cell.labels["width"] == width]
+                for cell in shown:
+                    _line(axes, cell.labels["model"], _by_size(cell, unit))
+                longest = max((n for cell in shown if (n := _longest_trained(cell, unit)) is not None), default=None)
+                if longest is not None:
+                    words = f"trained up to {longest:,} {unit}"
+                    axes.axvline(longest, color="#999999", linewidth=0.8, linestyle="--", label=words)
                 _finish(axes, f"{task}, width {width}", unit, "accuracy %")
             save(figure, task)
     speeds = [r["figures"] for r in results if r["kind"] == "speed" and "ranks" not in r["figures"]]
@@ -91,20 +96,13 @@ def all_plots(
                 for n, curve in enumerate(own_curves):
                     steps, losses = zip(*_smoothed(curve), strict=True)
                     axes.plot(steps, losses, color=COLOURS[model], linewidth=0.9, label=None if n else model)
-            _finish(axes, title, "step", "training loss, each seed", log=False)
+            said = f"training loss of each seed,\nrunning median of {2 * SMOOTH + 1} kept steps"
+            _finish(axes, title, "step", said, log=False)
         save(figure, "learning")
-    ablations = [cell for cell in cells if cell.task == "ablations" and cell.values("text", "loss")]
-    if ablations:
+    ablations = [cell for cell in cells if cell.task == "ablations" and cell.finals]
+    if any(cell.values("text", "loss") for cell in ablations):
         figure, axes = pyplot.subplots(figsize=(SIZE[0], 0.35 * len(ablations) + 1.2))
-        names = [f"{cell.labels['group']}: {cell.labels['variant']}" for cell in ablations]
-        values = [perplexity(cell.values("text", "loss")) for cell in ablations]
-        centres = [mean(v) for v in values]
-        errors = [[m - min(v) for m, v in zip(centres, values, strict=True)],
-                  [max(v) - m for m, v in zip(centres, values, strict=True)]]  # fmt: skip
-        axes.errorbar(centres, range(len(names)), xerr=errors, fmt="o", color=COLOURS["deltanet"], capsize=3)
-        axes.set_yticks(range(len(names)), names, fontsize=7)
-        axes.invert_yaxis()
-        axes.set_xlabel("perplexity a byte, mean and range over seeds")
+        _ablations(axes, ablations)
         save(figure, "ablations")
     return made
 
@@ -112,6 +110,17 @@ def all_plots(
 def _by_size(cell: Summary, unit: str) -> dict[int, list[float]]:
     sizes = {int(test.split()[0].replace(",", "")): test for test in cell.tests if test.endswith(f" {unit}")}
     return {size: values for size, test in sorted(sizes.items()) if (values := cell.values(test))}
+
+
+def _longest_trained(cell: Summary, unit: str) -> int | None:
+    """The most pairs of a document, or tokens of a sequence, in training; None where the results do not say."""
+    config = next((result["config"] for result in cell.finals if "config" in result), None)
+    if config is None:
+        return None
+    if unit == "tokens":
+        return max(stage["sequence_length"] for stage in config["train"].get("stages") or [config["data"]])
+    pairs = [source.get("options", {}).get("pairs", []) for source in config["data"]["sources"]]
+    return max((n for some in pairs for n in (some if isinstance(some, list) else [some])), default=None)
 
 
 def _by_position(cell: Summary) -> dict[int, list[float]]:
@@ -159,7 +168,8 @@ def _finish(axes: Any, title: str, x: str, y: str, log: bool = True) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7)
+        # below, where no data are
+        axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     axes.grid(alpha=0.3)
 
 
@@ -183,3 +193,20 @@ def _bars(axes: Any, cells: list[Summary]) -> None:
     axes.set_ylabel("accuracy %, dotted: the document's")
     axes.set_title(f"recall, width {shown}", fontsize=9)
     axes.legend(fontsize=7, ncols=len(MODELS), loc="upper center", bbox_to_anchor=(0.5, -0.08))
+
+
+def _ablations(axes: Any, cells: list[Summary]) -> None:
+    """Perplexity of each variant, one below the other; in words where no seed has any."""
+    for at, cell in enumerate(cells):
+        if values := perplexity(cell.values("text", "loss")):
+            centre = mean(values)
+            ends = [[centre - min(values)], [max(values) - centre]]
+            axes.errorbar([centre], [at], xerr=ends, fmt="o", color=COLOURS["deltanet"], capsize=3)
+        else:  # at the worse end, whatever the scale
+            axes.text(0.98, at, "diverged", transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=7,
+                      color="#b03030")  # fmt: skip
+    names = [f"{cell.labels['group']}: {cell.labels['variant']}" for cell in cells]
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(alpha=0.3, axis="x")
+    axes.set_xlabel("perplexity a byte, mean and range over seeds")

@@ -1,6 +1,6 @@
 """A queue of runs in a folder, which can be stopped at any moment and taken up again where it was.
 
-    OUT/queue.json                        what the queue is made of; another one's folder is refused
+    OUT/queue.json                        what the queue is made of, and its commands; another one's folder is refused
     OUT/runs/TASK/CELL/lr-L-seed-S/       a run: its configuration, metrics, log, and result.json once it is finished
     OUT/runs/TASK/NAME/                   a measurement: its log and result.json
 
@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from dnsp.errors import UsageError
 from dnsp.parallel.errors import LayoutError
 from dnsp.parallel.layout import Layout
 from dnsp.schedule import spans
+from dnsp.tasks.provenance import code_identity, machine
 from dnsp.tasks.sources import VERSION
 from dnsp.tasks.suite import FINAL_SEEDS, SEARCH_SEED, VALIDATION, Cell, Measurement, Scale, Suite, turn
 from dnsp.tasks.worker import RESULT, parse_result, replace_json, run_config
@@ -162,6 +164,11 @@ class Queue:
             "runs": hashlib.sha256(whole.encode()).hexdigest()[:16],
         }
 
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        """What every result says of where it is from."""
+        return {"code": code_identity(), "machine": machine(self.request.device)}
+
     @property
     def planned(self) -> dict[str, dict[str, int]]:
         """How many runs each cell has, and each measurement, by task and name."""
@@ -240,8 +247,16 @@ class Queue:
             raise UsageError(f"--out {out} has files in it that are no queue's; give a new folder, or --overwrite")
         if self.request.overwrite and (found is None or found.get("identity") != self.identity):
             shutil.rmtree(out / "runs", ignore_errors=True)
+            if found is not None:  # the queue's report goes with it; other files may be anything
+                for name in ("tables", "plots"):
+                    shutil.rmtree(out / name, ignore_errors=True)
+                (out / "report.md").unlink(missing_ok=True)
+            found = None
+        commands = [] if found is None else commands_of(found)
+        if (command := ["dnsp", *sys.argv[1:]]) not in commands:
+            commands.append(command)
         queue = {"identity": self.identity, "planned": self.planned, "total": self.total}
-        replace_json(file, {**queue, "command": ["dnsp", *sys.argv[1:]]})
+        replace_json(file, {**queue, "commands": commands})
         (out / "runs").mkdir(exist_ok=True)
         self._read_results()
         return lock
@@ -266,7 +281,8 @@ class Queue:
                         continue
                     self.taken.add(job["name"])
                     self.at_work[worker] = job["name"]
-                    return {**job, "queue": str(self.out), "folder": str(self.out / "runs" / job["name"])}
+                    places = {"queue": str(self.out), "folder": str(self.out / "runs" / job["name"])}
+                    return {**job, **self.origin, **places}
                 if not waiting:
                     return None
                 self.changed.wait(1.0)
@@ -315,6 +331,11 @@ class Queue:
                 if self.tries[name] == TRIES:
                     self.failed[name] = answer.get("message", "")
             self.changed.notify_all()
+
+
+def commands_of(queue: dict[str, Any]) -> list[list[str]]:
+    """The different commands that a ``queue.json`` was run with, the first first; earlier versions kept the last."""
+    return list(queue["commands"]) if "commands" in queue else [queue["command"]]
 
 
 def _cost(cell: Cell) -> float:

@@ -18,16 +18,17 @@ from dnsp.errors import UsageError
 from dnsp.json_files import write_json
 from dnsp.tasks.measured import chunk_tables, pitfall_tables, speed_tables
 from dnsp.tasks.plots import all_plots
+from dnsp.tasks.queue import commands_of
 from dnsp.tasks.suite import Scale
+from dnsp.tasks.summary import Result, summaries
 from dnsp.tasks.tables import (
-    Result,
     Table,
     ablation_tables,
     configuration_table,
     lm_tables,
+    models_table,
     recall_tables,
     search_table,
-    summaries,
 )  # fmt: skip
 from dnsp.tasks.worker import RESULT, parse_result, read_curve
 
@@ -109,7 +110,7 @@ def all_tables(results: Sequence[Result], scale: Scale) -> list[Table]:
             tables += make(figures)
     if cells:
         tables.append(search_table(cells))
-        tables.append(configuration_table(results))
+        tables += [configuration_table(results), models_table(results)]
     return tables
 
 
@@ -131,18 +132,19 @@ def read_results(folder: Path) -> dict[str, Result]:
 
 
 def _head(folders: list[Path], queues: list[dict[str, Any]], results: list[Result]) -> list[str]:
-    """What was run, on what: the command, how much of it is finished, versions, devices, time."""
+    """What was run, on what: the commands, how much is finished, versions and code, devices, time."""
     lines = ["# Report", ""]
     for folder, queue in zip(folders, queues, strict=True):
         found = read_results(folder)
-        command = " ".join(queue["command"])
-        lines.append(f"- `{command}`: {len(found)} of {queue['total']} finished")
+        commands = ", ".join(f"`{' '.join(command)}`" for command in commands_of(queue))
+        lines.append(f"- {commands}: {len(found)} of {queue['total']} finished")
         if len(found) < queue["total"]:
             lines += _missing(queue["planned"], found) if "planned" in queue else [UNPLANNED]
     versions = sorted({json.dumps(result["versions"], sort_keys=True) for result in results})
     for text in versions:
         lines.append("- " + ", ".join(f"{name} {number}" for name, number in json.loads(text).items()))
-    lines.append("- on " + ", ".join(sorted({result["device_name"] for result in results})))
+    lines.append(_codes(results))
+    lines.append("- on " + ", ".join(sorted({_device(result) for result in results})))
     trained = [result for result in results if result["kind"] == "train"]
     if trained:
         hours = sum(result["seconds"] for result in trained) / 3600
@@ -151,6 +153,24 @@ def _head(folders: list[Path], queues: list[dict[str, Any]], results: list[Resul
         lines.append(f"- {len(trained)} trained models, {diverged} diverged, seeds {', '.join(map(str, seeds))}, "
                      f"{hours:.2f} hours of runs, several at once")  # fmt: skip
     return lines
+
+
+def _codes(results: list[Result]) -> str:
+    """Which code the results are of; results of earlier versions do not say."""
+    found = Counter(result.get("code", "unknown code") for result in results)
+    changed = "; +: with changes that were not committed" if any(code.endswith("+") for code in found) else ""
+    if len(found) == 1:
+        return f"- code: {next(iter(found))}{changed}"
+    each = ", ".join(f"{code} ({count} results)" for code, count in sorted(found.items()))
+    return f"- results of more than one code are mixed: {each}{changed}"
+
+
+def _device(result: Result) -> str:
+    name: str = result["device_name"]
+    if not (machine := result.get("machine")):
+        return name
+    gpus = "one GPU" if machine["gpus"] == 1 else f"{machine['gpus']} GPUs"
+    return f"{name} ({gpus} in the machine, driver {machine['driver']})"
 
 
 def _missing(planned: dict[str, dict[str, int]], found: dict[str, Result]) -> list[str]:

@@ -1,26 +1,18 @@
-"""What a report says, as tables, from the result files alone; long because every trained task's are here."""
+"""What a report says of the trained tasks, as tables, from the result files alone."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import mean, stdev
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean
 from typing import Any, Literal
 
+from dnsp.config import LayerKind, ModelConfig
 from dnsp.tasks import document
-from dnsp.tasks.queue import chosen_rate
-from dnsp.tasks.suite import (
-    ABLATIONS,
-    FINAL_SEEDS,
-    MODELS,
-    NAMES,
-    SEARCH_SEED,
-    VALIDATION,
-    Scale,
-    learning_rates,
-)  # fmt: skip
+from dnsp.tasks.suite import MODELS, NAMES, RECALL, SEARCH_SEED, VALIDATION, Scale
+from dnsp.tasks.summary import Result, Summary, asked, deviation, perplexity, spread
+from dnsp.tasks.verdicts import diverged_verdicts, option_verdicts, order_verdict, recall_verdicts, stability_verdict
 
 TITLES = {
     "kv": "Key-value retrieval",
@@ -32,11 +24,6 @@ TITLES = {
     "lm": "Language modelling",
     "pitfalls": "Pitfalls",
 }
-Result = dict[str, Any]
-ABLATION_ORDER = {variant: n for n, (_, variant, _) in enumerate(ABLATIONS)}
-
-
-LARGEST = 700.0  # nats whose exponential is a number
 SMOKE = "scale smoke: sizes far below the document's, not to be compared with it"
 
 
@@ -49,86 +36,6 @@ class Table:
     columns: list[str]
     rows: list[list[Any]]
     note: str = ""
-
-
-@dataclass
-class Summary:
-    """A cell of the suite, from its runs."""
-
-    task: str
-    cell: str
-    labels: dict[str, Any]
-    search: dict[float, Result]  # by learning rate, on the first seed
-    lr: float | None  # chosen; None while the search is not finished
-    finals: list[Result]  # of the chosen rate, by seed
-    wanted: int  # seeds that there are to be
-    tests: list[str] = field(default_factory=list)
-
-    def values(self, test: str, figure: str = "accuracy") -> list[float]:
-        """One of each final seed that did not diverge."""
-        return [result["tests"][test][figure] for result in self.finals if test in result["tests"]]
-
-    @property
-    def whole(self) -> bool:
-        """Whether all its seeds are there."""
-        return len(self.finals) == self.wanted
-
-    @property
-    def diverged(self) -> int:
-        return sum(result["outcome"] == "diverged" for result in self.finals)
-
-
-def summaries(results: Iterable[Result], scale: Scale) -> list[Summary]:
-    """The cells of all results, each with the learning rate that its search chose."""
-    by_cell: dict[tuple[str, str], list[Result]] = defaultdict(list)
-    for result in results:
-        if result["kind"] == "train":
-            by_cell[result["task"], result["cell"]].append(result)
-    found = []
-    for (task, cell), runs in by_cell.items():
-        search = {run["lr"]: run for run in runs if run["seed"] == SEARCH_SEED}
-        choose = "loss" if task in ("ablations", "lm") else "accuracy"
-        searched = len(search) == len(learning_rates(task, scale))
-        lr = chosen_rate(list(search.values()), choose) if searched else None
-        seeds = FINAL_SEEDS[scale]
-        finals = sorted((r for r in runs if r["lr"] == lr and r["seed"] in seeds), key=lambda r: r["seed"])
-        tests = list(runs[0]["tests"]) or next((list(r["tests"]) for r in runs if r["tests"]), [])
-        found.append(
-            Summary(task, cell, runs[0]["labels"], dict(sorted(search.items())), lr, finals, len(seeds), tests)
-        )
-    order = {name: n for n, name in enumerate(NAMES)}
-    return sorted(found, key=lambda s: (order[s.task], *_label_order(s.labels), s.cell))
-
-
-def asked(cells: Sequence[Summary]) -> list[str]:
-    """The tests behind the choice of the learning rate, by name; a cell whose runs all diverged knows of none."""
-    tests = next((cell.tests for cell in cells if cell.tests), [])
-    return [test for test in tests if test != VALIDATION]
-
-
-def _label_order(labels: dict[str, Any]) -> tuple[Any, ...]:
-    """As the suite has them: ablations from the document's worst to its best."""
-    model, group = labels.get("model"), labels.get("group")
-    if group is not None:
-        return [name for name, _, _ in ABLATIONS].index(group), ABLATION_ORDER.get(labels["variant"], len(ABLATIONS)), 0
-    return labels.get("width", 0), labels.get("length", 0), MODELS.index(model) if model in MODELS else len(MODELS)
-
-
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """``mean (lowest to highest)``; of one value itself."""
-    if not values:
-        return ""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-def deviation(values: Sequence[float]) -> float | None:
-    return stdev(values) if len(values) > 1 else None
-
-
-def perplexity(losses: Sequence[float]) -> list[float]:
-    return [math.exp(loss) if loss < LARGEST else math.inf for loss in losses]  # of no number too
 
 
 def recall_tables(task: str, cells: list[Summary], scale: Scale = "full") -> list[Table]:
@@ -155,48 +62,17 @@ def recall_tables(task: str, cells: list[Summary], scale: Scale = "full") -> lis
             [cell.labels["model"], cell.labels["width"], *(spread(cell.values(test)) for test in tests)]
             for cell in cells
         ]
-        names = ["as trained" if test == "test" else test for test in tests]
+        names = [_of_test(task, scale) if test == "test" else test for test in tests]
         tables.append(Table(f"{task}-all", f"{TITLES[task]}, accuracy % by size", ["model", "width", *names], rows))
     return tables
 
 
-def recall_verdicts(task: str, cells: list[Summary], width: int) -> list[str]:
-    """What was to be reached, and whether it was; nothing of models that are missing, or not finished."""
-    shown = [cell for cell in cells if cell.labels["width"] == width]
-    means = {cell.labels["model"]: mean(values) for cell in shown if cell.whole and (values := cell.values("test"))}
-    said = _unfinished(shown)
-    stated = document.RECALL.get(task, {}).get("deltanet")
-    for model in ("deltanet", "gated_delta", "hybrid"):
-        if model not in means:
-            continue
-        if stated is not None:
-            said.append(f"{model} {_reaches(means[model], stated)} the document's DeltaNet ({stated})")
-        if "linear_attention" in means:
-            higher = "above" if means[model] > means["linear_attention"] else "not above"
-            said.append(f"{model} {higher} linear attention")
-    if "hybrid" in means and "attention" in means:
-        near = "within" if means["hybrid"] >= means["attention"] - 1 else "not within"
-        said.append(f"hybrid {near} 1 point of attention")
-    return said + _outside(task, [cell for cell in shown if cell.whole])
-
-
-def _outside(task: str, cells: list[Summary]) -> list[str]:
-    """The document's figures that no spread of ours holds."""
-    said = []
-    for cell in cells:
-        values, theirs = cell.values("test"), document.RECALL.get(task, {}).get(cell.labels["model"])
-        if values and theirs is not None and not min(values) <= theirs <= max(values):
-            said.append(f"{theirs} for {cell.labels['model']} (ours {mean(values) - theirs:+.1f})")
-    return [f"outside our spreads are the document's {', '.join(said)}"] if said else []
-
-
-def _unfinished(cells: list[Summary]) -> list[str]:
-    left = [cell.labels["model"] for cell in cells if not cell.whole]
-    return [f"not finished: {', '.join(left)}"] if left else []
-
-
-def _reaches(ours: float, theirs: float) -> str:
-    return "reaches" if ours >= theirs else f"stays {theirs - ours:.1f} points below"
+def _of_test(task: str, scale: Scale) -> str:
+    """What the first test of a recall task asks: it is unpacked, so that its numbers of pairs come equally often."""
+    pairs = RECALL[task][scale]["tests"]["test"][0]
+    if pairs is None:
+        return "as trained"
+    return f"{pairs[0]} to {pairs[-1]} pairs" if isinstance(pairs, list) else f"{pairs} pairs"
 
 
 def ablation_tables(cells: list[Summary], scale: Scale = "full") -> list[Table]:
@@ -239,62 +115,16 @@ def ablation_tables(cells: list[Summary], scale: Scale = "full") -> list[Table]:
         picked += [base] if base is not None else []
         theirs = ["document's perplexity", "document's recall %" if group == "beta" else "document's stability"]
         rows = [[*row(cell), *stated.get(cell.labels["variant"], (None, None))] for cell in picked]
-        note = "; ".join(filter(None, notes)) if scale == "full" else SMOKE
+        note = "; ".join([*filter(None, notes), *diverged_verdicts(picked)]) if scale == "full" else SMOKE
         tables.append(Table(f"ablation-{group}", title, ["variant", *own, *theirs], rows, note))
     others = [cell for cell in cells if cell.labels["group"] not in ("beta", "norm", "base")]
     if others:
         others += [base] if base is not None else []
         rows = [[cell.labels["group"] + ": " + cell.labels["variant"], *row(cell)[1:]] for cell in others]
-        tables.append(Table("ablation-others", "Ablation: what else the layer offers", ["variant", *own], rows))
+        note = "; ".join([*option_verdicts(others, base, longer), *diverged_verdicts(others)])
+        title = "Ablation: what else the layer offers"
+        tables.append(Table("ablation-others", title, ["variant", *own], rows, note if scale == "full" else SMOKE))
     return tables
-
-
-def order_verdict(variants: Sequence[Summary | str], figure: Literal["perplexity", "recall"] = "perplexity") -> str:
-    """Whether perplexities fall, or recall rises, in the order of the document's table, and whether any spreads
-    overlap; of none while one is not finished, or not begun (its name alone). A variant whose runs all diverged is
-    worse than any that did not."""
-    cells = [cell for cell in variants if isinstance(cell, Summary) and cell.whole]
-    if len(cells) < len(variants):
-        left = [v if isinstance(v, str) else v.labels["variant"] for v in variants if v not in cells]
-        return f"nothing is said of the order of {figure}, not finished: {', '.join(left)}"
-    spans = []
-    for cell in cells:
-        values = (
-            [-accuracy for accuracy in cell.values("recall")]  # the lower the better, as perplexity
-            if figure == "recall"
-            else perplexity(cell.values("text", "loss"))
-        )
-        if not values and not cell.diverged:
-            return ""
-        spans.append((min(values), mean(values), max(values)) if values else (math.inf,) * 3)
-    if len(spans) < 2:
-        return ""
-    pairs = list(zip(spans, spans[1:], strict=False))
-    order = all(worse[1] > better[1] for worse, better in pairs)
-    apart = all(worse[0] > better[2] for worse, better in pairs)
-    names = ", then ".join(cell.labels["variant"] for cell in cells)
-    lost = [cell.labels["variant"] for cell, span in zip(cells, spans, strict=True) if span[0] == math.inf]
-    if len(lost) > 1:
-        why = "diverged, or has a perplexity beyond all numbers"
-        return f"{figure}: no order can be told (worst first: {names}): every run of {' and of '.join(lost)} {why}"
-    if not order:
-        found = sorted(zip(spans, cells, strict=True), key=lambda pair: -pair[0][1])
-        ours = ", then ".join(cell.labels["variant"] for _, cell in found)
-        return f"{figure}: the document's order (worst first: {names}) does not hold, ours is {ours}"
-    overlap = "do not overlap" if apart else "overlap"
-    return f"{figure}: the document's order holds (worst first: {names}); spreads {overlap}"
-
-
-def stability_verdict(cells: list[Summary], norms: Mapping[str, tuple[float, str]]) -> str:
-    """How many runs of each variant diverged, those of the search included, beside what the document says of it."""
-    by_variant = {cell.labels["variant"]: cell for cell in cells}
-    said = []
-    for variant, (_, stated) in norms.items():
-        if (cell := by_variant.get(variant)) is not None:
-            runs = {(run["lr"], run["seed"]): run for run in [*cell.search.values(), *cell.finals]}
-            lost = sum(run["outcome"] == "diverged" for run in runs.values())
-            said.append(f"{lost} of {len(runs)} with {variant} (the document: {stated})")
-    return f"diverged runs, the search's among them: {', '.join(said)}" if said else ""
 
 
 def lm_tables(cells: list[Summary]) -> list[Table]:
@@ -399,3 +229,50 @@ def _lengths(result: Result) -> list[int]:
     """Tokens of a sequence, stage by stage."""
     stages = result["config"]["train"].get("stages") or [result["config"]["data"]]
     return [stage["sequence_length"] for stage in stages]
+
+
+def models_table(results: Iterable[Result]) -> Table:
+    """Layers, heads and convolutions of the models, and their parameters: one row for tasks that have the same, and
+    for all ablations, whose options change the parameters a little."""
+    counts: dict[tuple[Any, ...], set[int]] = defaultdict(set)
+    for result in results:
+        if result["kind"] == "train" and "config" in result:
+            model = ModelConfig.model_validate(result["config"]["model"])
+            kinds = list(dict.fromkeys(model.layers))
+            heads = {kind: _heads(model, kind) for kind in kinds}
+            described = (
+                result["labels"].get("model", result["task"]),
+                model.hidden_size,
+                ", ".join(f"{model.layers.count(kind)} {kind}" for kind in kinds),
+                "; ".join(f"{kind} {text}" for kind, text in heads.items()) if len(kinds) > 1 else heads[kinds[0]],
+                "; ".join(f"{kind} {taps}" for kind in kinds if (taps := _taps(model, kind))),
+            )
+            counts[result["task"], *described] |= {result["training"].get("parameters")} - {None}
+    tasks: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for (task, *same), found in sorted(counts.items(), key=lambda item: NAMES.index(item[0][0])):
+        ends = [f"{count:,}" for count in sorted({min(found), max(found)})] if found else []
+        tasks[(*same, " to ".join(ends))].append(task)
+    order = {model: n for n, model in enumerate(MODELS)}
+    rows = [[model, ", ".join(names), *more] for (model, *more), names in tasks.items()]
+    rows.sort(key=lambda row: (row[2], order.get(row[0], len(order))))
+    columns = ["model", "tasks", "width", "layers", "heads and their width", "convolution taps", "parameters"]
+    return Table("models", "The models", columns, rows)
+
+
+def _heads(model: ModelConfig, kind: LayerKind) -> str:
+    if kind == "gated_delta":
+        keys = f"{model.linear_num_key_heads} of keys of {model.linear_key_head_dim}"
+        return f"{keys}, {model.linear_num_value_heads} of values of {model.linear_value_head_dim}"
+    if kind == "attention":
+        shared = model.num_key_value_heads
+        fewer = f", {shared} of keys and values" if shared != model.num_attention_heads else ""
+        return f"{model.num_attention_heads} of {model.head_dim}{fewer}"
+    options = model.deltanet  # linear attention has its heads
+    width = options.head_dim or model.hidden_size // options.num_heads
+    values = options.value_head_dim or width
+    return f"{options.num_heads} of {width}" + (f" by {values}" if values != width else "")
+
+
+def _taps(model: ModelConfig, kind: LayerKind) -> int:
+    """Of a layer's short convolution; 0 for none."""
+    return {"gated_delta": model.linear_conv_kernel_dim, "deltanet": model.deltanet.conv_size}.get(kind, 0)

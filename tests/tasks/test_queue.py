@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -197,9 +198,15 @@ def test_a_folder_with_other_results_is_refused_unless_asked(tmp_path: Path) -> 
             queue(other).open()
     with pytest.raises(UsageError, match="overrides .* there"):
         queue(["kv"], overrides=["train.steps=3"]).open()
-    assert kept.exists()
+    (tmp_path / "out" / "report.md").write_text("of kv")
+    for name in ("tables", "plots"):
+        (tmp_path / "out" / name).mkdir()
+        (tmp_path / "out" / name / "kv").write_text("of kv")
+    queue(["kv"], overwrite=True).open().release()  # it goes on: nothing is another queue's
+    assert kept.exists() and (tmp_path / "out" / "report.md").exists()
     lock = queue(["mqar"], overwrite=True).open()
     assert not kept.exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "queue.json", "runs"}
     with pytest.raises(UsageError, match="in use by a running queue"):
         queue(["mqar"]).open()
     lock.release()
@@ -207,6 +214,37 @@ def test_a_folder_with_other_results_is_refused_unless_asked(tmp_path: Path) -> 
     (tmp_path / "mine" / "thesis.tex").write_text("text")
     with pytest.raises(UsageError, match="files in it that are no queue's"):
         Queue(suite(["kv"], "smoke", False), Request(["kv"], "smoke", "cpu", tmp_path / "mine")).open()
+
+
+def test_what_is_no_queues_report_is_kept(tmp_path: Path) -> None:
+    """Overwriting a folder that held no queue takes its runs alone."""
+    (tmp_path / "tables").mkdir()
+    request = Request(["kv"], "smoke", "cpu", tmp_path, overwrite=True)
+    Queue(suite(["kv"], "smoke", False), request).open().release()
+    assert (tmp_path / "tables").exists()
+
+
+def test_every_command_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def commands(names: list[str], *arguments: str, overwrite: bool = False) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["dnsp", *arguments])
+        request = Request(names, "smoke", "cpu", tmp_path, overwrite=overwrite)
+        Queue(suite(names, "smoke", False), request).open().release()
+        return [" ".join(words) for words in json.loads((tmp_path / "queue.json").read_text())["commands"]]
+
+    assert commands(["kv"], "a") == ["dnsp a"]
+    assert commands(["kv"], "b") == commands(["kv"], "a") == ["dnsp a", "dnsp b"]
+    assert commands(["mqar"], "c", overwrite=True) == ["dnsp c"]
+    earlier = json.loads((tmp_path / "queue.json").read_text())
+    earlier["command"] = earlier.pop("commands")[0]  # as it was kept before
+    (tmp_path / "queue.json").write_text(json.dumps(earlier))
+    assert commands(["mqar"], "d") == ["dnsp c", "dnsp d"]
+
+
+def test_a_job_tells_which_code_it_is_of(tmp_path: Path) -> None:
+    queue = Queue(suite(["kv", "pitfalls"], "smoke", False), Request(["kv"], "smoke", "cpu", tmp_path))
+    jobs = [queue.next_job(0, measurements) for measurements in (True, False)]
+    assert all(job is not None and re.match(r"(git|files) [0-9a-f]{7,}", job["code"]) for job in jobs), jobs
+    assert all(job is not None and job["machine"] == {} for job in jobs)
 
 
 def test_half_a_result_is_none(tmp_path: Path) -> None:
@@ -278,6 +316,7 @@ def test_a_worker_goes_on_behind_what_diverged_and_what_is_damaged(tmp_path: Pat
     cell = with_overrides(suite(["mqar"], "smoke", False, ("deltanet",)).cells[0], ["train.steps=6"])
     usual = train_job(cell, 1e-3, 0, "smoke")
     lost = {**usual, "lr": 1e30, "name": "lost"}
+    usual["code"] = "git 1234567"
     (alone,) = work([usual], [tmp_path / "alone"])
     cut = tmp_path / "behind" / "checkpoints" / "step-00000003"
     cut.mkdir(parents=True)
@@ -288,6 +327,9 @@ def test_a_worker_goes_on_behind_what_diverged_and_what_is_damaged(tmp_path: Pat
         json.loads((tmp_path / name / RESULT).read_text()) for name in ("alone", "behind", "lost")
     )
     assert diverged["outcome"] == "diverged" and "the gradient norm is nan" in diverged["message"]
+    assert first["code"] == "git 1234567"
+    assert "bits per byte" not in (tmp_path / "alone" / "log.txt").read_text()  # a task's answers have no bytes
+    assert "held-out loss" in (tmp_path / "alone" / "log.txt").read_text()
     assert first["tests"] == second["tests"] and first["training"]["loss"] == second["training"]["loss"]
     for name in ("alone", "behind", "lost"):
         kept = sum(path.stat().st_size for path in (tmp_path / name).rglob("*") if path.is_file())

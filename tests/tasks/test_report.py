@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib import pyplot
 
 from dnsp.errors import UsageError
 from dnsp.tasks import document, plots
 from dnsp.tasks.report import report, shown
 from dnsp.tasks.suite import LEARNING_RATES, SEARCH_SEED, suite
-from dnsp.tasks.tables import configuration_table, order_verdict, search_table, spread, summaries
+from dnsp.tasks.summary import Summary, diverged_at, spread, summaries
+from dnsp.tasks.tables import configuration_table, models_table, search_table
+from dnsp.tasks.verdicts import option_verdicts, order_verdict, recall_verdicts
 from dnsp.tasks.worker import make_small, read_curve
 
 VERSIONS = {"torch": "2.13.0"}
@@ -100,14 +103,54 @@ def test_recall_beside_the_document(tmp_path: Path, capsys: pytest.CaptureFixtur
     )
     text = (folder / "report.md").read_text()
     assert "deltanet reaches the document's DeltaNet (94.5)" in text
-    assert "hybrid within 1 point of attention" in text and "deltanet above linear attention" in text
+    assert "hybrid not more than 1 point below attention (0.2 below, spreads overlap)" in text
+    assert "deltanet above linear attention;" in text  # its spread is far from linear attention's
     # the document's 98.2 for attention lies within our 97 to 99
-    said = "72.1 for linear_attention (ours -22.1), 94.5 for deltanet (ours +1.3)"
+    said = "72.1 for linear_attention (ours 22.1 lower), 94.5 for deltanet (ours 1.3 higher)"
     assert f"outside our spreads are the document's {said}" in text
     assert "torch 2.13.0" in text and "a GPU" in text and "seeds 0, 1, 2, 3" in text
     assert "32 trained models, 4 diverged" in text
     assert (folder / "plots" / "recall.png").read_bytes()[:4] == b"\x89PNG"
     assert "Key-value retrieval" in capsys.readouterr().out
+
+
+def finals(
+    accuracy: dict[str, tuple[float, ...]], seed_0: dict[str, float] | None = None, task: str = "mqar"
+) -> list[Summary]:
+    """Cells of width 128 by model: accuracies of seeds 1, 2 and 3, and of the seed that chose the learning rate."""
+    runs = []
+    for model, values in accuracy.items():
+        labels = {"model": model, "width": 128}
+        for seed, value in enumerate(((seed_0 or {}).get(model, values[0]), *values)):
+            test = {"accuracy": value, "loss": 1.0}
+            for lr in RATES if seed == 0 else RATES[:1]:
+                run = trained(task, f"{model}-128", labels, lr, seed, {"validation": test, "test": test})
+                runs.append(run)
+    return summaries(runs, "full")
+
+
+def test_where_spreads_overlap_it_is_said() -> None:
+    said = recall_verdicts(
+        "mqar",
+        finals({"attention": (5.0, 99.0, 98.0), "linear_attention": (3.0, 6.0, 9.0), "deltanet": (8.0, 90.0, 96.0),
+                "gated_delta": (5.0, 6.0, 7.0), "hybrid": (99.0, 99.5, 99.9)}),
+        128,
+    )  # fmt: skip
+    assert "deltanet above linear attention (spreads overlap)" in said
+    assert "gated_delta not above linear attention (spreads overlap)" in said
+    assert "hybrid above linear attention" in said
+    assert "hybrid not more than 1 point below attention (32.1 above, spreads apart)" not in said
+    assert "hybrid not more than 1 point below attention (32.1 above, spreads overlap)" in said
+    assert "deltanet stays 26.5 points below the document's DeltaNet (91.2, within our spread)" in said
+    said = recall_verdicts("mqar", finals({"attention": (98.0, 98.0, 98.0), "hybrid": (90.0, 91.0, 92.0)}), 128)
+    assert "hybrid more than 1 point below attention (7.0 below, spreads apart)" in said
+
+
+def test_a_learning_rate_that_one_seed_alone_bears_out_is_said() -> None:
+    accuracy = {"attention": (98.0, 99.0, 97.0), "deltanet": (7.9, 52.6, 16.0)}
+    cells = finals(accuracy, {"attention": 95.0, "deltanet": 99.9})
+    (said,) = [words for words in recall_verdicts("mqar", cells, 128) if "one seed" in words]
+    assert said == "the learning rate of deltanet was chosen on one seed: 99.9 there, 7.9 to 52.6 on the others"
 
 
 def test_speed_beside_what_was_to_be_reached(tmp_path: Path) -> None:
@@ -181,7 +224,17 @@ LEARNED = "learned beta, q and k by l2"
         ({"fixed 0.1": [1.5, 1.6, 1.55], "fixed 0.5": [1.4, 1.45, 1.42], LEARNED: [1.3, 1.31, 1.32]}, "do not overlap"),
         (
             {"fixed 0.1": [1.5, 1.6, 1.55], "fixed 0.5": [1.4, 1.52, 1.42], LEARNED: [1.3, 1.31, 1.32]},
-            "spreads overlap",
+            "holds by means (worst first: fixed 0.1, then fixed 0.5, then learned beta, q and k by l2); "
+            "spreads overlap: fixed 0.1 and fixed 0.5",
+        ),
+        (
+            {"fixed 0.1": [1.5, 1.6, 1.55], "fixed 0.5": [1.3, 1.32, 1.35], LEARNED: [1.32, 1.34, 1.36]},
+            "by means ours is fixed 0.1, then learned beta, q and k by l2, then fixed 0.5, but spreads overlap: "
+            "learned beta, q and k by l2 and fixed 0.5",
+        ),
+        (
+            {"fixed 0.1": [1.3, 1.5, 1.4], "fixed 0.5": [1.2, 1.52, 1.42], LEARNED: [1.3, 1.31, 1.32]},
+            "perplexity: no order can be told, all spreads overlap (the document's, worst first: fixed 0.1, then",
         ),
         ({"fixed 0.1": [1.2, 1.2, 1.2], "fixed 0.5": [1.4, 1.5, 1.4], LEARNED: [1.3, 1.3, 1.3]}, "does not hold"),
     ],
@@ -224,6 +277,73 @@ def test_recall_has_the_documents_order_or_has_not() -> None:
     holds = "recall: the document's order holds (worst first: fixed 0.1, then fixed 0.5); spreads do not overlap"
     assert order_verdict([low, high], "recall") == holds
     assert "does not hold, ours is fixed 0.1, then fixed 0.5" in order_verdict([high, low], "recall")
+
+
+def test_no_order_is_told_of_recall_that_none_learned() -> None:
+    cells = []
+    for variant, accuracies in {"fixed 0.1": (5.7, 5.8, 5.9), "fixed 0.5": (5.4, 18.2, 5.5)}.items():
+        runs = []
+        for seed, accuracy in enumerate((accuracies[0], *accuracies)):
+            tests = {name: {"loss": 1.0, "accuracy": accuracy} for name in ("validation", "text", "recall")}
+            label = {"group": "beta", "variant": variant}
+            rates = RATES if seed == 0 else RATES[:1]
+            runs += [trained("ablations", variant, label, lr, seed, tests) for lr in rates]
+        cells += summaries(runs, "full")
+    said = order_verdict(cells, "recall")
+    assert said == "recall: no order is told, none of fixed 0.1, fixed 0.5 learned it in these steps (best mean 9.7 %)"
+
+
+def option_runs(group: str, variant: str, text: float, longer: float, norm: float) -> list[dict[str, Any]]:
+    """An ablation's runs with losses of text near these, and no recall."""
+    runs = []
+    for seed in range(4):
+        tests = {name: {"loss": text + 0.01 * seed, "accuracy": 1.0} for name in ("validation", "text", "recall")}
+        tests["text at 8192"] = {"loss": longer + 0.01 * seed, "accuracy": 1.0}
+        for lr in RATES if seed == 0 else RATES[:1]:
+            run = trained("ablations", group, {"group": group, "variant": variant}, lr, seed, tests)
+            runs.append({**run, "training": {"grad_norm_max": norm}})
+    return runs
+
+
+def test_what_the_document_says_of_each_option_is_judged() -> None:
+    base = option_runs("base", LEARNED, 1.4, 2.0, 10.0)
+    options = (
+        option_runs("denominator", "on", 2.0, 2.4, 1121.0),
+        option_runs("forget gate", "one a head", 1.2, 1.4, 10.0),
+        option_runs("periodic decay", "0.9 every 256 tokens", 1.4, 2.0, 10.0),
+    )
+    cells = summaries([run for runs in (base, *options) for run in runs], "full")
+    said = option_verdicts(cells[1:], cells[0], ["text at 8192"])
+    assert [words.split(":")[0] for words in said] == ["denominator (the document", "forget gate (the document",
+                                                     "periodic decay (the document", "recall"]  # fmt: skip
+    with_it, without = (statistics.fmean(math.exp(x + 0.01 * seed) for seed in (1, 2, 3)) for x in (2.0, 1.4))
+    assert f"perplexity {with_it:.3f} against {without:.3f} without it (worse)" in said[0]
+    assert said[0].endswith("largest gradient norm 1121 against 10: not borne out")
+    assert "at 8192" in said[1] and said[1].endswith("(better): beyond the trained length borne out")
+    assert said[2].endswith("(spreads overlap): beyond the trained length it cannot be told")
+    assert said[3] == "recall: none of these learned it in these steps (best mean 1.0 %)"
+
+
+def test_where_a_variant_diverged_is_said(tmp_path: Path) -> None:
+    fine = {name: {"loss": 1.0, "accuracy": 1.0} for name in ("validation", "text", "recall")}
+    runs = []
+    for variant, tests in (("none", {}), ("k by l2", fine)):
+        label = {"group": "norm", "variant": variant}
+        for n, (lr, seed) in enumerate([*((lr, 0) for lr in RATES), *((RATES[0], seed) for seed in (1, 2, 3))]):
+            run = trained("ablations", variant, label, lr, seed, tests)
+            message = f"the loss is not finite at step {4 + n} on rank 0 (4 times in a row): first in layer 0"
+            runs.append(run if tests else {**run, "message": message})
+    folder = write(tmp_path / "a", runs)
+    assert report([folder]) == 0
+    text = (folder / "report.md").read_text()
+    assert "every run of none diverged: not finite from steps 1 to 7 on, ended at steps 4 to 10" in text
+    assert diverged_at({"message": "the gradient norm is nan at step 9 (once): x"}) == (9, 9)
+    assert diverged_at({"message": "?"}) is diverged_at({}) is None
+    figure, axes = pyplot.subplots()
+    plots._ablations(axes, [cell for cell in summaries(runs, "full")])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["norm: none", "norm: k by l2"]
+    assert [text.get_text() for text in axes.texts] == ["diverged"]
+    pyplot.close(figure)
 
 
 def test_the_documents_norms_stand_beside_either_of_ours(tmp_path: Path) -> None:
@@ -307,6 +427,66 @@ def test_what_was_trained_is_said(tmp_path: Path) -> None:
     assert said["data"] == "task:mqar vocab=8192 pairs=[4, 4, 4, 4, 4, 8, 16, 32, 64] packed=True"
 
 
+def test_the_models_of_the_runs_are_described() -> None:
+    """Heads, taps and parameters of every model that was trained, those of one description in one row."""
+    cells = [cell for task in ("kv", "mqar", "ablations") for cell in suite([task], "full", True).cells]
+    runs = []
+    for cell in cells:
+        one = trained(cell.task, cell.name, cell.labels, 1e-3, 1, {"test": {"accuracy": 1.0}})
+        parameters = 1000 + len(cell.tree["model"]["deltanet"])
+        runs.append({**one, "config": cell.tree, "training": {"steps": 9, "parameters": parameters}})
+    table = models_table(runs)
+    by_model = {(row[0], row[1], row[2]): row[3:] for row in table.rows}
+    assert by_model["attention", "kv, mqar", 128] == ["2 attention", "2 of 64", "", "1,001"]
+    assert by_model["deltanet", "kv, mqar", 128] == ["2 deltanet", "1 of 128", "", "1,001"]
+    assert by_model["deltanet", "mqar", 256] == ["2 deltanet", "2 of 128", "", "1,001"]
+    assert by_model["linear_attention", "mqar", 64] == ["2 linear_attention", "1 of 64", "", "1,001"]
+    gated = "1 of keys of 128, 2 of values of 64"
+    assert by_model["gated_delta", "kv, mqar", 128] == ["2 gated_delta", gated, "gated_delta 4", "1,001"]
+    assert by_model["hybrid", "kv, mqar", 128][:3] == [
+        "1 gated_delta, 1 attention", f"gated_delta {gated}; attention 2 of 64", "gated_delta 4",
+    ]  # fmt: skip
+    assert by_model["ablations", "ablations", 128] == ["2 deltanet", "1 of 128", "", "1,001 to 1,004"]
+    with_taps = json.loads(json.dumps(runs[2]))
+    with_taps["config"]["model"]["deltanet"] |= {"conv_size": 4, "value_head_dim": 64}
+    with_taps["training"].pop("parameters")  # as where every run diverged
+    (row,) = models_table([with_taps]).rows
+    assert row[4:] == ["1 of 128 by 64", "deltanet 4", ""]
+
+
+def test_the_first_test_is_named_by_what_it_asks(tmp_path: Path) -> None:
+    for scale, task, heading in (
+        ("full", "mqar", "4 to 64 pairs"),
+        ("full", "recall32k", "16 to 64 pairs"),
+        ("smoke", "mqar", "as trained"),
+    ):
+        labels = {"model": "deltanet", "width": 64}
+        tests = {name: {"accuracy": 50.0, "loss": 1.0} for name in ("validation", "test", "4 pairs")}
+        rates = LEARNING_RATES[scale]
+        runs = [trained(task, "deltanet-64", labels, lr, 0, tests) for lr in rates]
+        folder = write(tmp_path / f"{scale}-{task}", runs, scale)
+        assert report([folder]) == 0
+        assert list(rows(folder / "tables" / f"{task}-all.csv")["deltanet"])[2:] == [heading, "4 pairs"]
+
+
+def test_the_trained_range_is_marked_and_no_legend_covers_data(tmp_path: Path) -> None:
+    cell = next(c for c in suite(["mqar"], "full", True, ("deltanet",)).cells if c.labels["width"] == 128)
+    tests = {name: {"accuracy": 50.0, "loss": 1.0} for name in cell.tests}
+    runs = [
+        {**trained("mqar", cell.name, cell.labels, lr, seed, tests), "config": cell.tree}
+        for lr, seed in [*((lr, 0) for lr in RATES), (RATES[0], 1), (RATES[0], 2), (RATES[0], 3)]
+    ]
+    (made,) = summaries(runs, "full")
+    assert plots._longest_trained(made, "pairs") == 64 and plots._longest_trained(made, "tokens") == 256
+    (long,) = suite(["recall32k"], "full", True, ("deltanet",)).cells
+    runs[0]["config"] = long.tree
+    made.finals = [runs[0]]
+    assert plots._longest_trained(made, "tokens") == 32768
+    made.finals = [{**runs[0]}]
+    made.finals[0].pop("config")  # of an earlier version
+    assert plots._longest_trained(made, "pairs") is None
+
+
 def test_what_was_trained_is_in_order_of_length() -> None:
     cells = suite(["lm"], "full", True, ("deltanet",)).cells
     runs = [
@@ -328,6 +508,32 @@ def test_a_search_in_fewer_steps_is_said() -> None:
     assert search_table(summaries(runs, "full")).note == "kv was searched in 500 of its 2,500 steps"
 
 
+def test_of_which_code_the_results_are(tmp_path: Path) -> None:
+    def head(name: str, codes: list[str | None], **more: Any) -> str:
+        runs = recall_runs()
+        for run, code in zip(runs, codes * len(runs), strict=False):
+            run |= {"code": code} if code else {}
+            run |= more
+        folder = write(tmp_path / name, runs)
+        assert report([folder]) == 0
+        return (folder / "report.md").read_text().partition("\n## ")[0]
+
+    assert "- code: git 1234567\n" in head("one", ["git 1234567"])
+    assert "- code: unknown code\n" in head("before", [None])
+    mixed = head("mixed", ["git 1234567+", None], machine={"gpus": 8, "driver": "570.1"})
+    said = "git 1234567+ (16 results), unknown code (16 results); +: with changes that were not committed"
+    assert f"- results of more than one code are mixed: {said}\n" in mixed
+    assert "- on a GPU (8 GPUs in the machine, driver 570.1)\n" in mixed
+
+
+def test_every_command_is_listed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "kv", recall_runs())
+    queue = {"identity": {"scale": "full"}, "commands": [["dnsp", "first"], ["dnsp", "last"]], "total": 32}
+    (folder / "queue.json").write_text(json.dumps(queue))
+    assert report([folder]) == 0
+    assert "- `dnsp first`, `dnsp last`: 32 of 32 finished\n" in (folder / "report.md").read_text()
+
+
 def test_half_a_queue(tmp_path: Path) -> None:
     """What is missing is said, nothing is chosen from half a search, and nothing is concluded without all seeds."""
     runs = [run for run in recall_runs() if run["lr"] != 3e-3 or run["seed"] == 0]
@@ -346,7 +552,7 @@ def test_half_a_queue(tmp_path: Path) -> None:
     assert list(table) == ["attention", "deltanet", "hybrid"]
     assert table["deltanet"]["learning rate"] == table["deltanet"]["accuracy %"] == ""
     assert table["hybrid"]["seeds"] == "2 of 3" and table["hybrid"]["accuracy %"]
-    assert "not finished: deltanet, hybrid" in text and "within 1 point" not in text and "reaches" not in text
+    assert "not finished: deltanet, hybrid" in text and "1 point" not in text and "reaches" not in text
 
 
 def test_half_a_queue_of_an_earlier_version(tmp_path: Path) -> None:
