@@ -77,7 +77,7 @@ def report(folders: list[Path], json_file: Path | None = None) -> int:
             writer.writerows([["" if cell is None else cell for cell in row] for row in table.rows])
         console.print(_rich(table))
         if table.note:
-            console.print(table.note, markup=False)
+            console.print(*_sentences(table), sep="\n", markup=False)
             console.print()
     write_json(json_file, {table.name: asdict(table) for table in tables})
     lines = _head(folders, queues, list(results.values()))
@@ -211,8 +211,14 @@ def _markdown(tables: list[Table]) -> list[str]:
     for table in tables:
         lines += ["", f"## {table.title}", "", _row(table.columns), _row(["---"] * len(table.columns))]
         lines += [_row([shown(cell) for cell in row]) for row in table.rows]
-        lines += ["", table.note] if table.note else []
+        lines += ["", *_sentences(table)] if table.note else []
     return lines
+
+
+def _sentences(table: Table) -> list[str]:
+    """Its note, as a list where it is more than one."""
+    found = table.note.split("\n")
+    return [f"- {sentence}" for sentence in found] if len(found) > 1 else found
 
 
 def _row(cells: list[str]) -> str:

@@ -29,7 +29,7 @@ SMOKE = "scale smoke: sizes far below the document's, not to be compared with it
 
 @dataclass
 class Table:
-    """Cells are text, a number, or None for what is not there. ``note`` stands below."""
+    """Cells are text, a number, or None for what is not there. ``note``, of one sentence a line, stands below."""
 
     name: str  # of its CSV file
     title: str
@@ -54,7 +54,7 @@ def recall_tables(task: str, cells: list[Summary], scale: Scale = "full") -> lis
             f"{cell.wanted}", cell.diverged,
         ])  # fmt: skip
     columns = ["model", "accuracy %", "deviation", "document", "difference", "learning rate", "seeds", "diverged"]
-    verdict = "; ".join(recall_verdicts(task, cells, shown)) if scale == "full" else SMOKE
+    verdict = "\n".join(recall_verdicts(task, cells, shown)) if scale == "full" else SMOKE
     tables = [Table(task, f"{TITLES[task]}, width {shown}", columns, rows, verdict)]
     tests = asked(cells)
     if len(tests) > 1 or len(widths) > 1:
@@ -115,13 +115,13 @@ def ablation_tables(cells: list[Summary], scale: Scale = "full") -> list[Table]:
         picked += [base] if base is not None else []
         theirs = ["document's perplexity", "document's recall %" if group == "beta" else "document's stability"]
         rows = [[*row(cell), *stated.get(cell.labels["variant"], (None, None))] for cell in picked]
-        note = "; ".join([*filter(None, notes), *diverged_verdicts(picked)]) if scale == "full" else SMOKE
+        note = "\n".join([*filter(None, notes), *diverged_verdicts(picked)]) if scale == "full" else SMOKE
         tables.append(Table(f"ablation-{group}", title, ["variant", *own, *theirs], rows, note))
     others = [cell for cell in cells if cell.labels["group"] not in ("beta", "norm", "base")]
     if others:
         others += [base] if base is not None else []
         rows = [[cell.labels["group"] + ": " + cell.labels["variant"], *row(cell)[1:]] for cell in others]
-        note = "; ".join([*option_verdicts(others, base, longer), *diverged_verdicts(others)])
+        note = "\n".join([*option_verdicts(others, base, longer), *diverged_verdicts(others)])
         title = "Ablation: what else the layer offers"
         tables.append(Table("ablation-others", title, ["variant", *own], rows, note if scale == "full" else SMOKE))
     return tables

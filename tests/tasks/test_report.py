@@ -104,7 +104,7 @@ def test_recall_beside_the_document(tmp_path: Path, capsys: pytest.CaptureFixtur
     text = (folder / "report.md").read_text()
     assert "deltanet reaches the document's DeltaNet (94.5)" in text
     assert "hybrid not more than 1 point below attention (0.2 below, spreads overlap)" in text
-    assert "deltanet above linear attention;" in text  # its spread is far from linear attention's
+    assert "deltanet above linear attention\n" in text  # its spread is far from linear attention's
     # the document's 98.2 for attention lies within our 97 to 99
     said = "72.1 for linear_attention (ours 22.1 lower), 94.5 for deltanet (ours 1.3 higher)"
     assert f"outside our spreads are the document's {said}" in text
