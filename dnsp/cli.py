@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from dnsp.config import Config, load_config
+from dnsp.config import load_config
 from dnsp.ending import end, speaks
 from dnsp.errors import Echo, PeerFailed, RunError, UsageError
 from dnsp.folder import check_new, check_start
@@ -25,8 +25,7 @@ from dnsp.json_files import write_json
 from dnsp.launch.environment import LaunchError, find_environment
 from dnsp.launch.local import SUPERVISOR, start_ranks
 from dnsp.parallel.errors import LayoutError, PlanError
-from dnsp.parallel.layout import Layout
-from dnsp.schedule import spans
+from dnsp.schedule import check_ranks
 from dnsp.tasks.commands import tasks_app
 
 app = typer.Typer(
@@ -411,25 +410,6 @@ def bench_train(
         json_path=json_file,
     )  # fmt: skip
     raise typer.Exit(status)
-
-
-def check_ranks(config: Config, ranks: int) -> None:
-    """Refuse what can be known to fail before the ranks meet: a world that sequence x data does not make, and so on."""
-    sequence = config.parallel.sequence or ranks
-    if ranks % sequence:
-        raise UsageError(
-            f"parallel.sequence={sequence} does not divide {ranks} ranks; "
-            f"take a multiple of {sequence} ranks or another size"
-        )
-    for span in spans(config):
-        rows = span.micro_batch * (ranks // sequence)
-        if span.global_batch % rows:
-            raise UsageError(
-                f"{span.setting}.global_batch={span.global_batch} is not a multiple of "
-                f"{span.setting}.micro_batch={span.micro_batch} times {ranks // sequence} data-parallel ranks "
-                f"({ranks} ranks / parallel.sequence={sequence}): use a multiple of {rows}"
-            )
-        Layout(config.parallel.layout, sequence, span.sequence_length)
 
 
 def _without_ranks(arguments: Sequence[str]) -> list[str]:

@@ -13,7 +13,6 @@ import torch
 from dnsp import checkpoint
 from dnsp.begin import check_kernels
 from dnsp.choices import MIB, choose_transports, shared_sizes
-from dnsp.cli import check_ranks
 from dnsp.config import Config
 from dnsp.data.mix import open_data
 from dnsp.data.tokenizer import load_tokenizer
@@ -25,7 +24,7 @@ from dnsp.memory import GIB, Held, model_bytes
 from dnsp.model.decoder import Decoder
 from dnsp.parallel.errors import LayoutError, PlanError
 from dnsp.parallel.probe import refusal_here
-from dnsp.schedule import spans
+from dnsp.schedule import check_ranks, spans
 from dnsp.watchdog import sharing
 
 if TYPE_CHECKING:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dnsp.config import Config, TrainConfig
+from dnsp.errors import UsageError
+from dnsp.parallel.layout import Layout
 
 DEFAULT_STEPS = 100  # where neither train.steps nor train.stages says
 
@@ -90,3 +92,22 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
         decay = max(1, round(steps * config.decay_fraction))
         share = min(1.0, (steps - step) / decay) if config.decay_fraction else 1.0
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)
+
+
+def check_ranks(config: Config, ranks: int) -> None:
+    """Refuse what can be known to fail before the ranks meet: a world that sequence x data does not make, and so on."""
+    sequence = config.parallel.sequence or ranks
+    if ranks % sequence:
+        raise UsageError(
+            f"parallel.sequence={sequence} does not divide {ranks} ranks; "
+            f"take a multiple of {sequence} ranks or another size"
+        )
+    for span in spans(config):
+        rows = span.micro_batch * (ranks // sequence)
+        if span.global_batch % rows:
+            raise UsageError(
+                f"{span.setting}.global_batch={span.global_batch} is not a multiple of "
+                f"{span.setting}.micro_batch={span.micro_batch} times {ranks // sequence} data-parallel ranks "
+                f"({ranks} ranks / parallel.sequence={sequence}): use a multiple of {rows}"
+            )
+        Layout(config.parallel.layout, sequence, span.sequence_length)

@@ -9,12 +9,11 @@ import pytest
 import torch.distributed as dist
 
 from dnsp.begin import check_configuration, check_data
-from dnsp.cli import check_ranks
 from dnsp.config import Config, load_config, parse_config
 from dnsp.data.tokenizer import load_tokenizer
 from dnsp.errors import UsageError
 from dnsp.parallel.errors import PlanError
-from dnsp.schedule import learning_rate, said_behind, spans
+from dnsp.schedule import check_ranks, learning_rate, said_behind, spans
 from tests.ranks import run_ranks
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
