@@ -35,6 +35,7 @@ from dnsp.launch.environment import Environment
 from dnsp.parallel.errors import PeerLost
 from dnsp.parallel.grid import GRACE
 from dnsp.stalls import AHEAD, LINGER, Lead, Place, Stalls, flight_record, waiting_for
+from dnsp.tasks.summary import diverged_at
 from tests.dnsp.conftest import environment
 
 BEFORE, LATER = 20.0, 30.0  # seconds until a refusal, until a fault has ended every rank
@@ -236,6 +237,8 @@ def test_a_loss_that_is_not_finite(
     text = capsys.readouterr().err
     assert is_one_message(text), text
     assert "not finite at step" in text and "on rank 0" in text and "4 times in a row" in text, text
+    ended = diverged_at({"message": text})  # what a report of experiments makes of it
+    assert ended is not None and ended[1] - ended[0] == 3 and f"at step {ended[1]} " in text, text
     assert not list((workplace / "wild").rglob("*.part"))
 
 

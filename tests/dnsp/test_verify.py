@@ -39,7 +39,7 @@ TINY = {
         "linear_num_value_heads": 2,
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 8,
-        "deltanet": {"num_heads": 2, "forget_gate": True},
+        "deltanet": {"num_heads": 2, "forget_gate": True, "conv_size": 3},
     },
     "data": {"sequence_length": 1024},
 }
