@@ -164,6 +164,7 @@ def _line(axes: Any, model: str, values: dict[int, list[float]]) -> None:
 def _finish(axes: Any, title: str, x: str, y: str, log: bool = True) -> None:
     if log:
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda x, _: _power(x))
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -171,6 +172,11 @@ def _finish(axes: Any, title: str, x: str, y: str, log: bool = True) -> None:
         # below, where no data are
         axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     axes.grid(alpha=0.3)
+
+
+def _power(x: float) -> str:
+    """512, 32k, 1M: powers of two as people write them."""
+    return f"{x / 2**20:g}M" if x >= 2**20 else f"{x / 2**10:g}k" if x >= 2**10 else f"{x:g}"
 
 
 def _bars(axes: Any, cells: list[Summary]) -> None:
