@@ -33,6 +33,9 @@ class Section(BaseModel):
         return value
 
 
+MOST_TAPS = 8  # of a convolution: a decode step on a GPU has no more
+
+
 class DeltaNetConfig(Section):
     """Options of the ``deltanet`` layer; the names are those of the document it follows.
 
@@ -48,7 +51,7 @@ class DeltaNetConfig(Section):
     train_beta: bool = True  # the beta a head; False: it stays at beta_init
     beta_cap: float = Field(1.0, gt=0, le=2)  # of the learned beta; the document's advice is 0.5
     use_output_gate: bool = True
-    conv_size: int = Field(0, ge=0)  # taps of a causal convolution over q, k and v; 0: none, as in the document
+    conv_size: int = Field(0, ge=0, le=MOST_TAPS)  # of a convolution over q, k and v; 0: none, as in the document
     qk_norm: Literal["l2", "rms"] = "l2"
     normalise: Literal["qk", "k", "none"] = "qk"  # what qk_norm is applied to
     scaled: bool = True  # keys (and normalised queries) of norm 1; False follows the document to the letter
@@ -102,7 +105,7 @@ class ModelConfig(Section):
     linear_num_value_heads: int = Field(4, gt=0)
     linear_key_head_dim: int = Field(32, gt=0)
     linear_value_head_dim: int = Field(32, gt=0)
-    linear_conv_kernel_dim: int = Field(4, gt=0)
+    linear_conv_kernel_dim: int = Field(4, gt=0, le=MOST_TAPS)
     rms_norm_eps: float = Field(1e-6, gt=0)
     initializer_range: float = Field(0.02, ge=0)
     tie_word_embeddings: bool = True

@@ -137,10 +137,10 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
         before = found.state.get("choices") if found else None
         layout = Layout(config.parallel.layout, grid.sequence_size, stages[0].sequence_length)
         chosen = make_choices(config, before, why_not_peer, bool(grid.near), layout) if first else None
-    choices, why = watchdog.from_first(chosen)
+    wanted, why = watchdog.from_first(chosen)
     with watchdog.agreed():
-        confirm(choices, config)
-    choices, shared, unshared = settle_transports(choices, config, grid, [stage.shape for stage in stages])
+        confirm(wanted, config)
+    choices, shared, unshared = settle_transports(wanted, config, grid, [stage.shape for stage in stages])
     folder = open_folder(config, identity, name, first)
     watch.folder = watch.stalls.folder = folder
     with explained_start(model, config, grid):
@@ -303,7 +303,7 @@ def _train(config: Config, environment: Environment, name: str, watch: watchdog.
                     "passed_over": sorted(passed_over),
                     "rope_theta": stage.rope_theta,
                     "sequence_length": stage.sequence_length,
-                    "choices": choices.to_dict(),
+                    "choices": wanted.to_dict(),  # whoever resumes asks for it again
                     "identity": identity,
                     "config": config.model_dump(mode="json"),
                 },

@@ -251,8 +251,12 @@ class Watch:
             self._restore()  # not before: a launcher that asks all to end meanwhile shall not cut the words short
 
     def _stalled(self, message: str) -> None:
-        """What the watching thread does with a rank that stands still."""
+        """What the watching thread does with a rank that stands still. A wait on its GPU in vain says more."""
         try:
+            try:
+                check_peers()
+            except PeerLost as lost:
+                message = f"{lost}; {self.place}"
             first = self._claim(message)
             others = self.stalls.where_the_others_are(self.world)
             self._give_back()
@@ -273,8 +277,8 @@ class Watch:
                 if self._ended.wait(NOTICE):
                     return
                 try:
-                    self._give_back()
                     error = self._lost(str(lost))
+                    self._give_back()
                     end(1, str(error), consequence=True, quiet=not isinstance(error, PeerFailed))
                 finally:
                     os._exit(1)

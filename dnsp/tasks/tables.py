@@ -275,4 +275,6 @@ def _heads(model: ModelConfig, kind: LayerKind) -> str:
 
 def _taps(model: ModelConfig, kind: LayerKind) -> int:
     """Of a layer's short convolution; 0 for none."""
-    return {"gated_delta": model.linear_conv_kernel_dim, "deltanet": model.deltanet.conv_size}.get(kind, 0)
+    if kind == "gated_delta":
+        return model.linear_conv_kernel_dim
+    return 0 if kind == "attention" else model.deltanet.conv_size
