@@ -12,7 +12,10 @@ from dnsp.parallel.plan import Plan
 
 
 class ShortConvolution(nn.Module):
-    """One filter of ``taps`` tokens a channel, over parts of ``widths`` side by side: one halo, not three."""
+    """One filter of ``taps`` tokens a channel, over parts of ``widths`` side by side: one halo, not three.
+
+    As in DeltaNet's layer (Yang et al., arXiv:2406.06484).
+    """
 
     def __init__(self, widths: tuple[int, ...], taps: int) -> None:
         super().__init__()

@@ -112,23 +112,23 @@ def no_denominator(tokens: int, width: int) -> tuple[list[Figures], str]:
     q = unit(torch.randn(tokens, width, generator=random, dtype=torch.float64))
     rows: list[Figures] = []
     plain: dict[str, Tensor] = {}
+    states: dict[str, Tensor] = {}
     for what, erase in (("delta rule", True), ("linear attention, any keys", False)):
         S, outputs = k.new_zeros(width, width), []
         for k_t, v_t, q_t in zip(k, v, q, strict=True):
             S = S + 0.5 * torch.outer(k_t, v_t - k_t @ S if erase else v_t)
             outputs.append(q_t @ S)
-        plain[what] = torch.stack(outputs)
+        plain[what], states[what] = torch.stack(outputs), S
         rows.append({"what": what, "denominator": "no", "state norm": float(S.norm()), "error of the newest pairs":
                      asked_back(S, k, v), "largest output": float(plain[what].abs().max()), "smallest |q D|": None,
                      })  # fmt: skip
-        if erase:
-            kD = k[-ASKED:] @ k.sum(0) + 1e-6
-            back = k[-ASKED:] @ S / kD.unsqueeze(-1)
-            divided_error = float((back - v[-ASKED:]).norm() / v[-ASKED:].norm())
     qD = (q * k.cumsum(0)).sum(-1)
+    newest_k, newest_v = k[-ASKED:], v[-ASKED:]
+    back = newest_k @ states["delta rule"] / (newest_k @ k.sum(0) + 1e-6).unsqueeze(-1)
+    error = float((back - newest_v).norm() / newest_v.norm())
     divided = plain["delta rule"] / (qD + 1e-6).unsqueeze(-1)
     rows.append({"what": "delta rule", "denominator": "yes", "state norm": rows[0]["state norm"],
-                 "error of the newest pairs": divided_error, "largest output": float(divided.abs().max()),
+                 "error of the newest pairs": error, "largest output": float(divided.abs().max()),
                  "smallest |q D|": float(qD.abs().min())})  # fmt: skip
     return rows, (
         f"not borne out: without it the delta rule's state norm is {_number(rows[0]['state norm'])} after {tokens:,} "

@@ -1,4 +1,7 @@
-"""``dnsp bench scan`` and ``bench attention``: real ranks, every row there, and the makespan's arithmetic."""
+"""``dnsp bench scan`` and ``bench attention``: real ranks, every row there, and the makespan's arithmetic.
+
+Long because what replaces a peer, a GPU and a clock is made here by hand.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Scans through symmetric memory: P processes on one GPU (or a GPU each where there are several).
 
 Ranks are started once for each group size and work through everything; truth is one process's, computed beside it.
+Long because all that goes through that memory is met here, and ranks share what they are given.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import itertools
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -347,6 +348,22 @@ def test_scans_halos_and_keys_never_mistake_each_other(size: int) -> None:
 # What goes wrong.
 
 
+def noticed(grid: Grid, work: Callable[[], object]) -> tuple[str, int | None, float]:
+    """What a rank is told, of whom, and after how many seconds, where rank 1 leaves out a work of all."""
+    grid_barrier(grid)
+    start = time.monotonic()
+    if grid.rank == 1:
+        time.sleep(2 * LIMITS["deadline"] + 2)
+        return "", None, 0.0
+    try:
+        work()
+        torch.cuda.synchronize()
+        symmetric.check_all()
+    except PeerLost as lost:
+        return str(lost), lost.peer, time.monotonic() - start
+    return "nothing was noticed", None, time.monotonic() - start
+
+
 def with_a_stalled_exchange(what: str) -> tuple[str, int | None, float]:
     grid = on_gpu(LIMITS["deadline"])
     own = {"attention_transport": "peer", "attention_backend": "flash_deterministic"}
@@ -362,18 +379,7 @@ def with_a_stalled_exchange(what: str) -> tuple[str, int | None, float]:
             attention(given["v"], given["k"], given["q"], plan=plan)
 
     work()
-    grid_barrier(grid)
-    start = time.monotonic()
-    if grid.rank == 1:
-        time.sleep(2 * LIMITS["deadline"] + 2)
-        return "", None, 0.0
-    try:
-        work()
-        torch.cuda.synchronize()
-        symmetric.check_all()
-    except PeerLost as lost:
-        return str(lost), lost.peer, time.monotonic() - start
-    return "nothing was noticed", None, time.monotonic() - start
+    return noticed(grid, work)
 
 
 @pytest.mark.parametrize("what", ["halo", "keys"])
@@ -394,22 +400,15 @@ def with_a_stalled_rank(kind: str, backward: bool) -> tuple[str, int | None, flo
     n = problem.held(plan)
     M, U = problem.M[n], problem.U[n]
     assert not problem.wrong(plan)
-    grid_barrier(grid)
-    start = time.monotonic()
-    if grid.rank == 1:
-        time.sleep(2 * LIMITS["deadline"] + 2)
-        return "", None, 0.0
-    try:
-        for _ in range(2 if backward else 1):
-            if backward:
+
+    def work() -> None:
+        if backward:
+            for _ in range(2):
                 plan.scan.reverse(M, U, plan.segments.continues_NB, None, None, False, False)()
-            else:
-                plan.scan.forward(M, U, plan.segments.continues_NB, None, None, False)()
-        torch.cuda.synchronize()
-        symmetric.check_all()
-    except PeerLost as lost:
-        return str(lost), lost.peer, time.monotonic() - start
-    return "nothing was noticed", None, time.monotonic() - start
+        else:
+            plan.scan.forward(M, U, plan.segments.continues_NB, None, None, False)()
+
+    return noticed(grid, work)
 
 
 def grid_barrier(grid: Grid) -> None:
